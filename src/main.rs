@@ -1,0 +1,2 @@
+//! peft
+fn main() {}
