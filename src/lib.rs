@@ -1,1 +1,5 @@
-//! peft
+//! Parameter-efficient fine-tuning of CLIP.
+
+pub mod error;
+
+pub use error::{Error, Result};

@@ -1,0 +1,111 @@
+//! The one error type. Its variants follow what the caller can do about it, and
+//! so does the exit code: see [`Error::exit_code`].
+
+use std::fmt;
+
+/// Shorthand for results of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Everything that can go wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The recipe, a file or a flag is wrong. Exit code 2.
+    #[error("{0}")]
+    Input(Box<Problem>),
+    /// A check that was asked for failed, such as merge parity. Exit code 1.
+    #[error("{0}")]
+    Verdict(String),
+    /// The machine failed us: disk, device, memory, non-finite numbers. Exit code 3.
+    #[error("{0}")]
+    Fault(Box<Problem>),
+    /// Stopped by a signal after the state was saved. Exit code 128 + signal.
+    #[error("{message}")]
+    Interrupted {
+        /// What was saved and how to go on.
+        message: String,
+        /// The signal's number (2 for SIGINT, 15 for SIGTERM).
+        signal: i32,
+    },
+    /// A tensor operation failed. Exit code 3.
+    #[error("tensor operation failed: {0}")]
+    Tensor(#[from] candle_core::Error),
+}
+
+/// Where it went wrong, what was expected and found, and the way out.
+#[derive(Debug, Clone)]
+pub struct Problem {
+    /// The place: a file with line, a recipe key, a flag.
+    pub place: String,
+    /// What was expected and what was found.
+    pub message: String,
+    /// What to do about it.
+    pub hint: Option<String>,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.place.is_empty() {
+            write!(f, "{}: ", self.place)?;
+        }
+        f.write_str(&self.message)?;
+        if let Some(hint) = &self.hint {
+            write!(f, "\n  help: {hint}")?;
+        }
+        Ok(())
+    }
+}
+
+impl Error {
+    /// Bad input at `place` (a file, a recipe key, a flag).
+    pub fn input(place: impl fmt::Display, message: impl fmt::Display) -> Self {
+        Self::Input(Problem::boxed(place, message))
+    }
+
+    /// A fault of the machine at `place`.
+    pub fn fault(place: impl fmt::Display, message: impl fmt::Display) -> Self {
+        Self::Fault(Problem::boxed(place, message))
+    }
+
+    /// A failed read of an input file: missing and unreadable files are bad input.
+    pub fn read(path: impl AsRef<std::path::Path>, error: std::io::Error) -> Self {
+        let message = match error.kind() {
+            std::io::ErrorKind::NotFound => "no such file or directory".to_string(),
+            _ => format!("cannot be read: {error}"),
+        };
+        Self::input(path.as_ref().display(), message)
+    }
+
+    /// A failed write: a fault, since the path was ours to write.
+    pub fn write(path: impl AsRef<std::path::Path>, error: std::io::Error) -> Self {
+        Self::fault(path.as_ref().display(), format!("cannot be written: {error}"))
+    }
+
+    /// Adds the way out. No effect on variants without a [`Problem`].
+    #[must_use]
+    pub fn hint(mut self, hint: impl fmt::Display) -> Self {
+        if let Self::Input(p) | Self::Fault(p) = &mut self {
+            p.hint = Some(hint.to_string());
+        }
+        self
+    }
+
+    /// The process exit code for this error.
+    pub fn exit_code(&self) -> i32 {
+        match self {
+            Self::Verdict(_) => 1,
+            Self::Input(_) => 2,
+            Self::Fault(_) | Self::Tensor(_) => 3,
+            Self::Interrupted { signal, .. } => 128 + signal,
+        }
+    }
+}
+
+impl Problem {
+    fn boxed(place: impl fmt::Display, message: impl fmt::Display) -> Box<Self> {
+        Box::new(Self {
+            place: place.to_string(),
+            message: message.to_string(),
+            hint: None,
+        })
+    }
+}
