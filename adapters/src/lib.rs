@@ -1,1 +1,25 @@
-//! adapters
+//! Parameter-efficient fine-tuning methods for any candle model.
+//!
+//! A model registers its [`Sites`] while it is built and passes [`Patches`] to each forward
+//! pass. A [`Method`] plans once for the whole model, declares its trainable [`Params`] and
+//! returns a [`Patch`] of typed hooks. The model itself is immutable and can be shared.
+
+pub mod error;
+pub mod flow;
+pub mod full;
+pub mod layers;
+pub mod lora;
+pub mod method;
+pub mod ops;
+pub mod params;
+pub mod registry;
+pub mod rng;
+pub mod sites;
+pub mod targets;
+
+pub use error::{Error, Result};
+pub use flow::{Branch, ClassFeatures, LinearOut, LowRankTerm, Qkv, Sequence};
+pub use method::{Fold, Grads, Init, Method, Patch, Patches, Step};
+pub use params::{Param, Params, Spec, Start};
+pub use registry::MethodConfig;
+pub use sites::{BaseWeight, Site, SiteId, SiteKind, Sites, Tower, WeightId};

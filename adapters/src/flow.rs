@@ -1,0 +1,185 @@
+//! What flows through the hooks.
+
+use candle_core::{Result, Tensor};
+
+use crate::ops;
+
+/// The low-rank term of a linear layer.
+#[derive(Debug, Clone)]
+pub struct LowRankTerm {
+    /// `[r, in]`.
+    pub a: Tensor,
+    /// `[out, r]`.
+    pub b: Tensor,
+    /// α/r or α/√r.
+    pub scale: f64,
+    /// A mask over `x`, already divided by the keep probability.
+    pub dropout: Option<Tensor>,
+}
+
+/// The output of a linear layer, not computed until somebody asks.
+///
+/// A patch describes what it adds; the product with the frozen weight, the bias and the
+/// first low-rank term then run as one fused operation.
+#[derive(Debug)]
+pub struct LinearOut {
+    x: Tensor,
+    weight: Tensor,
+    bias: Option<Tensor>,
+    term: Option<LowRankTerm>,
+    value: Option<Tensor>,
+}
+
+impl LinearOut {
+    /// `x` [..., in], `weight` [out, in], `bias` [out].
+    #[must_use]
+    pub fn new(x: Tensor, weight: Tensor, bias: Option<Tensor>) -> Self {
+        Self {
+            x,
+            weight,
+            bias,
+            term: None,
+            value: None,
+        }
+    }
+
+    /// The layer's input, [..., in].
+    #[must_use]
+    pub fn x(&self) -> &Tensor {
+        &self.x
+    }
+
+    /// Adds `scale · (x ∘ dropout) Aᵀ Bᵀ`. The first term fuses with the frozen product.
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub fn low_rank(mut self, term: LowRankTerm) -> Result<Self> {
+        if self.value.is_none() && self.term.is_none() {
+            self.term = Some(term);
+            return Ok(self);
+        }
+        let x = match &term.dropout {
+            Some(mask) => (&self.x * mask)?,
+            None => self.x.clone(),
+        };
+        let down = ops::linear(&x, &term.a, None)?;
+        let up = (ops::linear(&down, &term.b, None)? * term.scale)?;
+        self.map(|y| y + up)
+    }
+
+    /// Multiplies the input by `scale` [in]; only before anything is computed or added.
+    ///
+    /// # Errors
+    /// When shapes do not fit, or an earlier patch already used the input.
+    pub fn scale_input(mut self, scale: &Tensor) -> Result<Self> {
+        if self.value.is_some() || self.term.is_some() {
+            candle_core::bail!("an input scale has to come before low-rank terms in the recipe");
+        }
+        self.x = self.x.broadcast_mul(scale)?;
+        Ok(self)
+    }
+
+    /// Multiplies each output row of the product by `scale` [out], before the bias is added (DoRA).
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub fn scale_rows(mut self, scale: &Tensor) -> Result<Self> {
+        let bias = self.bias.take();
+        let product = match self.value.take() {
+            // Already forced: take the bias out again.
+            Some(y) => match &bias {
+                Some(b) => y.broadcast_sub(b)?,
+                None => y,
+            },
+            None => self.compute()?,
+        };
+        let scaled = product.broadcast_mul(scale)?;
+        self.value = Some(match &bias {
+            Some(b) => scaled.broadcast_add(b)?,
+            None => scaled,
+        });
+        self.bias = bias;
+        Ok(self)
+    }
+
+    /// Changes the computed output.
+    ///
+    /// # Errors
+    /// What `f` returns, or when shapes do not fit.
+    pub fn map(mut self, f: impl FnOnce(Tensor) -> Result<Tensor>) -> Result<Self> {
+        let y = match self.value.take() {
+            Some(y) => y,
+            None => self.compute()?,
+        };
+        self.value = Some(f(y)?);
+        Ok(self)
+    }
+
+    /// The output, [..., out].
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub fn value(self) -> Result<Tensor> {
+        match self.value {
+            Some(y) => Ok(y),
+            None => self.compute(),
+        }
+    }
+
+    fn compute(&self) -> Result<Tensor> {
+        match &self.term {
+            None => ops::linear(&self.x, &self.weight, self.bias.as_ref()),
+            Some(t) => {
+                let lora = ops::LowRank {
+                    a: &t.a,
+                    b: &t.b,
+                    scale: t.scale,
+                    dropout: t.dropout.as_ref(),
+                };
+                ops::lora_linear(&self.x, &self.weight, self.bias.as_ref(), &lora)
+            }
+        }
+    }
+}
+
+/// Queries, keys and values on their way into attention.
+#[derive(Debug, Clone)]
+pub struct Qkv {
+    /// [B, Tq, D].
+    pub q: Tensor,
+    /// [B, prefix + Tk, D].
+    pub k: Tensor,
+    /// [B, prefix + Tk, D].
+    pub v: Tensor,
+    /// How many leading keys every query may see, whatever the causal mask says.
+    pub prefix: usize,
+}
+
+/// A token sequence.
+#[derive(Debug, Clone)]
+pub struct Sequence {
+    /// [B, T, D].
+    pub x: Tensor,
+    /// The position whose output is pooled, one for each row; empty where the first token is.
+    pub pool: Vec<u32>,
+}
+
+/// A residual branch that has been computed.
+#[derive(Debug)]
+pub struct Branch<'a> {
+    /// What entered the block's norm, [B, T, D].
+    pub residual: &'a Tensor,
+    /// What the norm gave to the branch, [B, T, D].
+    pub input: &'a Tensor,
+    /// What the branch gave, before it is added to the residual, [B, T, D].
+    pub output: Tensor,
+}
+
+/// The text side of a classifier.
+#[derive(Debug, Clone)]
+pub enum ClassFeatures {
+    /// The same for every image, [C, D].
+    Shared(Tensor),
+    /// One set for each image, [B, C, D] (CoCoOp).
+    PerImage(Tensor),
+}

@@ -1,0 +1,93 @@
+//! Frozen layers with sites, for models that want to be patched.
+
+use candle_core::{Result, Tensor};
+
+use crate::flow::LinearOut;
+use crate::method::Patches;
+use crate::ops;
+use crate::sites::{SiteId, WeightId};
+
+/// A linear layer: `y = x Wᵀ + b`, then whatever the patches make of it.
+#[derive(Debug, Clone)]
+pub struct Linear {
+    /// Where the `linear` hook runs.
+    pub site: SiteId,
+    /// `[out, in]`.
+    pub weight: (WeightId, Tensor),
+    /// `[out]`.
+    pub bias: Option<(WeightId, Tensor)>,
+}
+
+impl Linear {
+    /// Applies the layer.
+    ///
+    /// # Shapes
+    /// `x` [..., in] → [..., out]
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub fn forward(&self, x: &Tensor, patches: &Patches) -> Result<Tensor> {
+        let weight = patches.weight(self.weight.0, &self.weight.1)?;
+        let bias = match &self.bias {
+            Some((id, b)) => Some(patches.weight(*id, b)?),
+            None => None,
+        };
+        patches
+            .linear(self.site, LinearOut::new(x.clone(), weight, bias))?
+            .value()
+    }
+}
+
+/// Layer norm over the last dimension.
+#[derive(Debug, Clone)]
+pub struct LayerNorm {
+    /// `[dim]`.
+    pub weight: (WeightId, Tensor),
+    /// `[dim]`.
+    pub bias: (WeightId, Tensor),
+    /// Added to the variance.
+    pub eps: f64,
+}
+
+impl LayerNorm {
+    /// Applies the norm.
+    ///
+    /// # Shapes
+    /// `x` [..., dim] → [..., dim]
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub fn forward(&self, x: &Tensor, patches: &Patches) -> Result<Tensor> {
+        let weight = patches.weight(self.weight.0, &self.weight.1)?;
+        let bias = patches.weight(self.bias.0, &self.bias.1)?;
+        ops::layer_norm(x, &weight, &bias, self.eps)
+    }
+}
+
+/// A table of vectors.
+#[derive(Debug, Clone)]
+pub struct Embedding {
+    /// `[rows, dim]`.
+    pub weight: (WeightId, Tensor),
+}
+
+impl Embedding {
+    /// Looks ids up.
+    ///
+    /// # Shapes
+    /// `ids` u32 [...] → [..., dim]
+    ///
+    /// # Errors
+    /// When an id is outside the table.
+    pub fn forward(&self, ids: &Tensor, patches: &Patches) -> Result<Tensor> {
+        ops::embedding(&self.table(patches)?, ids)
+    }
+
+    /// The table as the patches see it.
+    ///
+    /// # Errors
+    /// When a patch fails.
+    pub fn table(&self, patches: &Patches) -> Result<Tensor> {
+        patches.weight(self.weight.0, &self.weight.1)
+    }
+}

@@ -1,0 +1,345 @@
+//! The seam: a [`Method`] plans once for a whole model and returns a [`Patch`] of typed hooks.
+
+use candle_core::{Result as TensorResult, Tensor};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::flow::{Branch, ClassFeatures, LinearOut, Qkv, Sequence};
+use crate::params::Params;
+use crate::sites::{SiteId, Sites, WeightId};
+use crate::Result;
+
+/// What a method does to the model's output before the first step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Init {
+    /// Nothing: outputs are those of the base.
+    Identity,
+    /// Almost nothing, within this relative tolerance.
+    Approximate(f64),
+    /// Outputs differ from the start (prefixes add keys).
+    Changes,
+}
+
+/// A way of adapting a model. One file each; see `CONTRIBUTING.md` for the recipe.
+pub trait Method: 'static {
+    /// Recipe key, directory suffix, table label.
+    const NAME: &'static str;
+    /// Paper and equation.
+    const SOURCE: &'static str;
+    /// What it does before the first step.
+    const INIT: Init;
+    /// Its options, `deny_unknown_fields`; unit, range and effect in each doc line.
+    type Config: DeserializeOwned + Serialize + Clone + std::fmt::Debug + PartialEq;
+
+    /// Configurations that the contract tests run.
+    fn examples() -> Vec<Self::Config>;
+
+    /// Checks the configuration against the model, declares parameters and returns the hooks.
+    ///
+    /// # Errors
+    /// When the configuration does not fit the model.
+    fn plan(config: &Self::Config, sites: &Sites, params: &mut Params) -> Result<Box<dyn Patch>>;
+
+    /// `adapter_config.json`: HF PEFT's fields where HF PEFT has the method.
+    ///
+    /// # Errors
+    /// When the configuration cannot be written in that form.
+    fn to_adapter_config(config: &Self::Config, sites: &Sites) -> Result<Value>;
+
+    /// Reads `adapter_config.json` back. Fields that are not implemented here are refused
+    /// unless they hold their default.
+    ///
+    /// # Errors
+    /// When a field is missing, of another type, or asks for what is not implemented.
+    fn from_adapter_config(config: &Value) -> Result<Self::Config>;
+}
+
+/// What a forward pass is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Step {
+    /// Whether dropout applies.
+    pub training: bool,
+    /// The run's seed.
+    pub seed: u64,
+    /// Counts forward passes of training; randomness is a function of seed, step and site.
+    pub step: u64,
+}
+
+impl Step {
+    /// Evaluation: no dropout.
+    #[must_use]
+    pub const fn eval() -> Self {
+        Self { training: false, seed: 0, step: 0 }
+    }
+}
+
+/// What becomes of a base weight when an adapter is merged.
+#[derive(Debug)]
+pub enum Fold {
+    /// The weight stays.
+    Unchanged,
+    /// The weight is replaced.
+    Replace(Tensor),
+}
+
+/// The hooks of one planned method. Every hook defaults to "leave as is".
+///
+/// Towers are immutable and shared; a patch is passed to each forward pass.
+pub trait Patch: Send + Sync {
+    /// Once before each forward pass: couplings, norms, reparameterisation, dropout seeds.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn prepare(&mut self, _step: &Step) -> TensorResult<()> {
+        Ok(())
+    }
+
+    /// The effective value of a base weight (full fine-tuning, BitFit, layer-norm tuning).
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn weight(&self, _id: WeightId, value: Tensor) -> TensorResult<Tensor> {
+        Ok(value)
+    }
+
+    /// A linear layer. `y` is not computed for the first patch, which may fuse with the frozen product.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn linear(&self, _at: SiteId, y: LinearOut) -> TensorResult<LinearOut> {
+        Ok(y)
+    }
+
+    /// Attention's inputs; prefixes join keys and values here.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn attention(&self, _at: SiteId, qkv: Qkv) -> TensorResult<Qkv> {
+        Ok(qkv)
+    }
+
+    /// The tokens that enter a block; prompts are inserted here.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn tokens(&self, _at: SiteId, sequence: Sequence) -> TensorResult<Sequence> {
+        Ok(sequence)
+    }
+
+    /// A residual branch, before it is added.
+    ///
+    /// # Shapes
+    /// [B, T, D] → [B, T, D]
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn branch(&self, _at: SiteId, branch: Branch<'_>) -> TensorResult<Tensor> {
+        Ok(branch.output)
+    }
+
+    /// A tower's projected features.
+    ///
+    /// # Shapes
+    /// [B, D] → [B, D]
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn features(&self, _at: SiteId, features: Tensor) -> TensorResult<Tensor> {
+        Ok(features)
+    }
+
+    /// The text side of a classifier, which may depend on the images' features [B, D].
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn class_features(&self, classes: ClassFeatures, _images: &Tensor) -> TensorResult<ClassFeatures> {
+        Ok(classes)
+    }
+
+    /// A term of the loss, a scalar.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn regulariser(&self) -> TensorResult<Option<Tensor>> {
+        Ok(None)
+    }
+
+    /// After each optimiser step; AdaLoRA allocates ranks here.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn after_backward(&mut self, _step: usize, _total: usize, _grads: &Grads) -> TensorResult<()> {
+        Ok(())
+    }
+
+    /// Methods that look at training features [N, D] and labels [N] first (Tip-Adapter).
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn fit(&mut self, _features: &Tensor, _labels: &Tensor) -> TensorResult<()> {
+        Ok(())
+    }
+
+    /// Whether the method folds into plain weights; `Some(why)` where it does not.
+    fn unfoldable(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// What becomes of a base weight (f32) when this adapter is merged.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn fold(&self, id: WeightId, value: &Tensor) -> TensorResult<Fold>;
+
+    /// The tensors of the adapter file, where they differ from the declared parameters
+    /// (a reparameterisation that is dropped).
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn export(&self) -> TensorResult<Option<Vec<(String, Tensor)>>> {
+        Ok(None)
+    }
+}
+
+/// Gradients by parameter name.
+pub type Grads = std::collections::HashMap<String, Tensor>;
+
+/// The patches of one recipe, in recipe order.
+#[derive(Default)]
+pub struct Patches {
+    list: Vec<Box<dyn Patch>>,
+}
+
+impl std::fmt::Debug for Patches {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Patches({})", self.list.len())
+    }
+}
+
+impl Patches {
+    /// The unpatched model.
+    #[must_use]
+    pub fn none() -> Self {
+        Self::default()
+    }
+
+    /// Patches in recipe order.
+    #[must_use]
+    pub fn new(list: Vec<Box<dyn Patch>>) -> Self {
+        Self { list }
+    }
+
+    /// Adds a patch that runs after those that are there.
+    pub fn push(&mut self, patch: Box<dyn Patch>) {
+        self.list.push(patch);
+    }
+
+    /// The patches in order.
+    pub fn iter(&self) -> impl Iterator<Item = &dyn Patch> {
+        self.list.iter().map(AsRef::as_ref)
+    }
+
+    /// The patches in order, to be changed.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Box<dyn Patch>> {
+        self.list.iter_mut()
+    }
+
+    /// See [`Patch::prepare`].
+    ///
+    /// # Errors
+    /// When a patch fails.
+    pub fn prepare(&mut self, step: &Step) -> TensorResult<()> {
+        self.list.iter_mut().try_for_each(|p| p.prepare(step))
+    }
+
+    /// See [`Patch::weight`].
+    ///
+    /// # Errors
+    /// When a patch fails.
+    pub fn weight(&self, id: WeightId, value: &Tensor) -> TensorResult<Tensor> {
+        self.iter().try_fold(value.clone(), |w, p| p.weight(id, w))
+    }
+
+    /// See [`Patch::linear`].
+    ///
+    /// # Errors
+    /// When a patch fails.
+    pub fn linear(&self, at: SiteId, y: LinearOut) -> TensorResult<LinearOut> {
+        self.iter().try_fold(y, |y, p| p.linear(at, y))
+    }
+
+    /// See [`Patch::attention`].
+    ///
+    /// # Errors
+    /// When a patch fails.
+    pub fn attention(&self, at: SiteId, qkv: Qkv) -> TensorResult<Qkv> {
+        self.iter().try_fold(qkv, |qkv, p| p.attention(at, qkv))
+    }
+
+    /// See [`Patch::tokens`].
+    ///
+    /// # Errors
+    /// When a patch fails.
+    pub fn tokens(&self, at: SiteId, sequence: Sequence) -> TensorResult<Sequence> {
+        self.iter().try_fold(sequence, |s, p| p.tokens(at, s))
+    }
+
+    /// See [`Patch::branch`].
+    ///
+    /// # Errors
+    /// When a patch fails.
+    pub fn branch(&self, at: SiteId, residual: &Tensor, input: &Tensor, output: Tensor) -> TensorResult<Tensor> {
+        self.iter().try_fold(output, |output, p| {
+            p.branch(at, Branch { residual, input, output })
+        })
+    }
+
+    /// See [`Patch::features`].
+    ///
+    /// # Errors
+    /// When a patch fails.
+    pub fn features(&self, at: SiteId, features: Tensor) -> TensorResult<Tensor> {
+        self.iter().try_fold(features, |f, p| p.features(at, f))
+    }
+
+    /// See [`Patch::class_features`].
+    ///
+    /// # Errors
+    /// When a patch fails.
+    pub fn class_features(&self, classes: ClassFeatures, images: &Tensor) -> TensorResult<ClassFeatures> {
+        self.iter().try_fold(classes, |c, p| p.class_features(c, images))
+    }
+
+    /// The sum of all regularisers.
+    ///
+    /// # Errors
+    /// When a patch fails.
+    pub fn regulariser(&self) -> TensorResult<Option<Tensor>> {
+        let mut sum: Option<Tensor> = None;
+        for patch in self.iter() {
+            if let Some(term) = patch.regulariser()? {
+                sum = Some(match sum {
+                    Some(s) => (s + term)?,
+                    None => term,
+                });
+            }
+        }
+        Ok(sum)
+    }
+
+    /// A base weight with every patch folded in, in order; `None` where nothing changes it.
+    ///
+    /// # Errors
+    /// When a patch fails.
+    pub fn fold(&self, id: WeightId, value: &Tensor) -> TensorResult<Option<Tensor>> {
+        let mut folded: Option<Tensor> = None;
+        for patch in self.iter() {
+            let now = folded.as_ref().unwrap_or(value);
+            if let Fold::Replace(w) = patch.fold(id, now)? {
+                folded = Some(w);
+            }
+        }
+        Ok(folded)
+    }
+}

@@ -1,0 +1,92 @@
+//! All methods, one line each.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::method::{Init, Method, Patch};
+use crate::params::Params;
+use crate::sites::Sites;
+use crate::{Error, Result};
+
+macro_rules! methods {
+    ($($(#[$doc:meta])* $name:literal $variant:ident = $method:ty;)*) => {
+        /// A method of a recipe: `lora: { rank: 8 }`.
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        pub enum MethodConfig {
+            $($(#[$doc])* #[serde(rename = $name)] $variant(<$method as Method>::Config),)*
+        }
+
+        /// What is known of each method, in the order of the tables.
+        pub const METHODS: &[Entry] = &[
+            $(Entry {
+                name: <$method as Method>::NAME,
+                source: <$method as Method>::SOURCE,
+                init: <$method as Method>::INIT,
+                examples: || <$method as Method>::examples().into_iter().map(MethodConfig::$variant).collect(),
+                parse: |value| Ok(MethodConfig::$variant(<$method as Method>::from_adapter_config(value)?)),
+            },)*
+        ];
+
+        impl MethodConfig {
+            /// The recipe key.
+            #[must_use]
+            pub fn name(&self) -> &'static str {
+                match self { $(Self::$variant(_) => <$method as Method>::NAME,)* }
+            }
+
+            /// See [`Method::plan`].
+            ///
+            /// # Errors
+            /// When the configuration does not fit the model.
+            pub fn plan(&self, sites: &Sites, params: &mut Params) -> Result<Box<dyn Patch>> {
+                match self { $(Self::$variant(c) => <$method as Method>::plan(c, sites, params),)* }
+            }
+
+            /// See [`Method::to_adapter_config`].
+            ///
+            /// # Errors
+            /// When the configuration cannot be written in that form.
+            pub fn to_adapter_config(&self, sites: &Sites) -> Result<Value> {
+                match self { $(Self::$variant(c) => <$method as Method>::to_adapter_config(c, sites),)* }
+            }
+        }
+    };
+}
+
+methods! {
+    /// Low-rank updates of linear layers.
+    "lora" Lora = crate::lora::Lora;
+    /// Base weights themselves.
+    "full" Full = crate::full::Full;
+}
+
+/// One line of the registry.
+#[derive(Debug, Clone, Copy)]
+pub struct Entry {
+    /// Recipe key.
+    pub name: &'static str,
+    /// Paper and equation.
+    pub source: &'static str,
+    /// What the method does before the first step.
+    pub init: Init,
+    /// Configurations for the contract tests.
+    pub examples: fn() -> Vec<MethodConfig>,
+    /// Reads `adapter_config.json`.
+    pub parse: fn(&Value) -> Result<MethodConfig>,
+}
+
+/// The method that wrote an `adapter_config.json`, by its `peft_type`.
+///
+/// # Errors
+/// When the type is unknown or a field cannot be honoured.
+pub fn from_adapter_config(value: &Value) -> Result<MethodConfig> {
+    let kind = value
+        .get("peft_type")
+        .and_then(Value::as_str)
+        .ok_or_else(|| Error::config("peft_type", "expected a string such as \"LORA\""))?;
+    let entry = METHODS.iter().find(|e| e.name.eq_ignore_ascii_case(kind)).ok_or_else(|| {
+        let known: Vec<_> = METHODS.iter().map(|e| e.name.to_uppercase()).collect();
+        Error::config("peft_type", format!("\"{kind}\" is not implemented; known: {}", known.join(", ")))
+    })?;
+    (entry.parse)(value)
+}

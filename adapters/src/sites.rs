@@ -1,0 +1,263 @@
+//! Where a model can be patched: its sites and base weights under their HF names.
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::layers::{Embedding, LayerNorm, Linear};
+use crate::{Error, Result};
+
+/// A place where hooks run. Cheap to copy; an index into [`Sites`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SiteId(u32);
+
+/// A base weight. Cheap to copy; an index into [`Sites`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct WeightId(u32);
+
+impl SiteId {
+    /// Position in [`Sites::iter`].
+    #[must_use]
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+impl WeightId {
+    /// Position in [`Sites::weights`].
+    #[must_use]
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// Which half of a two-tower model. Single-tower models use the one that fits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tower {
+    /// The image encoder.
+    Vision,
+    /// The text encoder.
+    Text,
+    /// Outside both, such as the logit scale.
+    Shared,
+}
+
+/// What happens at a site.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SiteKind {
+    /// A matrix product: the `linear` hook.
+    Linear {
+        /// Width of the input.
+        input: usize,
+        /// Width of the output.
+        output: usize,
+    },
+    /// Attention over (q, k, v): the `attention` hook.
+    Attention {
+        /// Model width.
+        dim: usize,
+        /// Number of heads.
+        heads: usize,
+    },
+    /// A residual branch (attention or MLP): the `branch` hook.
+    Branch {
+        /// Model width.
+        dim: usize,
+        /// Whether it is the MLP branch.
+        mlp: bool,
+    },
+    /// The token sequence that enters a block: the `tokens` hook.
+    Tokens {
+        /// Model width.
+        dim: usize,
+    },
+    /// The projected feature of a tower: the `features` hook.
+    Features {
+        /// Projection width.
+        dim: usize,
+    },
+}
+
+/// One site.
+#[derive(Debug, Clone)]
+pub struct Site {
+    /// HF module path, such as `vision_model.encoder.layers.0.self_attn.q_proj`.
+    pub path: String,
+    /// The tower it belongs to.
+    pub tower: Tower,
+    /// The block it belongs to, counted from the input.
+    pub layer: Option<usize>,
+    /// What happens here.
+    pub kind: SiteKind,
+}
+
+/// One base weight.
+#[derive(Debug, Clone)]
+pub struct BaseWeight {
+    /// HF tensor name, such as `text_model.final_layer_norm.weight`.
+    pub name: String,
+    /// The tower it belongs to.
+    pub tower: Tower,
+    /// The block it belongs to.
+    pub layer: Option<usize>,
+    /// The frozen value.
+    pub tensor: Tensor,
+}
+
+/// Everything a method may see of a model when it plans.
+#[derive(Debug, Default)]
+pub struct Sites {
+    sites: Vec<Site>,
+    weights: Vec<BaseWeight>,
+    by_name: HashMap<String, WeightId>,
+}
+
+impl Sites {
+    /// An empty set, to be filled while the model is built.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Registers a site.
+    pub fn add(&mut self, site: Site) -> SiteId {
+        self.sites.push(site);
+        SiteId((self.sites.len() - 1) as u32)
+    }
+
+    /// Registers a base weight under its HF name.
+    pub fn add_weight(&mut self, name: &str, tower: Tower, layer: Option<usize>, tensor: Tensor) -> WeightId {
+        let id = WeightId(self.weights.len() as u32);
+        self.by_name.insert(name.to_string(), id);
+        self.weights.push(BaseWeight {
+            name: name.to_string(),
+            tower,
+            layer,
+            tensor,
+        });
+        id
+    }
+
+    /// Registers a linear layer: its site and its weights `<path>.weight` [out, in] and `<path>.bias` [out].
+    ///
+    /// # Errors
+    /// When the weight is not a matrix.
+    pub fn linear(
+        &mut self,
+        path: &str,
+        tower: Tower,
+        layer: Option<usize>,
+        weight: Tensor,
+        bias: Option<Tensor>,
+    ) -> Result<Linear> {
+        let (output, input) = weight.dims2()?;
+        let site = self.add(Site {
+            path: path.to_string(),
+            tower,
+            layer,
+            kind: SiteKind::Linear { input, output },
+        });
+        let weight = (self.add_weight(&format!("{path}.weight"), tower, layer, weight.clone()), weight);
+        let bias = bias.map(|b| (self.add_weight(&format!("{path}.bias"), tower, layer, b.clone()), b));
+        Ok(Linear { site, weight, bias })
+    }
+
+    /// Registers a layer norm with `<path>.weight` and `<path>.bias`, both `[dim]`.
+    pub fn layer_norm(
+        &mut self,
+        path: &str,
+        tower: Tower,
+        layer: Option<usize>,
+        (weight, bias): (Tensor, Tensor),
+        eps: f64,
+    ) -> LayerNorm {
+        LayerNorm {
+            weight: (self.add_weight(&format!("{path}.weight"), tower, layer, weight.clone()), weight),
+            bias: (self.add_weight(&format!("{path}.bias"), tower, layer, bias.clone()), bias),
+            eps,
+        }
+    }
+
+    /// Registers an embedding table `<path>.weight` [rows, dim].
+    pub fn embedding(&mut self, path: &str, tower: Tower, table: Tensor) -> Embedding {
+        Embedding {
+            weight: (self.add_weight(&format!("{path}.weight"), tower, None, table.clone()), table),
+        }
+    }
+
+    /// All sites with their ids, in model order.
+    pub fn iter(&self) -> impl Iterator<Item = (SiteId, &Site)> {
+        self.sites.iter().enumerate().map(|(i, s)| (SiteId(i as u32), s))
+    }
+
+    /// The site behind an id.
+    ///
+    /// # Panics
+    /// When the id comes from another model.
+    #[must_use]
+    pub fn site(&self, id: SiteId) -> &Site {
+        &self.sites[id.index()]
+    }
+
+    /// All base weights with their ids, in model order.
+    pub fn weights(&self) -> impl Iterator<Item = (WeightId, &BaseWeight)> {
+        self.weights.iter().enumerate().map(|(i, w)| (WeightId(i as u32), w))
+    }
+
+    /// The base weight called `name`.
+    #[must_use]
+    pub fn weight(&self, name: &str) -> Option<(WeightId, &BaseWeight)> {
+        let id = *self.by_name.get(name)?;
+        Some((id, &self.weights[id.index()]))
+    }
+
+    /// The number of blocks of a tower.
+    #[must_use]
+    pub fn depth(&self, tower: Tower) -> usize {
+        self.sites
+            .iter()
+            .filter(|s| s.tower == tower)
+            .filter_map(|s| s.layer)
+            .max()
+            .map_or(0, |last| last + 1)
+    }
+
+    /// How many numbers the base holds.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.weights.iter().map(|w| w.tensor.elem_count()).sum()
+    }
+
+    /// The paths of the sites that `keep` accepts, layer numbers collapsed to `{i}`, each once.
+    pub fn summary(&self, keep: impl Fn(&Site) -> bool) -> Vec<String> {
+        let mut seen: Vec<String> = Vec::new();
+        for site in self.sites.iter().filter(|s| keep(s)) {
+            let path = collapse(&site.path);
+            if !seen.contains(&path) {
+                seen.push(path);
+            }
+        }
+        seen
+    }
+
+    /// The dtype that the base computes in.
+    ///
+    /// # Errors
+    /// When the model has no weights.
+    pub fn dtype(&self) -> Result<DType> {
+        self.weights
+            .first()
+            .map(|w| w.tensor.dtype())
+            .ok_or_else(|| Error::config("model", "has no weights"))
+    }
+}
+
+/// `a.layers.11.b` becomes `a.layers.{i}.b`.
+fn collapse(path: &str) -> String {
+    path.split('.')
+        .map(|part| if part.bytes().all(|b| b.is_ascii_digit()) { "{i}" } else { part })
+        .collect::<Vec<_>>()
+        .join(".")
+}
