@@ -1,0 +1,234 @@
+//! One transformer block, shared by both towers.
+
+use std::collections::HashMap;
+
+use candle_core::{Result as TensorResult, Tensor};
+use peft_adapters::layers::{LayerNorm, Linear};
+use peft_adapters::ops::{self, Activation, AttentionShape};
+use peft_adapters::{Patches, Qkv, Sequence, Site, SiteId, SiteKind, Sites, Tower};
+
+use crate::error::{Error, Result};
+
+/// Base tensors by HF name, handed out once each while the towers are built.
+#[derive(Debug)]
+pub struct Tensors(HashMap<String, Tensor>);
+
+impl Tensors {
+    /// Wraps a complete set, as [`super::weights`] has checked it.
+    #[must_use]
+    pub fn new(tensors: HashMap<String, Tensor>) -> Self {
+        Self(tensors)
+    }
+
+    /// Takes a tensor out.
+    ///
+    /// # Errors
+    /// When it is missing.
+    pub fn take(&mut self, name: &str) -> Result<Tensor> {
+        self.0
+            .remove(name)
+            .ok_or_else(|| Error::input("base weights", format!("tensor `{name}` is missing")))
+    }
+
+    /// Takes `<path>.weight` and `<path>.bias`.
+    ///
+    /// # Errors
+    /// When one is missing.
+    pub fn pair(&mut self, path: &str) -> Result<(Tensor, Tensor)> {
+        Ok((self.take(&format!("{path}.weight"))?, self.take(&format!("{path}.bias"))?))
+    }
+}
+
+/// What a block needs to know of its tower.
+#[derive(Debug, Clone, Copy)]
+pub struct BlockShape {
+    /// The tower.
+    pub tower: Tower,
+    /// Model width.
+    pub dim: usize,
+    /// Attention heads.
+    pub heads: usize,
+    /// Added to the variance in layer norms.
+    pub eps: f64,
+    /// The MLP's activation.
+    pub act: Activation,
+    /// Whether a token sees only itself and earlier tokens.
+    pub causal: bool,
+}
+
+/// What one forward pass shares between blocks.
+#[derive(Debug)]
+pub struct Pass<'a> {
+    /// The patches.
+    pub patches: &'a Patches,
+    /// [B, T] u8, 1 where a key may be attended.
+    pub key_mask: Option<&'a Tensor>,
+}
+
+/// Pre-norm residual block: `x + attn(norm(x))`, then `x + mlp(norm(x))`.
+#[derive(Debug)]
+pub struct Block {
+    shape: BlockShape,
+    tokens: SiteId,
+    norm1: LayerNorm,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    out: Linear,
+    attention: SiteId,
+    attention_branch: SiteId,
+    norm2: LayerNorm,
+    fc1: Linear,
+    fc2: Linear,
+    mlp_branch: SiteId,
+}
+
+impl Block {
+    /// Takes the tensors under `path` and registers the sites.
+    ///
+    /// # Errors
+    /// When a tensor is missing or misshapen.
+    pub fn new(path: &str, layer: usize, shape: BlockShape, tensors: &mut Tensors, sites: &mut Sites) -> Result<Self> {
+        let BlockShape { tower, dim, heads, eps, .. } = shape;
+        let layer = Some(layer);
+        let at = |sites: &mut Sites, path: String, kind| sites.add(Site { path, tower, layer, kind });
+        let tokens = at(sites, path.to_string(), SiteKind::Tokens { dim });
+        let mut linear = |sites: &mut Sites, name: &str| -> Result<Linear> {
+            let path = format!("{path}.{name}");
+            let (w, b) = tensors.pair(&path)?;
+            sites.linear(&path, tower, layer, w, Some(b)).map_err(super::method_error)
+        };
+        let q = linear(sites, "self_attn.q_proj")?;
+        let k = linear(sites, "self_attn.k_proj")?;
+        let v = linear(sites, "self_attn.v_proj")?;
+        let attention = at(sites, format!("{path}.self_attn"), SiteKind::Attention { dim, heads });
+        let out = linear(sites, "self_attn.out_proj")?;
+        let attention_branch = at(sites, format!("{path}.self_attn"), SiteKind::Branch { dim, mlp: false });
+        let fc1 = linear(sites, "mlp.fc1")?;
+        let fc2 = linear(sites, "mlp.fc2")?;
+        let mlp_branch = at(sites, format!("{path}.mlp"), SiteKind::Branch { dim, mlp: true });
+        let mut norm = |name: &str| -> Result<LayerNorm> {
+            let path = format!("{path}.{name}");
+            Ok(sites.layer_norm(&path, tower, layer, tensors.pair(&path)?, eps))
+        };
+        Ok(Self {
+            shape,
+            tokens,
+            norm1: norm("layer_norm1")?,
+            q,
+            k,
+            v,
+            out,
+            attention,
+            attention_branch,
+            norm2: norm("layer_norm2")?,
+            fc1,
+            fc2,
+            mlp_branch,
+        })
+    }
+
+    /// The whole sequence.
+    ///
+    /// # Shapes
+    /// `x` [B, T, D] → [B, T, D]
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn forward(&self, sequence: Sequence, pass: &Pass<'_>) -> TensorResult<Sequence> {
+        let Sequence { x, pool } = pass.patches.tokens(self.tokens, sequence)?;
+        let h = self.norm1.forward(&x, pass.patches)?;
+        let x = self.attend(&x, &h, &h, pass.key_mask, self.shape.causal, pass.patches)?;
+        Ok(Sequence { x: self.mlp(&x, pass.patches)?, pool })
+    }
+
+    /// The last block of a tower that is pooled at one token: everything after the keys and
+    /// values is computed for that token only, which changes no result.
+    ///
+    /// # Shapes
+    /// `x` [B, T, D], pooled at `sequence.pool` or at the first token → [B, 1, D]
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn forward_pooled(&self, sequence: Sequence, pass: &Pass<'_>) -> TensorResult<Tensor> {
+        let Sequence { x, pool } = pass.patches.tokens(self.tokens, sequence)?;
+        let h = self.norm1.forward(&x, pass.patches)?;
+        let (batch, len, _) = x.dims3()?;
+        let (residual, query) = (pick(&x, &pool)?, pick(&h, &pool)?);
+        // A causal query at `p` sees the keys up to `p`; as a key mask since each row has its own.
+        let visible = match (self.shape.causal, pass.key_mask) {
+            (false, mask) => mask.cloned(),
+            (true, mask) => {
+                let causal = causal_rows(&pool, batch, len, x.device())?;
+                Some(match mask {
+                    Some(m) => (causal * m)?,
+                    None => causal,
+                })
+            }
+        };
+        let x = self.attend(&residual, &query, &h, visible.as_ref(), false, pass.patches)?;
+        self.mlp(&x, pass.patches)
+    }
+
+    fn attend(
+        &self,
+        residual: &Tensor,
+        query: &Tensor,
+        h: &Tensor,
+        key_mask: Option<&Tensor>,
+        causal: bool,
+        patches: &Patches,
+    ) -> TensorResult<Tensor> {
+        let qkv = Qkv {
+            q: self.q.forward(query, patches)?,
+            k: self.k.forward(h, patches)?,
+            v: self.v.forward(h, patches)?,
+            prefix: 0,
+        };
+        let Qkv { q, k, v, prefix } = patches.attention(self.attention, qkv)?;
+        let shape = AttentionShape { heads: self.shape.heads, causal, prefix };
+        let key_mask = extend_mask(key_mask, prefix)?;
+        let a = ops::attention(&q, &k, &v, &shape, key_mask.as_ref())?;
+        let o = self.out.forward(&a, patches)?;
+        residual + patches.branch(self.attention_branch, residual, query, o)?
+    }
+
+    fn mlp(&self, x: &Tensor, patches: &Patches) -> TensorResult<Tensor> {
+        let h = self.norm2.forward(x, patches)?;
+        let up = ops::activation(&self.fc1.forward(&h, patches)?, self.shape.act)?;
+        let down = self.fc2.forward(&up, patches)?;
+        x + patches.branch(self.mlp_branch, x, &h, down)?
+    }
+}
+
+/// Prefix keys are always visible.
+fn extend_mask(mask: Option<&Tensor>, prefix: usize) -> TensorResult<Option<Tensor>> {
+    match mask {
+        Some(m) if prefix > 0 => {
+            let ones = Tensor::ones((m.dim(0)?, prefix), m.dtype(), m.device())?;
+            Tensor::cat(&[&ones, m], 1).map(Some)
+        }
+        m => Ok(m.cloned()),
+    }
+}
+
+/// One token of each row: `x` [B, T, D] → [B, 1, D]; the first token where `pool` is empty.
+pub(super) fn pick(x: &Tensor, pool: &[u32]) -> TensorResult<Tensor> {
+    let (batch, len, dim) = x.dims3()?;
+    let rows: Vec<u32> = (0..batch)
+        .map(|b| (b * len) as u32 + pool.get(b).copied().unwrap_or(0))
+        .collect();
+    let rows = Tensor::from_vec(rows, batch, x.device())?;
+    ops::embedding(&x.reshape((batch * len, dim))?, &rows)?.reshape((batch, 1, dim))
+}
+
+/// [B, T] u8: 1 up to and including each row's pooled token.
+fn causal_rows(pool: &[u32], batch: usize, len: usize, device: &candle_core::Device) -> TensorResult<Tensor> {
+    let visible: Vec<u8> = (0..batch)
+        .flat_map(|b| {
+            let last = pool.get(b).copied().unwrap_or(0) as usize;
+            (0..len).map(move |t| u8::from(t <= last))
+        })
+        .collect();
+    Tensor::from_vec(visible, (batch, len), device)
+}

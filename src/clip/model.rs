@@ -1,0 +1,197 @@
+//! Both towers and what joins them.
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Device, Result as TensorResult, Tensor};
+use peft_adapters::{Patches, Sites, Tower, WeightId, rng};
+
+use super::block::Tensors;
+use super::config::ClipConfig;
+use super::text::{TextBatch, TextTower};
+use super::vision::VisionTower;
+use crate::error::Result;
+
+/// A CLIP model: immutable, shared by any number of adapters.
+#[derive(Debug)]
+pub struct Clip {
+    config: ClipConfig,
+    vision: VisionTower,
+    text: TextTower,
+    logit_scale: (WeightId, Tensor),
+    sites: Sites,
+    device: Device,
+    dtype: DType,
+}
+
+impl Clip {
+    /// Builds the towers from a complete set of tensors under HF names, cast to `dtype` on `device`.
+    ///
+    /// # Errors
+    /// When a tensor is missing or misshapen.
+    pub fn new(config: &ClipConfig, tensors: HashMap<String, Tensor>, dtype: DType, device: &Device) -> Result<Self> {
+        let cast = tensors
+            .into_iter()
+            .map(|(name, t)| Ok((name, t.to_device(device)?.to_dtype(dtype)?.contiguous()?)))
+            .collect::<TensorResult<HashMap<_, _>>>()?;
+        let mut tensors = Tensors::new(cast);
+        let mut sites = Sites::new();
+        let vision = VisionTower::new(config, &mut tensors, &mut sites)?;
+        let text = TextTower::new(config, &mut tensors, &mut sites)?;
+        let scale = tensors.take("logit_scale")?.flatten_all()?.squeeze(0)?;
+        let logit_scale = (sites.add_weight("logit_scale", Tower::Shared, None, scale.clone()), scale);
+        Ok(Self {
+            config: config.clone(),
+            vision,
+            text,
+            logit_scale,
+            sites,
+            device: device.clone(),
+            dtype,
+        })
+    }
+
+    /// The configuration.
+    #[must_use]
+    pub fn config(&self) -> &ClipConfig {
+        &self.config
+    }
+
+    /// Where the model can be patched.
+    #[must_use]
+    pub fn sites(&self) -> &Sites {
+        &self.sites
+    }
+
+    /// The image encoder.
+    #[must_use]
+    pub fn vision(&self) -> &VisionTower {
+        &self.vision
+    }
+
+    /// The text encoder.
+    #[must_use]
+    pub fn text(&self) -> &TextTower {
+        &self.text
+    }
+
+    /// Where the model lives.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// What the model computes in.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Projected image features, not normalised.
+    ///
+    /// # Shapes
+    /// `pixels` [B, 3, H, W] → [B, P]
+    ///
+    /// # Errors
+    /// When the image size is not the model's.
+    pub fn image_features(&self, pixels: &Tensor, patches: &Patches) -> TensorResult<Tensor> {
+        let pixels = pixels.to_device(&self.device)?.to_dtype(self.dtype)?;
+        self.vision.forward(&pixels, None, patches)
+    }
+
+    /// Projected text features, not normalised.
+    ///
+    /// # Shapes
+    /// [N, T] ids → [N, P]
+    ///
+    /// # Errors
+    /// When there are more tokens than positions.
+    pub fn text_features(&self, texts: &TextBatch, patches: &Patches) -> TensorResult<Tensor> {
+        self.text.forward(texts, patches)
+    }
+
+    /// exp of the learnt logit scale, a scalar f32.
+    ///
+    /// # Errors
+    /// When a patch fails.
+    pub fn logit_scale(&self, patches: &Patches) -> TensorResult<Tensor> {
+        patches.weight(self.logit_scale.0, &self.logit_scale.1)?.to_dtype(DType::F32)?.exp()
+    }
+
+    /// Scaled cosine similarities of unnormalised features, f32.
+    ///
+    /// # Shapes
+    /// `images` [B, P], `texts` [N, P] → [B, N]
+    ///
+    /// # Errors
+    /// When widths differ.
+    pub fn logits(&self, images: &Tensor, texts: &Tensor, patches: &Patches) -> TensorResult<Tensor> {
+        let (images, texts) = (unit_rows(images)?, unit_rows(texts)?);
+        images.matmul(&texts.t()?)?.broadcast_mul(&self.logit_scale(patches)?)
+    }
+}
+
+/// Rows divided by their Euclidean norm, in f32 (f64 stays). Zero rows stay zero.
+///
+/// # Shapes
+/// [..., D] → [..., D]
+///
+/// # Errors
+/// When the tensor has no dimension.
+pub fn unit_rows(x: &Tensor) -> TensorResult<Tensor> {
+    let x = if x.dtype() == DType::F64 { x.clone() } else { x.to_dtype(DType::F32)? };
+    let norm = (x.sqr()?.sum_keepdim(candle_core::D::Minus1)? + 1e-24)?.sqrt()?;
+    x.broadcast_div(&norm)
+}
+
+/// Random weights as transformers' `CLIPPreTrainedModel._init_weights` draws them.
+///
+/// # Errors
+/// When a tensor cannot be made.
+pub fn random_weights(config: &ClipConfig, seed: u64, device: &Device) -> Result<HashMap<String, Tensor>> {
+    let mut tensors = HashMap::new();
+    for (name, shape) in config.tensors() {
+        let tensor = match start(&name, config) {
+            Start::Zeros => Tensor::zeros(shape, DType::F32, device)?,
+            Start::Constant(c) => Tensor::full(c as f32, shape, device)?,
+            Start::Normal(std) => {
+                let mut rng = rng::rng(seed, &[rng::name_key(&name)]);
+                rng::normal(&mut rng, std, shape, DType::F32, device)?
+            }
+        };
+        tensors.insert(name, tensor);
+    }
+    Ok(tensors)
+}
+
+enum Start {
+    Zeros,
+    Constant(f64),
+    Normal(f64),
+}
+
+fn start(name: &str, config: &ClipConfig) -> Start {
+    if name == "logit_scale" {
+        return Start::Constant(config.logit_scale_init_value);
+    }
+    if name.contains("norm") {
+        return if name.ends_with("weight") { Start::Constant(1.0) } else { Start::Zeros };
+    }
+    if name.ends_with(".bias") {
+        return Start::Zeros;
+    }
+    let vision = name.starts_with("vis");
+    let (hidden, depth) = if vision {
+        (config.vision.hidden_size, config.vision.num_hidden_layers)
+    } else {
+        (config.text.hidden_size, config.text.num_hidden_layers)
+    };
+    let width = (hidden as f64).powf(-0.5);
+    let residual = width * (2.0 * depth as f64).powf(-0.5);
+    Start::Normal(match name.rsplit('.').nth(1).unwrap_or(name) {
+        "q_proj" | "k_proj" | "v_proj" | "fc2" => residual,
+        "out_proj" | "visual_projection" | "text_projection" => width,
+        "fc1" => (2.0 * hidden as f64).powf(-0.5),
+        _ if name.ends_with("class_embedding") => width,
+        _ => 0.02,
+    })
+}

@@ -1,0 +1,183 @@
+//! The text encoder: causal, pooled at the end-of-text token.
+
+use candle_core::{DType, Device, Result as TensorResult, Tensor};
+use peft_adapters::layers::{Embedding, LayerNorm, Linear};
+use peft_adapters::{Patches, Sequence, Site, SiteId, SiteKind, Sites, Tower};
+
+use super::block::{Block, BlockShape, Pass, Tensors, pick};
+use super::config::{ClipConfig, TextConfig};
+use crate::error::Result;
+
+/// Token ids of several texts, padded to one length, and where each is pooled.
+#[derive(Debug, Clone)]
+pub struct TextBatch {
+    /// [N, T] u32.
+    pub ids: Tensor,
+    /// [N, T] u8, 1 for tokens, 0 for padding; `None` where padding cannot be seen anyway
+    /// (it comes after the pooled token and attention is causal).
+    pub mask: Option<Tensor>,
+    /// The pooled position of each row.
+    pub pool: Vec<u32>,
+}
+
+impl TextBatch {
+    /// Pads to the longest text (`to` = `None`) or to `to` tokens.
+    ///
+    /// Padding after the pooled token never changes a result, so no mask is made.
+    ///
+    /// # Errors
+    /// When the tensor cannot be made.
+    pub fn new(ids: &[Vec<u32>], to: Option<usize>, config: &TextConfig, device: &Device) -> TensorResult<Self> {
+        let longest = ids.iter().map(Vec::len).max().unwrap_or(0);
+        let len = to.unwrap_or(longest).max(longest).max(1);
+        let pool = ids.iter().map(|row| pooled_position(row, config)).collect();
+        let flat: Vec<u32> = ids
+            .iter()
+            .flat_map(|row| row.iter().copied().chain(std::iter::repeat(config.pad_token_id)).take(len))
+            .collect();
+        Ok(Self {
+            ids: Tensor::from_vec(flat, (ids.len(), len), device)?,
+            mask: None,
+            pool,
+        })
+    }
+
+    /// Rows with an attention mask of the caller's, [N, T] with 1 for tokens.
+    ///
+    /// # Errors
+    /// When the shapes differ.
+    pub fn with_mask(mut self, mask: &Tensor) -> TensorResult<Self> {
+        if mask.dims() != self.ids.dims() {
+            candle_core::bail!("attention mask {:?} does not fit ids {:?}", mask.dims(), self.ids.dims());
+        }
+        self.mask = Some(mask.to_dtype(DType::U8)?);
+        Ok(self)
+    }
+
+    /// Rows `from..from + count`.
+    ///
+    /// # Errors
+    /// When the range is outside.
+    pub fn narrow(&self, from: usize, count: usize) -> TensorResult<Self> {
+        Ok(Self {
+            ids: self.ids.narrow(0, from, count)?,
+            mask: self.mask.as_ref().map(|m| m.narrow(0, from, count)).transpose()?,
+            pool: self.pool[from..from + count].to_vec(),
+        })
+    }
+}
+
+/// transformers' rule: with the legacy `eos_token_id` of 2 the highest id is the end of text,
+/// otherwise the first `eos_token_id` is.
+fn pooled_position(ids: &[u32], config: &TextConfig) -> u32 {
+    let position = if config.eos_token_id == 2 {
+        let highest = ids.iter().max();
+        ids.iter().position(|id| Some(id) == highest)
+    } else {
+        ids.iter().position(|&id| id == config.eos_token_id)
+    };
+    position.unwrap_or(0) as u32
+}
+
+/// The text encoder.
+#[derive(Debug)]
+pub struct TextTower {
+    token: Embedding,
+    position: Embedding,
+    blocks: Vec<Block>,
+    final_norm: LayerNorm,
+    projection: Linear,
+    features: SiteId,
+}
+
+impl TextTower {
+    /// Takes the tensors and registers the sites.
+    ///
+    /// # Errors
+    /// When a tensor is missing or misshapen.
+    pub fn new(config: &ClipConfig, tensors: &mut Tensors, sites: &mut Sites) -> Result<Self> {
+        let text = &config.text;
+        let tower = Tower::Text;
+        let mut embedding = |sites: &mut Sites, path: &str| -> Result<Embedding> {
+            Ok(sites.embedding(path, tower, tensors.take(&format!("{path}.weight"))?))
+        };
+        let token = embedding(sites, "text_model.embeddings.token_embedding")?;
+        let position = embedding(sites, "text_model.embeddings.position_embedding")?;
+        let shape = BlockShape {
+            tower,
+            dim: text.hidden_size,
+            heads: text.num_attention_heads,
+            eps: text.layer_norm_eps,
+            act: text.hidden_act,
+            causal: true,
+        };
+        let blocks = (0..text.num_hidden_layers)
+            .map(|i| Block::new(&format!("text_model.encoder.layers.{i}"), i, shape, tensors, sites))
+            .collect::<Result<_>>()?;
+        let pair = tensors.pair("text_model.final_layer_norm")?;
+        let final_norm = sites.layer_norm("text_model.final_layer_norm", tower, None, pair, text.layer_norm_eps);
+        let weight = tensors.take("text_projection.weight")?;
+        let projection = sites
+            .linear("text_projection", tower, None, weight, None)
+            .map_err(super::method_error)?;
+        let features = sites.add(Site {
+            path: "text_model".into(),
+            tower,
+            layer: None,
+            kind: SiteKind::Features { dim: config.projection_dim },
+        });
+        Ok(Self { token, position, blocks, final_norm, projection, features })
+    }
+
+    /// Projected text features, not normalised.
+    ///
+    /// # Shapes
+    /// [N, T] ids → [N, P]
+    ///
+    /// # Errors
+    /// When there are more tokens than positions.
+    pub fn forward(&self, batch: &TextBatch, patches: &Patches) -> TensorResult<Tensor> {
+        let mut sequence = self.embed(batch, patches)?;
+        let pass = Pass { patches, key_mask: batch.mask.as_ref() };
+        let pooled = match self.blocks.split_last() {
+            Some((last, others)) => {
+                for block in others {
+                    sequence = block.forward(sequence, &pass)?;
+                }
+                last.forward_pooled(sequence, &pass)?
+            }
+            None => pick(&sequence.x, &sequence.pool)?,
+        };
+        // The norm works on each token alone, so pooling first gives the same.
+        let pooled = self.final_norm.forward(&pooled.squeeze(1)?, patches)?;
+        let features = self.projection.forward(&pooled, patches)?;
+        patches.features(self.features, features)
+    }
+
+    /// The last hidden state of every token after the final norm (HF's `last_hidden_state`).
+    ///
+    /// # Shapes
+    /// [N, T] ids → [N, T, D]
+    ///
+    /// # Errors
+    /// When there are more tokens than positions.
+    pub fn tokens(&self, batch: &TextBatch, patches: &Patches) -> TensorResult<Tensor> {
+        let mut sequence = self.embed(batch, patches)?;
+        let pass = Pass { patches, key_mask: batch.mask.as_ref() };
+        for block in &self.blocks {
+            sequence = block.forward(sequence, &pass)?;
+        }
+        self.final_norm.forward(&sequence.x, patches)
+    }
+
+    fn embed(&self, batch: &TextBatch, patches: &Patches) -> TensorResult<Sequence> {
+        let len = batch.ids.dim(1)?;
+        let table = self.position.table(patches)?;
+        if len > table.dim(0)? {
+            candle_core::bail!("texts have {len} tokens, the model has {} positions", table.dim(0)?);
+        }
+        let x = self.token.forward(&batch.ids, patches)?;
+        let x = x.broadcast_add(&table.narrow(0, 0, len)?)?;
+        Ok(Sequence { x, pool: batch.pool.clone() })
+    }
+}

@@ -1,0 +1,163 @@
+//! The image encoder: a ViT pooled at its class token.
+
+use candle_core::{Result as TensorResult, Tensor};
+use peft_adapters::layers::{Embedding, LayerNorm, Linear};
+use peft_adapters::{Patches, Sequence, Site, SiteId, SiteKind, Sites, Tower, WeightId, ops};
+
+use super::block::{Block, BlockShape, Pass, Tensors, pick};
+use super::config::{ClipConfig, VisionConfig};
+use crate::error::Result;
+
+/// The image encoder.
+#[derive(Debug)]
+pub struct VisionTower {
+    config: VisionConfig,
+    class: (WeightId, Tensor),
+    patch: (WeightId, Tensor),
+    position: Embedding,
+    pre_norm: LayerNorm,
+    blocks: Vec<Block>,
+    post_norm: LayerNorm,
+    projection: Linear,
+    features: SiteId,
+}
+
+impl VisionTower {
+    /// Takes the tensors and registers the sites.
+    ///
+    /// # Errors
+    /// When a tensor is missing or misshapen.
+    pub fn new(config: &ClipConfig, tensors: &mut Tensors, sites: &mut Sites) -> Result<Self> {
+        let vision = &config.vision;
+        let tower = Tower::Vision;
+        let mut weight = |sites: &mut Sites, name: &str| -> Result<(WeightId, Tensor)> {
+            let t = tensors.take(name)?;
+            Ok((sites.add_weight(name, tower, None, t.clone()), t))
+        };
+        let class = weight(sites, "vision_model.embeddings.class_embedding")?;
+        let patch = weight(sites, "vision_model.embeddings.patch_embedding.weight")?;
+        let table = tensors.take("vision_model.embeddings.position_embedding.weight")?;
+        let position = sites.embedding("vision_model.embeddings.position_embedding", tower, table);
+        let mut norm = |sites: &mut Sites, tensors: &mut Tensors, path: &str| -> Result<LayerNorm> {
+            Ok(sites.layer_norm(path, tower, None, tensors.pair(path)?, vision.layer_norm_eps))
+        };
+        let pre_norm = norm(sites, tensors, "vision_model.pre_layrnorm")?;
+        let shape = BlockShape {
+            tower,
+            dim: vision.hidden_size,
+            heads: vision.num_attention_heads,
+            eps: vision.layer_norm_eps,
+            act: vision.hidden_act,
+            causal: false,
+        };
+        let blocks = (0..vision.num_hidden_layers)
+            .map(|i| Block::new(&format!("vision_model.encoder.layers.{i}"), i, shape, tensors, sites))
+            .collect::<Result<_>>()?;
+        let post_norm = norm(sites, tensors, "vision_model.post_layernorm")?;
+        let weight = tensors.take("visual_projection.weight")?;
+        let projection = sites
+            .linear("visual_projection", tower, None, weight, None)
+            .map_err(super::method_error)?;
+        let features = sites.add(Site {
+            path: "vision_model".into(),
+            tower,
+            layer: None,
+            kind: SiteKind::Features { dim: config.projection_dim },
+        });
+        Ok(Self { config: vision.clone(), class, patch, position, pre_norm, blocks, post_norm, projection, features })
+    }
+
+    /// The number of patches of an image.
+    #[must_use]
+    pub fn patch_count(&self) -> usize {
+        let side = self.config.image_size / self.config.patch_size;
+        side * side
+    }
+
+    /// Projected image features, not normalised.
+    ///
+    /// `keep` [B, K] u32 names the patches that stay (patch dropout, Li et al. 2023); all when `None`.
+    ///
+    /// # Shapes
+    /// `pixels` [B, 3, H, W] → [B, P]
+    ///
+    /// # Errors
+    /// When the image size is not the model's.
+    pub fn forward(&self, pixels: &Tensor, keep: Option<&Tensor>, patches: &Patches) -> TensorResult<Tensor> {
+        let mut sequence = self.embed(pixels, keep, patches)?;
+        let pass = Pass { patches, key_mask: None };
+        let pooled = match self.blocks.split_last() {
+            Some((last, others)) => {
+                for block in others {
+                    sequence = block.forward(sequence, &pass)?;
+                }
+                last.forward_pooled(sequence, &pass)?
+            }
+            None => pick(&sequence.x, &sequence.pool)?,
+        };
+        let pooled = self.post_norm.forward(&pooled.squeeze(1)?, patches)?;
+        let features = self.projection.forward(&pooled, patches)?;
+        patches.features(self.features, features)
+    }
+
+    /// The last hidden state of every token (HF's `last_hidden_state`), before the final norm.
+    ///
+    /// # Shapes
+    /// `pixels` [B, 3, H, W] → [B, 1 + patches, D]
+    ///
+    /// # Errors
+    /// When the image size is not the model's.
+    pub fn tokens(&self, pixels: &Tensor, patches: &Patches) -> TensorResult<Tensor> {
+        let mut sequence = self.embed(pixels, None, patches)?;
+        let pass = Pass { patches, key_mask: None };
+        for block in &self.blocks {
+            sequence = block.forward(sequence, &pass)?;
+        }
+        Ok(sequence.x)
+    }
+
+    /// Class token and patches with positions, normed.
+    fn embed(&self, pixels: &Tensor, keep: Option<&Tensor>, patches: &Patches) -> TensorResult<Sequence> {
+        let kernel = patches.weight(self.patch.0, &self.patch.1)?;
+        let dim = kernel.dim(0)?;
+        let mut cells = self.unfold(pixels)?;
+        let (batch, count, width) = cells.dims3()?;
+        let table = self.position.table(patches)?;
+        let positions = match keep {
+            None => table.narrow(0, 1, count)?.unsqueeze(0)?,
+            Some(keep) => {
+                let offsets = Tensor::arange(0u32, batch as u32, pixels.device())?
+                    .affine(count as f64, 0.0)?
+                    .unsqueeze(1)?;
+                let rows = keep.broadcast_add(&offsets)?;
+                cells = ops::embedding(&cells.reshape((batch * count, width))?, &rows)?;
+                ops::embedding(&table, &(keep + 1.0)?)?
+            }
+        };
+        // The convolution of stride P is a product over unfolded patches.
+        let x = ops::linear(&cells, &kernel.reshape((dim, width))?, None)?;
+        let x = x.broadcast_add(&positions)?;
+        let class = patches.weight(self.class.0, &self.class.1)?;
+        let first = (class + table.narrow(0, 0, 1)?.squeeze(0)?)?;
+        let first = first.reshape((1, 1, dim))?.broadcast_as((batch, 1, dim))?;
+        let x = Tensor::cat(&[&first, &x], 1)?;
+        let x = self.pre_norm.forward(&x, patches)?;
+        Ok(Sequence { x, pool: Vec::new() })
+    }
+
+    /// [B, 3, H, W] → [B, patches, 3·P·P], in the order of the convolution's kernel.
+    fn unfold(&self, pixels: &Tensor) -> TensorResult<Tensor> {
+        let (batch, channels, height, width) = pixels.dims4()?;
+        let (side, p) = (self.config.image_size, self.config.patch_size);
+        if (height, width) != (side, side) {
+            candle_core::bail!("images have {height}×{width} pixels, the model takes {side}×{side}");
+        }
+        let n = side / p;
+        pixels
+            .narrow(2, 0, n * p)?
+            .narrow(3, 0, n * p)?
+            .reshape((batch, channels, n, p, n, p))?
+            .permute((0, 2, 4, 1, 3, 5))?
+            .reshape((batch, n * n, channels * p * p))
+    }
+}
