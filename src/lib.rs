@@ -1,5 +1,10 @@
 //! Parameter-efficient fine-tuning of CLIP.
 
+pub mod clip;
+pub mod data;
+pub mod delta;
 pub mod error;
+pub mod files;
+pub mod optim;
 
 pub use error::{Error, Result};

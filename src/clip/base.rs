@@ -1,0 +1,1 @@
+//! A base model with all that belongs to it.

@@ -1,0 +1,25 @@
+//! CLIP: configuration, weights, towers, tokeniser, preprocessing.
+
+pub mod base;
+pub mod block;
+pub mod config;
+pub mod decode;
+pub mod model;
+pub mod preprocess;
+pub mod source;
+pub mod text;
+pub mod tokenizer;
+pub mod vision;
+pub mod weights;
+
+pub use block::Tensors;
+pub use config::{ClipConfig, TextConfig, VisionConfig};
+pub use model::Clip;
+pub use text::TextBatch;
+
+pub(crate) fn method_error(error: peft_adapters::Error) -> crate::Error {
+    match error {
+        peft_adapters::Error::Tensor(e) => crate::Error::Tensor(e),
+        e => crate::Error::input("method", e),
+    }
+}

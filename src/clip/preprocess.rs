@@ -1,0 +1,1 @@
+//! preprocessor_config.json.

@@ -1,0 +1,1 @@
+//! Sources of labelled images, splits, augmentation and the loader.
