@@ -1,0 +1,139 @@
+//! Differentiable operations of a transformer, each with a portable composition.
+//!
+//! On CPU in f32 and f64 the fused versions run; everywhere else, and where
+//! [`set_portable`] says so, the compositions of [`portable`](mod@portable) do.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use candle_core::{Result, Tensor};
+use serde::{Deserialize, Serialize};
+
+pub mod portable;
+
+static PORTABLE: AtomicBool = AtomicBool::new(false);
+
+/// Forces the portable compositions everywhere, for comparison in tests.
+pub fn set_portable(on: bool) {
+    PORTABLE.store(on, Ordering::SeqCst);
+}
+
+/// Whether the portable compositions are forced.
+#[must_use]
+pub fn portable() -> bool {
+    PORTABLE.load(Ordering::SeqCst)
+}
+
+/// An elementwise non-linearity.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// `x · σ(1.702 x)`, OpenAI's CLIP.
+    QuickGelu,
+    /// `x · Φ(x)` with the error function.
+    Gelu,
+    /// The tanh approximation of [`Activation::Gelu`].
+    GeluTanh,
+    /// `max(x, 0)`.
+    Relu,
+    /// `x · σ(x)`.
+    Silu,
+    /// `tanh(x)`.
+    Tanh,
+    /// `x`.
+    Identity,
+}
+
+/// The low-rank part of a [`lora_linear`].
+#[derive(Debug, Clone, Copy)]
+pub struct LowRank<'a> {
+    /// `[r, in]`.
+    pub a: &'a Tensor,
+    /// `[out, r]`.
+    pub b: &'a Tensor,
+    /// α/r or α/√r.
+    pub scale: f64,
+    /// A mask over the input, already divided by the keep probability.
+    pub dropout: Option<&'a Tensor>,
+}
+
+/// What [`attention`] needs to know besides its operands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttentionShape {
+    /// Number of heads; divides the width.
+    pub heads: usize,
+    /// Whether query `i` sees keys up to `i` only (prefix keys not counted).
+    pub causal: bool,
+    /// How many leading keys every query sees.
+    pub prefix: usize,
+}
+
+/// `x Wᵀ + b`.
+///
+/// # Shapes
+/// `x` [..., in], `w` [out, in], `b` [out] → [..., out]
+///
+/// # Errors
+/// When shapes do not fit.
+pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
+    portable::linear(x, w, b)
+}
+
+/// `x Wᵀ + b + s (x ∘ dropout) Aᵀ Bᵀ`, Hu et al. 2021, eq. 3.
+///
+/// # Shapes
+/// `x` [..., in], `w` [out, in], `bias` [out] → [..., out]
+///
+/// # Errors
+/// When shapes do not fit.
+pub fn lora_linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, lora: &LowRank<'_>) -> Result<Tensor> {
+    portable::lora_linear(x, w, bias, lora)
+}
+
+/// Layer norm over the last dimension, biased variance.
+///
+/// # Shapes
+/// `x` [..., D], `w` and `b` [D] → [..., D]
+///
+/// # Errors
+/// When shapes do not fit.
+pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
+    portable::layer_norm(x, w, b, eps)
+}
+
+/// Multi-head scaled dot-product attention.
+///
+/// A query that sees no key gives zeros.
+///
+/// # Shapes
+/// `q` [B, Tq, D], `k` and `v` [B, Tk, D], `key_mask` [B, Tk] u8 with 1 for visible → [B, Tq, D]
+///
+/// # Errors
+/// When shapes do not fit.
+pub fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    shape: &AttentionShape,
+    key_mask: Option<&Tensor>,
+) -> Result<Tensor> {
+    portable::attention(q, k, v, shape, key_mask)
+}
+
+/// The non-linearity, elementwise.
+///
+/// # Errors
+/// When the dtype is no float.
+pub fn activation(x: &Tensor, act: Activation) -> Result<Tensor> {
+    portable::activation(x, act)
+}
+
+/// Rows of a table.
+///
+/// # Shapes
+/// `table` [N, D], `ids` u32 [...] → [..., D]
+///
+/// # Errors
+/// When an id is outside the table.
+pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    portable::embedding(table, ids)
+}
