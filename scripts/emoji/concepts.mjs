@@ -43,11 +43,16 @@ function datasource() {
   const keywords = new Map(Object.entries(pkg("emojilib/dist/emoji-en-US.json"))
     .map(([emoji, list]) => [code([...emoji].map((c) => c.codePointAt(0).toString(16)).join("-")), list.map(words)]));
   const table = new Map();
+  const taken = new Set();
   for (const e of pkg("emoji-datasource/emoji.json")) {
     if (e.category === "Component") continue;
     const c = code(e.unified);
-    const [name = words(e.name ?? e.short_name), ...rest] = keywords.get(c) ?? [];
-    const aliases = [...new Set([words(e.name ?? ""), ...e.short_names.map(words)])].filter((a) => a && a !== name && a.length > 2);
+    const [known = words(e.name ?? e.short_name), ...rest] = keywords.get(c) ?? [];
+    const others = [...new Set([words(e.name ?? ""), ...e.short_names.map(words)])].filter((a) => a.length > 2);
+    // emojilib calls two persons as it calls their male forms.
+    const name = taken.has(known) ? others.find((a) => !taken.has(a)) ?? known : known;
+    taken.add(name);
+    const aliases = others.filter((a) => a !== name);
     table.set(c, {
       code: c, name, aliases, subcategory: e.subcategory, category: words(e.category),
       keywords: [...new Set(rest)].filter((k) => k.length > 1 && k.split(" ").length < 4 && !name.split(" ").includes(k)),
