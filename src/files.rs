@@ -1,1 +1,160 @@
-//! Atomic writes.
+//! Atomic writes: what is on disk is the previous state or the next, never a mixture.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+
+/// Writes `bytes` under a temporary name in the same directory, syncs and renames.
+///
+/// # Errors
+/// When the directory cannot be made or written.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    let parent = parent(path);
+    fs::create_dir_all(&parent).map_err(|e| Error::write(&parent, e))?;
+    let mut file = tempfile::Builder::new()
+        .prefix(".tmp-")
+        .tempfile_in(&parent)
+        .map_err(|e| Error::write(path, e))?;
+    file.write_all(bytes).map_err(|e| Error::write(path, e))?;
+    file.as_file().sync_all().map_err(|e| Error::write(path, e))?;
+    readable(file.path());
+    file.persist(path).map_err(|e| Error::write(path, e.error))?;
+    sync_dir(&parent);
+    Ok(())
+}
+
+/// Temporary files are private; what is published has the usual rights.
+fn readable(path: &Path) {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        let mode = if path.is_dir() { 0o755 } else { 0o644 };
+        let _ = fs::set_permissions(path, fs::Permissions::from_mode(mode));
+    }
+    #[cfg(not(unix))]
+    let _ = path;
+}
+
+/// Writes pretty JSON with a final newline.
+///
+/// # Errors
+/// As [`write_atomic`].
+pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let mut text = serde_json::to_string_pretty(value).map_err(|e| Error::fault(path.display(), e))?;
+    text.push('\n');
+    write_atomic(path, text.as_bytes())
+}
+
+/// Fills a temporary sibling of `target` and renames it into place.
+///
+/// An existing directory is moved aside first and removed at the end; a kill in between leaves it
+/// under `.old-<name>`, from where [`recover_dir`] brings it back.
+///
+/// # Errors
+/// What `fill` returns, or when the file system refuses; the target is then as it was.
+pub fn replace_dir(target: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let parent = parent(target);
+    fs::create_dir_all(&parent).map_err(|e| Error::write(&parent, e))?;
+    recover_dir(target)?;
+    let fresh = tempfile::Builder::new()
+        .prefix(".tmp-")
+        .tempdir_in(&parent)
+        .map_err(|e| Error::write(target, e))?;
+    fill(fresh.path())?;
+    sync_tree(fresh.path());
+    readable(fresh.path());
+    let old = aside(target);
+    let had_old = target.exists();
+    if had_old {
+        fs::rename(target, &old).map_err(|e| Error::write(target, e))?;
+    }
+    let fresh = fresh.keep();
+    if let Err(e) = fs::rename(&fresh, target) {
+        if had_old {
+            let _ = fs::rename(&old, target);
+        }
+        let _ = fs::remove_dir_all(&fresh);
+        return Err(Error::write(target, e));
+    }
+    sync_dir(&parent);
+    if had_old {
+        fs::remove_dir_all(&old).map_err(|e| Error::write(&old, e))?;
+    }
+    Ok(())
+}
+
+/// Finishes a [`replace_dir`] that was killed: the moved-aside directory comes back where the new
+/// one did not arrive, and goes away where it did.
+///
+/// # Errors
+/// When the file system refuses.
+pub fn recover_dir(target: &Path) -> Result<()> {
+    let old = aside(target);
+    if !old.exists() {
+        return Ok(());
+    }
+    if target.exists() {
+        fs::remove_dir_all(&old).map_err(|e| Error::write(&old, e))
+    } else {
+        fs::rename(&old, target).map_err(|e| Error::write(target, e))
+    }
+}
+
+fn aside(target: &Path) -> PathBuf {
+    let name = target.file_name().map_or_else(|| "dir".into(), |n| n.to_string_lossy().into_owned());
+    target.with_file_name(format!(".old-{name}"))
+}
+
+fn parent(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(p) if !p.as_os_str().is_empty() => p.to_path_buf(),
+        _ => PathBuf::from("."),
+    }
+}
+
+/// Best effort: not every file system can sync a directory.
+fn sync_dir(path: &Path) {
+    if let Ok(dir) = File::open(path) {
+        let _ = dir.sync_all();
+    }
+}
+
+fn sync_tree(root: &Path) {
+    for entry in walkdir::WalkDir::new(root).into_iter().flatten() {
+        sync_dir(entry.path());
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_fill_leaves_the_old_directory() {
+        let tmp = tempfile::tempdir().unwrap();
+        let target = tmp.path().join("adapter");
+        replace_dir(&target, |d| write_atomic(&d.join("a"), b"1")).unwrap();
+        let failed = replace_dir(&target, |d| {
+            write_atomic(&d.join("a"), b"2")?;
+            Err(Error::fault("disk", "full"))
+        });
+        assert!(failed.is_err());
+        assert_eq!(fs::read(target.join("a")).unwrap(), b"1");
+        assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_kill_between_the_renames_is_recovered() {
+        let tmp = tempfile::tempdir().unwrap();
+        let target = tmp.path().join("adapter");
+        replace_dir(&target, |d| write_atomic(&d.join("a"), b"1")).unwrap();
+        fs::rename(&target, aside(&target)).unwrap();
+        recover_dir(&target).unwrap();
+        assert_eq!(fs::read(target.join("a")).unwrap(), b"1");
+    }
+}

@@ -1,5 +1,6 @@
 //! Parameter-efficient fine-tuning of CLIP.
 
+pub mod builtin;
 pub mod clip;
 pub mod data;
 pub mod delta;

@@ -1,0 +1,150 @@
+//! Reading a recipe: YAML text, `--set`, and errors that show the place and the nearest key.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::Recipe;
+use crate::error::{Error, Result};
+
+/// A recipe is a page of text; anything larger is a mistake.
+const MAX_BYTES: u64 = 1 << 20;
+
+impl Recipe {
+    /// Reads a recipe file, applies `sets` (`train.lr=1e-3`) and fills in what follows from the file's name.
+    ///
+    /// # Errors
+    /// With line, column, snippet and the nearest valid key where the file is wrong.
+    pub fn load(path: &Path, sets: &[String]) -> Result<Self> {
+        let size = std::fs::metadata(path).map_err(|e| Error::read(path, e))?.len();
+        if size > MAX_BYTES {
+            return Err(Error::input(path.display(), format!("has {size} bytes; a recipe has at most {MAX_BYTES}")));
+        }
+        let text = std::fs::read_to_string(path).map_err(|e| Error::read(path, e))?;
+        let name = path.file_stem().map_or("recipe".into(), |s| s.to_string_lossy().into_owned());
+        Self::parse(&path.display().to_string(), &text, &name, sets)
+    }
+
+    /// Reads a recipe from text; `place` stands in messages, `name` names the run directory.
+    ///
+    /// # Errors
+    /// As [`Recipe::load`].
+    pub fn parse(place: &str, text: &str, name: &str, sets: &[String]) -> Result<Self> {
+        let mut recipe = match (serde_saphyr::from_str::<Self>(text), sets.is_empty()) {
+            (Ok(recipe), true) => recipe,
+            (Err(e), true) => return Err(explain(place, &e)),
+            // A recipe may lack what `--set` gives, so only the outcome counts.
+            (whole, false) => apply(place, text, sets, whole.err())?,
+        };
+        recipe.name = name.to_string();
+        if recipe.output.is_none() {
+            recipe.output = Some(Path::new("runs").join(name));
+        }
+        recipe.validate(place)?;
+        Ok(recipe)
+    }
+
+    /// The recipe with every default written out.
+    ///
+    /// # Errors
+    /// When it cannot be written as YAML.
+    pub fn to_yaml(&self) -> Result<String> {
+        // By way of JSON, which leaves absent options out.
+        let mut value = serde_json::to_value(self).map_err(|e| Error::fault("recipe", e))?;
+        prune(&mut value);
+        serde_saphyr::to_string(&value).map_err(|e| Error::fault("recipe", e))
+    }
+}
+
+/// Drops nulls, which stand for "left out".
+fn prune(value: &mut Value) {
+    match value {
+        Value::Object(map) => {
+            map.retain(|_, v| !v.is_null());
+            map.values_mut().for_each(prune);
+        }
+        Value::Array(items) => items.iter_mut().for_each(prune),
+        _ => {}
+    }
+}
+
+fn apply(place: &str, text: &str, sets: &[String], unset: Option<serde_saphyr::Error>) -> Result<Recipe> {
+    let mut value: Value = serde_saphyr::from_str(text).map_err(|e| explain(place, &e))?;
+    for set in sets {
+        let (key, raw) = set.split_once('=').ok_or_else(|| {
+            Error::input("--set", format!("expected KEY=VALUE, found `{set}`")).hint("for example --set train.lr=1e-3")
+        })?;
+        let new: Value = serde_saphyr::from_str(raw).map_err(|e| explain(&format!("--set {key}"), &e))?;
+        assign(&mut value, key, new)?;
+    }
+    let resolved = serde_saphyr::to_string(&value).map_err(|e| Error::fault(place, e))?;
+    serde_saphyr::from_str(&resolved).map_err(|e| match unset {
+        // The file was wrong before: its own position is the better one.
+        Some(before) if message(&before) == message(&e) => explain(place, &before),
+        _ => explain(&format!("{place} with --set {}", sets.join(" --set ")), &e),
+    })
+}
+
+/// Sets `a.b.c` or `a.0.b`, making maps on the way.
+fn assign(root: &mut Value, key: &str, new: Value) -> Result<()> {
+    let mut at = root;
+    for part in key.split('.') {
+        if part.is_empty() {
+            return Err(Error::input("--set", format!("`{key}` is not a key such as train.lr")));
+        }
+        if let (Value::Array(items), Ok(index)) = (&mut *at, part.parse::<usize>()) {
+            let len = items.len();
+            at = items
+                .get_mut(index)
+                .ok_or_else(|| Error::input(format!("--set {key}"), format!("the list has {len} items, there is no {index}")))?;
+            continue;
+        }
+        if !at.is_object() {
+            *at = Value::Object(serde_json::Map::new());
+        }
+        let Value::Object(map) = at else { continue };
+        at = map.entry(part).or_insert(Value::Null);
+    }
+    *at = new;
+    Ok(())
+}
+
+fn message(error: &serde_saphyr::Error) -> String {
+    let text = error.without_snippet().to_string();
+    // The position follows on the same line.
+    text.rsplit_once(" at line ").map_or(text.clone(), |(head, _)| head.to_string())
+}
+
+/// serde's message with the file's name, the snippet and the nearest valid key.
+fn explain(place: &str, error: &serde_saphyr::Error) -> Error {
+    let position = error.location().map(|l| format!(":{}:{}", l.line(), l.column())).unwrap_or_default();
+    let snippet: Vec<String> = error.to_string().lines().skip(2).map(|l| format!("  {l}")).collect();
+    let message = message(error);
+    let mut text = message.clone();
+    if !snippet.is_empty() {
+        text = format!("{text}\n{}", snippet.join("\n"));
+    }
+    let error = Error::input(format!("{place}{position}"), text);
+    match nearest(&message) {
+        Some(hint) => error.hint(hint),
+        None => error,
+    }
+}
+
+/// "unknown field `epochz`, expected one of lr, epochs" → "did you mean `epochs`?".
+fn nearest(message: &str) -> Option<String> {
+    let (_, rest) = message.split_once("unknown ")?;
+    let found = rest.split('`').nth(1)?;
+    let (_, expected) = rest.split_once("expected ")?;
+    let known: Vec<&str> = expected
+        .trim_start_matches("one of ")
+        .split([',', '`'])
+        .map(str::trim)
+        .filter(|s| !s.is_empty() && *s != "or")
+        .collect();
+    let best = known
+        .iter()
+        .map(|k| (strsim::jaro_winkler(found, k), k))
+        .max_by(|a, b| a.0.total_cmp(&b.0))?;
+    (best.0 > 0.7).then(|| format!("did you mean `{}`?", best.1))
+}

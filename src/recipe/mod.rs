@@ -1,0 +1,122 @@
+//! The recipe: what the modules' own configurations compose to.
+
+use std::path::PathBuf;
+
+use peft_adapters::MethodConfig;
+use serde::{Deserialize, Serialize};
+
+use crate::data::DataConfig;
+use crate::error::{Error, Result};
+use crate::task::TaskConfig;
+use crate::train::TrainConfig;
+
+mod load;
+pub mod named;
+
+/// What `peft train` runs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// The base: `builtin:tiny`, a directory, or `{ init: { config: DIR } }` for random weights.
+    pub model: ModelConfig,
+    /// What is trained: `none`, one method, or a list of them in the order in which they apply.
+    #[serde(deserialize_with = "named::list", serialize_with = "write_methods")]
+    pub method: Vec<MethodConfig>,
+    /// Where examples come from.
+    pub data: DataConfig,
+    /// What is learnt.
+    #[serde(deserialize_with = "named::one")]
+    pub task: TaskConfig,
+    /// How it is learnt.
+    #[serde(default)]
+    pub train: TrainConfig,
+    /// How images are read.
+    #[serde(default)]
+    pub images: ImageConfig,
+    /// The run directory; `runs/<recipe name>` when left out.
+    #[serde(default)]
+    pub output: Option<PathBuf>,
+    /// The file's stem.
+    #[serde(skip)]
+    pub name: String,
+}
+
+/// The base model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum ModelConfig {
+    /// `builtin:tiny` or a directory.
+    Pretrained(String),
+    /// Random weights.
+    Scratch(Scratch),
+}
+
+/// `{ init: { config: DIR } }`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scratch {
+    /// What to initialise.
+    pub init: InitConfig,
+}
+
+/// Where the shape and the tokeniser of a new model come from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InitConfig {
+    /// A directory with config, tokeniser and preprocessing, or `builtin:tiny`.
+    pub config: String,
+}
+
+impl ModelConfig {
+    /// The base or configuration that is named.
+    #[must_use]
+    pub fn spec(&self) -> &str {
+        match self {
+            Self::Pretrained(spec) => spec,
+            Self::Scratch(s) => &s.init.config,
+        }
+    }
+}
+
+/// How images are read before the base's own preprocessing.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ImageConfig {
+    /// What becomes of transparency: `keep` drops the alpha channel as Pillow's `convert("RGB")` does,
+    /// `white` composites on white.
+    pub background: crate::clip::preprocess::Background,
+    /// Whether EXIF orientation is applied.
+    pub orient: bool,
+}
+
+impl Default for ImageConfig {
+    fn default() -> Self {
+        Self { background: crate::clip::preprocess::Background::Keep, orient: true }
+    }
+}
+
+/// One method is written as a map, none as `none`, several as a list.
+fn write_methods<S: serde::Serializer>(methods: &[MethodConfig], serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    match methods {
+        [] => serializer.serialize_str("none"),
+        [one] => one.serialize(serializer),
+        many => many.serialize(serializer),
+    }
+}
+
+impl Recipe {
+    /// Everything that can be checked without opening the model or the data.
+    fn validate(&self, place: &str) -> Result<()> {
+        self.train.validate(place)?;
+        self.task.validate(place)?;
+        if matches!(self.model, ModelConfig::Scratch(_)) && !self.method.iter().any(|m| m.name() == "full") {
+            return Err(Error::input(format!("{place}: model.init"), "random weights are of use only where they are trained")
+                .hint("add `method: full`, or name a pretrained base"));
+        }
+        if self.method.is_empty() && !self.task.has_own_weights() {
+            return Err(Error::input(format!("{place}: method"), "`none` trains nothing with this task")
+                .hint("choose a method, or `task: { classify: { head: linear } }` for a linear probe"));
+        }
+        Ok(())
+    }
+}
