@@ -4,8 +4,16 @@ pub mod builtin;
 pub mod clip;
 pub mod data;
 pub mod delta;
+pub mod device;
 pub mod error;
+pub mod estimate;
 pub mod files;
 pub mod optim;
+pub mod recipe;
+pub mod report;
+pub mod run;
+pub mod session;
+pub mod task;
+pub mod train;
 
 pub use error::{Error, Result};

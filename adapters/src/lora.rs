@@ -1,8 +1,9 @@
 //! LoRA: low-rank updates of linear layers, in HF PEFT's terms and file format.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
 use candle_core::{Result as TensorResult, Tensor};
+use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -36,11 +37,11 @@ pub struct LoraConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layers: Option<Layers>,
     /// Other ranks for some sites: a key matches a path's end (or is a regex for it), the first match wins.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub rank_pattern: BTreeMap<String, usize>,
+    #[serde(skip_serializing_if = "IndexMap::is_empty")]
+    pub rank_pattern: IndexMap<String, usize>,
     /// Other alphas for some sites.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub alpha_pattern: BTreeMap<String, f64>,
+    #[serde(skip_serializing_if = "IndexMap::is_empty")]
+    pub alpha_pattern: IndexMap<String, f64>,
     /// Scale by α/√r (Kalajdzievski 2023): keeps the update's size independent of the rank.
     pub rslora: bool,
     /// Modules whose own weights are trained and saved beside the update, such as `visual_projection`.
@@ -60,8 +61,8 @@ impl Default for LoraConfig {
             targets: Targets::names(&["q_proj", "k_proj", "v_proj"]),
             towers: Towers::Both,
             layers: None,
-            rank_pattern: BTreeMap::new(),
-            alpha_pattern: BTreeMap::new(),
+            rank_pattern: IndexMap::new(),
+            alpha_pattern: IndexMap::new(),
             rslora: false,
             modules_to_save: Vec::new(),
             exclude: None,
@@ -70,7 +71,7 @@ impl Default for LoraConfig {
 }
 
 /// HF PEFT's rule: the key, as a regex, matches the whole path or what follows a dot.
-fn pattern_value<T: Copy>(key: &str, patterns: &BTreeMap<String, T>, path: &str) -> Result<Option<T>> {
+fn pattern_value<T: Copy>(key: &str, patterns: &IndexMap<String, T>, path: &str) -> Result<Option<T>> {
     for (pattern, value) in patterns {
         if full_regex(key, &format!("(?:.*\\.)?(?:{pattern})"))?.is_match(path) {
             return Ok(Some(*value));
@@ -140,8 +141,8 @@ impl Method for Lora {
             },
             LoraConfig {
                 targets: Targets::names(&["q_proj", "fc1", "visual_projection", "text_projection"]),
-                rank_pattern: BTreeMap::from([("fc1".into(), 2)]),
-                alpha_pattern: BTreeMap::from([("layers.0.self_attn.q_proj".into(), 3.0)]),
+                rank_pattern: IndexMap::from([("fc1".into(), 2)]),
+                alpha_pattern: IndexMap::from([("layers.0.self_attn.q_proj".into(), 3.0)]),
                 ..base.clone()
             },
             LoraConfig { modules_to_save: vec!["visual_projection".into(), "post_layernorm".into()], ..base },

@@ -73,6 +73,8 @@ pub struct Params {
     dtype: DType,
     device: Device,
     items: Vec<Param>,
+    /// Set in a view of another set: declaring hands out what is there, without gradients.
+    view: bool,
 }
 
 impl Params {
@@ -90,6 +92,20 @@ impl Params {
             dtype,
             device: device.clone(),
             items: Vec::new(),
+            view: false,
+        }
+    }
+
+    /// The same parameters for evaluation: planning a method with it gives hooks that read the
+    /// current values and record no graph.
+    #[must_use]
+    pub fn view(&self) -> Self {
+        Self {
+            seed: self.seed,
+            dtype: self.dtype,
+            device: self.device.clone(),
+            items: self.items.clone(),
+            view: true,
         }
     }
 
@@ -100,6 +116,14 @@ impl Params {
     /// # Errors
     /// When the name is taken (two methods train the same tensor) or the value has another shape.
     pub fn declare(&mut self, spec: Spec) -> Result<Tensor> {
+        if self.view {
+            let found = self.items.iter().find(|p| p.name == spec.name && p.var.shape() == &spec.shape);
+            return match found {
+                // Detached tensors share the variable's storage and so follow its updates.
+                Some(p) => Ok(p.var.as_tensor().detach()),
+                None => Err(Error::config(spec.name, "is not among the planned parameters")),
+            };
+        }
         if self.items.iter().any(|p| p.name == spec.name) {
             return Err(Error::config(
                 spec.name,

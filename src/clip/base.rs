@@ -1,1 +1,96 @@
-//! A base model with all that belongs to it.
+//! A base model with all that belongs to it: towers, tokeniser, preprocessing, digest.
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::config::ClipConfig;
+use super::model::{Clip, random_weights};
+use super::preprocess::Preprocess;
+use super::source::Source;
+use super::tokenizer::Tokenizer;
+use super::weights;
+use crate::error::Result;
+
+/// Everything that is frozen.
+#[derive(Debug)]
+pub struct Base {
+    /// The towers.
+    pub clip: Clip,
+    /// Texts to ids.
+    pub tokenizer: Tokenizer,
+    /// Images to pixels.
+    pub preprocess: Preprocess,
+    /// Where the files are.
+    pub source: Source,
+    /// blake3 over names, dtypes, shapes and bytes of the weights.
+    pub digest: String,
+    /// What the files hold, whatever the model computes in.
+    pub file_dtype: DType,
+}
+
+/// Everything of a base but its weights.
+#[derive(Debug)]
+pub struct Parts {
+    /// Sizes.
+    pub config: ClipConfig,
+    /// Texts to ids.
+    pub tokenizer: Tokenizer,
+    /// Images to pixels.
+    pub preprocess: Preprocess,
+    /// Where the files are.
+    pub source: Source,
+}
+
+impl Parts {
+    /// Reads configuration, tokeniser and preprocessing.
+    ///
+    /// # Errors
+    /// When a file is missing or malformed, or they do not fit together.
+    pub fn load(spec: &str) -> Result<Self> {
+        let source = Source::resolve(spec)?;
+        let config = ClipConfig::from_json(&source.place("config.json"), &source.require("config.json")?)?;
+        let tokenizer = Tokenizer::load(&source, &config.text)?;
+        let place = source.place("preprocessor_config.json");
+        let preprocess = match source.read("preprocessor_config.json")? {
+            Some(bytes) => Preprocess::from_json(&place, &bytes)?,
+            None => Preprocess::for_size(config.vision.image_size),
+        };
+        preprocess.check(&place, config.vision.image_size)?;
+        Ok(Self { config, tokenizer, preprocess, source })
+    }
+
+    fn with(self, tensors: HashMap<String, Tensor>, digest: String, file_dtype: DType, dtype: DType, device: &Device) -> Result<Base> {
+        Ok(Base {
+            clip: Clip::new(&self.config, tensors, dtype, device)?,
+            tokenizer: self.tokenizer,
+            preprocess: self.preprocess,
+            source: self.source,
+            digest,
+            file_dtype,
+        })
+    }
+}
+
+impl Base {
+    /// Loads `builtin:tiny` or a directory to compute in `dtype` on `device`.
+    ///
+    /// # Errors
+    /// When a file is missing or malformed.
+    pub fn load(spec: &str, dtype: DType, device: &Device) -> Result<Self> {
+        let parts = Parts::load(spec)?;
+        let weights = weights::load(&parts.source, &parts.config)?;
+        parts.with(weights.tensors, weights.digest, weights.dtype, dtype, device)
+    }
+
+    /// Random weights in the shape of `spec`.
+    ///
+    /// # Errors
+    /// When a file is missing or malformed.
+    pub fn random(spec: &str, seed: u64, dtype: DType, device: &Device) -> Result<Self> {
+        let parts = Parts::load(spec)?;
+        let tensors = random_weights(&parts.config, seed, &Device::Cpu)?;
+        let digest = weights::digest(&tensors)?;
+        parts.with(tensors, digest, DType::F32, dtype, device)
+    }
+}

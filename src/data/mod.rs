@@ -1,1 +1,254 @@
-//! Sources of labelled images, splits, augmentation and the loader.
+//! Examples: where they come from, which split they are in, how they become batches.
+//!
+//! A source is one file with a [`Source`] implementation and one line in [`DataConfig::source`].
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+pub mod augment;
+mod builtin;
+mod folder;
+pub mod images;
+pub mod loader;
+mod split;
+mod table;
+
+pub use augment::AugmentConfig;
+pub use folder::FolderConfig;
+pub use images::Images;
+pub use loader::{Batch, Loader, Plan};
+pub use split::{Split, SplitConfig};
+pub use table::TableConfig;
+
+/// Where examples come from: exactly one source, and how it is divided.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataConfig {
+    /// Images in one directory a class.
+    #[serde(default)]
+    pub folder: Option<FolderConfig>,
+    /// A CSV, TSV or JSONL file, or a directory with `metadata.jsonl` or `metadata.csv`.
+    #[serde(default)]
+    pub table: Option<TableConfig>,
+    /// Data inside the binary: `emoji` or `emoji-flat`.
+    #[serde(default)]
+    pub builtin: Option<String>,
+    /// Fractions of a source that has no splits of its own.
+    #[serde(default)]
+    pub split: Option<SplitConfig>,
+    /// Training examples for each class, drawn by `train.seed`; all when left out.
+    #[serde(default)]
+    pub shots: Option<usize>,
+    /// Leave unreadable images out and count them; otherwise all of them are listed in one error.
+    #[serde(default)]
+    pub skip_bad: bool,
+}
+
+/// Where the bytes of an image are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ImageRef {
+    /// A file.
+    File(PathBuf),
+    /// Bytes inside the binary.
+    Embedded(&'static [u8]),
+}
+
+/// One example.
+#[derive(Debug, Clone)]
+pub struct Example {
+    /// Stable name, in messages and predictions: a path, or an identifier of the source.
+    pub id: String,
+    /// The image.
+    pub image: ImageRef,
+    /// Texts that belong to it.
+    pub texts: Vec<String>,
+    /// Index into the classes.
+    pub label: Option<u32>,
+    /// Examples of one group show the same thing: they share a split and are no negatives of one another.
+    pub group: Option<String>,
+}
+
+/// A labelled, divided set.
+#[derive(Debug, Clone)]
+pub struct Dataset {
+    /// Class names in label order.
+    pub classes: Vec<String>,
+    /// What is trained on.
+    pub train: Vec<Example>,
+    /// What chooses (epoch, learning rate).
+    pub val: Vec<Example>,
+    /// What is reported.
+    pub test: Vec<Example>,
+    /// What a user should know: classes with fewer shots than asked, a split that was made.
+    pub notes: Vec<String>,
+    /// How many unreadable images were left out.
+    pub skipped: usize,
+}
+
+/// An example as a source gives it.
+#[derive(Debug, Clone)]
+pub(crate) struct RawExample {
+    pub(crate) id: String,
+    pub(crate) image: ImageRef,
+    pub(crate) texts: Vec<String>,
+    pub(crate) label: Option<String>,
+    pub(crate) group: Option<String>,
+    pub(crate) split: Option<Split>,
+}
+
+/// What a source gives.
+#[derive(Debug, Default)]
+pub(crate) struct Raw {
+    /// Class names in order, where the source fixes them.
+    pub(crate) classes: Option<Vec<String>>,
+    pub(crate) examples: Vec<RawExample>,
+}
+
+/// A place where examples come from.
+pub(crate) trait Source {
+    /// What it is called in messages.
+    fn place(&self) -> String;
+    /// Lists the examples; images are not opened.
+    fn read(&self) -> Result<Raw>;
+}
+
+impl DataConfig {
+    fn source(&self) -> Result<Box<dyn Source>> {
+        let sources: [Option<Box<dyn Source>>; 3] = [
+            self.folder.clone().map(|c| Box::new(c) as Box<dyn Source>),
+            self.table.clone().map(|c| Box::new(c) as Box<dyn Source>),
+            self.builtin.clone().map(|name| Box::new(builtin::Builtin(name)) as Box<dyn Source>),
+        ];
+        let mut given: Vec<_> = sources.into_iter().flatten().collect();
+        match (given.pop(), given.is_empty()) {
+            (Some(one), true) => Ok(one),
+            (found, _) => Err(Error::input(
+                "data",
+                format!("expected exactly one source, found {}", given.len() + usize::from(found.is_some())),
+            )
+            .hint("give one of `folder: { root: DIR }`, `table: { path: FILE }`, `builtin: emoji`")),
+        }
+    }
+
+    /// Reads, divides and samples; `seed` draws the shots.
+    ///
+    /// # Errors
+    /// When the source is missing or malformed, or a split has nothing to show.
+    pub fn open(&self, seed: u64) -> Result<Dataset> {
+        if self.shots == Some(0) {
+            return Err(Error::input("data.shots", "expected at least 1, found 0").hint("leave it out to use all examples"));
+        }
+        let source = self.source()?;
+        let place = source.place();
+        let raw = source.read()?;
+        if raw.examples.is_empty() {
+            return Err(Error::input(place, "there is no image"));
+        }
+        let (classes, labelled) = classes(&place, raw)?;
+        split::divide(&place, self, classes, labelled, seed)
+    }
+}
+
+/// Numbers the labels; names are sorted where the source does not fix them.
+fn classes(place: &str, raw: Raw) -> Result<(Vec<String>, Vec<(Example, Option<Split>)>)> {
+    let names = match raw.classes {
+        Some(names) => names,
+        None => {
+            let mut names: Vec<String> = raw.examples.iter().filter_map(|e| e.label.clone()).collect();
+            names.sort();
+            names.dedup();
+            names
+        }
+    };
+    check_classes(place, &names)?;
+    let index: HashMap<&str, u32> = names.iter().enumerate().map(|(i, n)| (n.as_str(), i as u32)).collect();
+    let mut examples = Vec::with_capacity(raw.examples.len());
+    for e in raw.examples {
+        let label = match &e.label {
+            None => None,
+            Some(name) => Some(*index.get(name.as_str()).ok_or_else(|| {
+                Error::input(format!("{place}: {}", e.id), format!("label `{name}` is not among the {} classes", names.len()))
+            })?),
+        };
+        let example = Example { id: e.id, image: e.image, texts: e.texts, label, group: e.group };
+        examples.push((example, e.split));
+    }
+    Ok((names, examples))
+}
+
+/// Empty and look-alike names make prompts that nobody can tell apart.
+///
+/// # Errors
+/// When a name is empty, or two are equal after trimming and case folding.
+pub fn check_classes(place: &str, names: &[String]) -> Result<()> {
+    let mut seen: HashMap<String, &String> = HashMap::new();
+    for name in names {
+        let key = name.split_whitespace().collect::<Vec<_>>().join(" ").to_lowercase();
+        if key.is_empty() {
+            return Err(Error::input(place, "a class name is empty"));
+        }
+        if let Some(other) = seen.insert(key, name) {
+            return Err(Error::input(place, format!("classes `{other}` and `{name}` give the same prompt"))
+                .hint("rename one of them"));
+        }
+    }
+    Ok(())
+}
+
+impl Dataset {
+    /// The examples of a split.
+    #[must_use]
+    pub fn split(&self, split: Split) -> &[Example] {
+        match split {
+            Split::Train => &self.train,
+            Split::Val => &self.val,
+            Split::Test => &self.test,
+        }
+    }
+
+    /// Opens every image once, in parallel, and leaves out or lists those that cannot be read.
+    ///
+    /// # Errors
+    /// With all unreadable images at once, unless `skip_bad`.
+    pub fn verify(&mut self, images: &Arc<Images>, skip_bad: bool) -> Result<()> {
+        for split in [Split::Train, Split::Val, Split::Test] {
+            let bad = images.verify(self.split(split));
+            if bad.is_empty() {
+                continue;
+            }
+            if !skip_bad {
+                return Err(unreadable(&bad));
+            }
+            let drop: std::collections::HashSet<usize> = bad.iter().map(|(i, _)| *i).collect();
+            let list = match split {
+                Split::Train => &mut self.train,
+                Split::Val => &mut self.val,
+                Split::Test => &mut self.test,
+            };
+            let mut index = 0;
+            list.retain(|_| {
+                index += 1;
+                !drop.contains(&(index - 1))
+            });
+            self.skipped += bad.len();
+            self.notes.push(format!("skipped {} unreadable images of {split}; the first: {}", bad.len(), bad[0].1));
+        }
+        Ok(())
+    }
+}
+
+/// All at once, so that one pass of repair is enough.
+fn unreadable(bad: &[(usize, Error)]) -> Error {
+    const SHOWN: usize = 50;
+    let mut lines: Vec<String> = bad.iter().take(SHOWN).map(|(_, e)| format!("  {}", e.to_string().replace('\n', " "))).collect();
+    if bad.len() > SHOWN {
+        lines.push(format!("  and {} more", bad.len() - SHOWN));
+    }
+    Error::input("data", format!("{} images cannot be read:\n{}", bad.len(), lines.join("\n")))
+        .hint("repair or remove them, or set `data: { skip_bad: true }` to leave them out")
+}

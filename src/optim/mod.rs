@@ -1,1 +1,163 @@
 //! Optimisers, schedules, clipping and weight averaging.
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Tensor};
+use peft_adapters::{Param, Params};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+mod adamw;
+mod ema;
+mod schedule;
+mod sgd;
+
+pub use adamw::AdamWConfig;
+pub use ema::Ema;
+pub use schedule::{Cosine, Linear, ScheduleConfig, Warmup};
+pub use sgd::SgdConfig;
+
+/// Which optimiser: `adamw`, or `adamw: { weight_decay: 0.01 }`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimizerConfig {
+    /// Loshchilov & Hutter 2019.
+    AdamW(AdamWConfig),
+    /// Stochastic gradient descent with momentum.
+    Sgd(SgdConfig),
+}
+
+impl Default for OptimizerConfig {
+    fn default() -> Self {
+        Self::AdamW(AdamWConfig::default())
+    }
+}
+
+impl OptimizerConfig {
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    /// When a value is out of range.
+    pub fn validate(&self, place: &str) -> Result<()> {
+        match self {
+            Self::AdamW(c) => c.validate(place),
+            Self::Sgd(c) => c.validate(place),
+        }
+    }
+
+    /// The optimiser with empty state for `params`.
+    ///
+    /// # Errors
+    /// When state cannot be allocated.
+    pub fn build(&self, params: &Params) -> Result<Box<dyn Optimizer>> {
+        Ok(match self {
+            Self::AdamW(c) => Box::new(adamw::AdamW::new(c.clone(), params)?),
+            Self::Sgd(c) => Box::new(sgd::Sgd::new(c.clone(), params)?),
+        })
+    }
+}
+
+/// Updates parameters in place.
+pub trait Optimizer {
+    /// One step. `grads` runs parallel to the parameters; those without a gradient stay as they are.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn step(&mut self, params: &Params, grads: &[Option<Tensor>], lr: f64) -> Result<()>;
+
+    /// Named state, for a checkpoint.
+    fn state(&self) -> Vec<(String, Tensor)>;
+
+    /// Puts state back that [`Optimizer::state`] gave; `take` hands a tensor out by name.
+    ///
+    /// # Errors
+    /// When a tensor is missing or misshapen.
+    fn restore(&mut self, take: &mut dyn FnMut(&str) -> Result<Tensor>) -> Result<()>;
+}
+
+/// The step counter as a tensor, since checkpoints hold tensors.
+fn counter(step: usize) -> Result<Tensor> {
+    Ok(Tensor::new(&[step as i64], &candle_core::Device::Cpu)?)
+}
+
+fn read_counter(t: &Tensor) -> Result<usize> {
+    Ok(t.to_vec1::<i64>()?.first().copied().unwrap_or(0).max(0) as usize)
+}
+
+/// A zero tensor like each parameter.
+fn zeros(params: &Params) -> Result<Vec<Tensor>> {
+    params.iter().map(|p| Ok(p.var.zeros_like()?)).collect()
+}
+
+fn restored(what: &str, param: &Param, take: &mut dyn FnMut(&str) -> Result<Tensor>) -> Result<Tensor> {
+    let name = format!("{what}.{}", param.name);
+    let t = take(&name)?;
+    if t.shape() != param.var.shape() {
+        return Err(Error::input("checkpoint", format!("`{name}` has shape {:?}, expected {:?}", t.dims(), param.var.dims())));
+    }
+    Ok(t.to_device(param.var.device())?.to_dtype(param.var.dtype())?)
+}
+
+/// Gradients that several micro-batches add up to, detached from their graphs.
+#[derive(Debug, Default)]
+pub struct Accumulated {
+    sums: Vec<Option<Tensor>>,
+}
+
+impl Accumulated {
+    /// Adds `weight` times the gradients of one backward pass.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn add(&mut self, params: &Params, grads: &GradStore, weight: f64) -> Result<()> {
+        self.sums.resize(params.len(), None);
+        for (sum, param) in self.sums.iter_mut().zip(params.iter()) {
+            let Some(grad) = grads.get(&param.var) else { continue };
+            let grad = grad.detach();
+            let grad = if weight == 1.0 { grad } else { (grad * weight)? };
+            *sum = Some(match sum.take() {
+                Some(sum) => (sum + grad)?,
+                None => grad,
+            });
+        }
+        Ok(())
+    }
+
+    /// Hands the sums out and starts anew.
+    pub fn take(&mut self) -> Vec<Option<Tensor>> {
+        std::mem::take(&mut self.sums)
+    }
+}
+
+/// The Euclidean norm over all gradients.
+///
+/// # Errors
+/// When a tensor operation fails.
+pub fn global_norm(grads: &[Option<Tensor>]) -> Result<f64> {
+    let mut sum: Option<Tensor> = None;
+    for grad in grads.iter().flatten() {
+        let one = grad.to_dtype(DType::F32)?.sqr()?.sum_all()?;
+        sum = Some(match sum {
+            Some(s) => (s + one)?,
+            None => one,
+        });
+    }
+    Ok(match sum {
+        Some(s) => f64::from(s.to_scalar::<f32>()?).sqrt(),
+        None => 0.0,
+    })
+}
+
+/// Scales gradients so that their global norm is at most `max` (as torch's `clip_grad_norm_`).
+///
+/// # Errors
+/// When a tensor operation fails.
+pub fn clip(grads: &mut [Option<Tensor>], norm: f64, max: f64) -> Result<()> {
+    let factor = max / (norm + 1e-6);
+    if factor < 1.0 {
+        for grad in grads.iter_mut().flatten() {
+            *grad = (&*grad * factor)?;
+        }
+    }
+    Ok(())
+}

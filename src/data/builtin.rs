@@ -1,0 +1,80 @@
+//! The icon sets inside the binary.
+
+use serde::Deserialize;
+
+use super::{ImageRef, Raw, RawExample, Source, Split};
+use crate::builtin;
+use crate::error::{Error, Result};
+
+/// `builtin: emoji` or `builtin: emoji-flat`: icons with 20 classes. With `-names` behind it: all
+/// icons of the set with their names as texts, every one in the test split, to measure naming.
+pub(super) struct Builtin(pub(super) String);
+
+#[derive(Deserialize)]
+struct Header {
+    classes: Vec<String>,
+    items: Vec<Item>,
+}
+
+#[derive(Deserialize)]
+struct Item {
+    id: String,
+    name: String,
+    label: Option<usize>,
+    group: String,
+    split: Option<Split>,
+    offset: usize,
+    len: usize,
+}
+
+impl Source for Builtin {
+    fn place(&self) -> String {
+        format!("builtin:{}", self.0)
+    }
+
+    fn read(&self) -> Result<Raw> {
+        if let Some(set) = self.0.strip_suffix(NAMES) {
+            return names(set);
+        }
+        let (header, bytes) = open(&self.0)?;
+        let mut raw = Raw { classes: Some(header.classes.clone()), examples: Vec::new() };
+        // Icons outside the classes have no split: they serve naming, not this task.
+        for item in header.items {
+            let (Some(label), Some(split)) = (item.label, item.split) else { continue };
+            raw.examples.push(RawExample {
+                image: ImageRef::Embedded(&bytes[item.offset..item.offset + item.len]),
+                id: item.id,
+                texts: vec![item.name],
+                label: header.classes.get(label).cloned(),
+                group: Some(item.group),
+                split: Some(split),
+            });
+        }
+        Ok(raw)
+    }
+}
+
+const NAMES: &str = "-names";
+
+fn names(set: &str) -> Result<Raw> {
+    let (header, bytes) = open(set)?;
+    let examples = header.items.into_iter().map(|item| RawExample {
+        image: ImageRef::Embedded(&bytes[item.offset..item.offset + item.len]),
+        id: item.id,
+        texts: vec![format!("an icon of a {}", item.name)],
+        label: None,
+        group: None,
+        split: Some(Split::Test),
+    });
+    Ok(Raw { classes: None, examples: examples.collect() })
+}
+
+fn open(name: &str) -> Result<(Header, &'static [u8])> {
+    let Some(pack) = builtin::pack(name) else {
+        return Err(Error::input("data.builtin", format!("there is no embedded set `{name}`; there are {}", builtin::PACKS.join(", "))));
+    };
+    let broken = || Error::fault(format!("builtin:{name}"), "the embedded data is broken");
+    let end = pack.iter().position(|b| *b == b'\n').ok_or_else(broken)?;
+    let header = serde_json::from_slice(&pack[..end]).map_err(|_| broken())?;
+    Ok((header, &pack[end + 1..]))
+}

@@ -1,0 +1,163 @@
+//! From an [`ImageRef`] to pixels, with a bounded cache of what does not change between epochs.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use fast_image_resize as fir;
+use image::{RgbImage, RgbaImage};
+use peft_adapters::rng;
+use rayon::prelude::*;
+
+use super::{AugmentConfig, Example, ImageRef};
+use crate::clip::decode::{self, DecodeOptions};
+use crate::clip::preprocess::{Background, Preprocess};
+use crate::error::{Error, Result};
+
+/// Decoded images up to this size in total stay in memory.
+const CACHE_BYTES: usize = 1 << 30;
+
+/// Reads, transforms and normalises images.
+#[derive(Debug)]
+pub struct Images {
+    preprocess: Preprocess,
+    options: DecodeOptions,
+}
+
+/// The images of one split, each read at most once while the cache has room.
+#[derive(Debug)]
+pub struct Cached {
+    plain: Vec<OnceLock<RgbImage>>,
+    decoded: Vec<OnceLock<RgbaImage>>,
+    used: AtomicUsize,
+}
+
+impl Cached {
+    /// An empty cache for `count` images.
+    #[must_use]
+    pub fn new(count: usize) -> Self {
+        Self {
+            plain: (0..count).map(|_| OnceLock::new()).collect(),
+            decoded: (0..count).map(|_| OnceLock::new()).collect(),
+            used: AtomicUsize::new(0),
+        }
+    }
+
+    fn has_room(&self, bytes: usize) -> bool {
+        self.used.fetch_add(bytes, Ordering::Relaxed) + bytes <= CACHE_BYTES
+    }
+}
+
+/// How a training image is varied: the transforms and where their randomness comes from.
+#[derive(Debug, Clone, Copy)]
+pub struct Variation<'a> {
+    /// The transforms.
+    pub augment: &'a AugmentConfig,
+    /// The run's seed.
+    pub seed: u64,
+    /// The epoch.
+    pub epoch: u64,
+}
+
+impl Images {
+    /// Images as `preprocess` wants them.
+    #[must_use]
+    pub fn new(preprocess: Preprocess, options: DecodeOptions) -> Self {
+        Self { preprocess, options }
+    }
+
+    /// Height and width of what comes out.
+    #[must_use]
+    pub fn size(&self) -> (usize, usize) {
+        self.preprocess.output_size()
+    }
+
+    /// How images are prepared.
+    #[must_use]
+    pub fn preprocess(&self) -> &Preprocess {
+        &self.preprocess
+    }
+
+    fn read<T>(&self, example: &Example, decode: impl Fn(&str, &[u8], &DecodeOptions) -> Result<T>) -> Result<T> {
+        match &example.image {
+            ImageRef::Embedded(bytes) => decode(&example.id, bytes, &self.options),
+            ImageRef::File(path) => {
+                let bytes = decode::read_file(path)?;
+                decode(&path.display().to_string(), &bytes, &self.options)
+            }
+        }
+    }
+
+    /// Resized and cropped, not yet normalised.
+    ///
+    /// # Errors
+    /// When the image cannot be read.
+    pub fn open(&self, example: &Example) -> Result<RgbImage> {
+        self.preprocess.resize_crop(&self.read(example, decode::decode)?)
+    }
+
+    /// The indices of unreadable images, each with the reason.
+    #[must_use]
+    pub fn verify(&self, examples: &[Example]) -> Vec<(usize, Error)> {
+        examples
+            .par_iter()
+            .enumerate()
+            .filter_map(|(i, e)| self.read(e, decode::decode).err().map(|error| (i, error)))
+            .collect()
+    }
+
+    /// Writes one image, normalised, into `out` [3, H, W].
+    ///
+    /// # Errors
+    /// When the image cannot be read.
+    pub fn load(&self, index: usize, example: &Example, vary: Option<&Variation<'_>>, cache: &Cached, out: &mut [f32]) -> Result<()> {
+        let Some(vary) = vary.filter(|v| !v.augment.is_none()) else {
+            if let Some(image) = cache.plain[index].get() {
+                self.preprocess.normalise(image, out);
+                return Ok(());
+            }
+            let image = self.open(example)?;
+            self.preprocess.normalise(&image, out);
+            if cache.has_room(image.len()) {
+                let _ = cache.plain[index].set(image);
+            }
+            return Ok(());
+        };
+        let image = match cache.decoded[index].get() {
+            Some(image) => self.vary(image, index, vary)?,
+            None => {
+                let image = self.read(example, decode::decode_rgba)?;
+                let varied = self.vary(&image, index, vary)?;
+                if cache.has_room(image.len()) {
+                    let _ = cache.decoded[index].set(image);
+                }
+                varied
+            }
+        };
+        self.preprocess.normalise(&image, out);
+        Ok(())
+    }
+
+    /// The same image, epoch and seed always give the same pixels, whichever thread asks.
+    fn vary(&self, image: &RgbaImage, index: usize, vary: &Variation<'_>) -> Result<RgbImage> {
+        let mut rng = rng::rng(vary.seed, &[rng::name_key("augment"), vary.epoch, index as u64]);
+        let white = self.options.background == Background::White;
+        let image = vary.augment.compose(image, white, &mut rng);
+        let image = match vary.augment.region(image.width(), image.height(), &mut rng) {
+            Some(region) => self.crop(&image, region)?,
+            None => self.preprocess.resize_crop(&image)?,
+        };
+        Ok(vary.augment.finish(image, &mut rng))
+    }
+
+    fn crop(&self, image: &RgbImage, (left, top, width, height): super::augment::Region) -> Result<RgbImage> {
+        let (out_height, out_width) = self.size();
+        let mut out = RgbImage::new(out_width as u32, out_height as u32);
+        let options = fir::ResizeOptions::new()
+            .resize_alg(fir::ResizeAlg::Convolution(fir::FilterType::CatmullRom))
+            .crop(left, top, width, height);
+        fir::Resizer::new()
+            .resize(image, &mut out, &options)
+            .map_err(|e| Error::fault("random crop", e))?;
+        Ok(out)
+    }
+}

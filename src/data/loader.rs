@@ -1,0 +1,174 @@
+//! Batches: their order is a function of seed and position, so resuming needs the position only.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
+
+use candle_core::{Device, Tensor};
+use peft_adapters::rng;
+use rand::seq::SliceRandom;
+use rayon::prelude::*;
+
+use super::images::{Cached, Variation};
+use super::{AugmentConfig, Example, Images};
+use crate::error::{Error, Result};
+
+/// Batches that wait ahead of the one in use.
+const AHEAD: usize = 2;
+
+/// What one step sees.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    /// [B, 3, H, W] f32 on the CPU.
+    pub pixels: Tensor,
+    /// Which examples, as indices into the split.
+    pub indices: Vec<usize>,
+    /// The epoch, from 0.
+    pub epoch: usize,
+}
+
+/// How many batches there are and which examples each has.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// Examples in the split.
+    pub examples: usize,
+    /// Examples in a batch; the last one of an epoch may have fewer.
+    pub batch: usize,
+    /// A new order each epoch.
+    pub shuffle: bool,
+    /// Leave the incomplete last batch out (contrastive losses want equal batches).
+    pub drop_last: bool,
+    /// The run's seed.
+    pub seed: u64,
+}
+
+impl Plan {
+    /// Batches in an epoch.
+    #[must_use]
+    pub fn per_epoch(&self) -> usize {
+        let batch = self.batch.max(1);
+        match self.drop_last && self.examples >= batch {
+            true => self.examples / batch,
+            false => self.examples.div_ceil(batch),
+        }
+    }
+
+    /// The examples of an epoch in order.
+    #[must_use]
+    pub fn order(&self, epoch: usize) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..self.examples).collect();
+        if self.shuffle {
+            order.shuffle(&mut rng::rng(self.seed, &[rng::name_key("order"), epoch as u64]));
+        }
+        order
+    }
+
+    /// The examples of the batch at `position`, which counts from the start of training.
+    #[must_use]
+    pub fn indices(&self, position: usize) -> Vec<usize> {
+        let (epoch, at) = (position / self.per_epoch().max(1), position % self.per_epoch().max(1));
+        self.order(epoch).into_iter().skip(at * self.batch).take(self.batch).collect()
+    }
+}
+
+/// Everything a loader's thread needs.
+#[derive(Debug, Clone)]
+pub struct LoaderConfig {
+    /// The examples of the split.
+    pub examples: Arc<Vec<Example>>,
+    /// Reads them.
+    pub images: Arc<Images>,
+    /// Random transforms.
+    pub augment: AugmentConfig,
+    /// The order.
+    pub plan: Plan,
+}
+
+/// Prepares batches on its own thread, ahead of their use.
+#[derive(Debug)]
+pub struct Loader {
+    receiver: Option<Receiver<Result<Batch>>>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Loader {
+    /// Starts at batch `position` and goes on to `end`.
+    #[must_use]
+    pub fn start(config: LoaderConfig, position: usize, end: usize) -> Self {
+        let (sender, receiver) = sync_channel(AHEAD);
+        let thread = std::thread::spawn(move || {
+            let cache = Cached::new(config.examples.len());
+            for at in position..end {
+                let batch = config.batch(at, &cache);
+                let failed = batch.is_err();
+                if sender.send(batch).is_err() || failed {
+                    return;
+                }
+            }
+        });
+        Self { receiver: Some(receiver), thread: Some(thread) }
+    }
+
+    /// The next batch, or nothing at the end.
+    ///
+    /// # Errors
+    /// When an image cannot be read.
+    pub fn next(&mut self) -> Result<Option<Batch>> {
+        self.receiver.as_ref().and_then(|r| r.recv().ok()).transpose()
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        // The thread ends at its next send.
+        self.receiver = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl LoaderConfig {
+    fn batch(&self, position: usize, cache: &Cached) -> Result<Batch> {
+        let indices = self.plan.indices(position);
+        let epoch = position / self.plan.per_epoch().max(1);
+        let vary = Variation { augment: &self.augment, seed: self.plan.seed, epoch: epoch as u64 };
+        let pixels = load(&self.images, &self.examples, &indices, Some(&vary), cache)?;
+        Ok(Batch { pixels, indices, epoch })
+    }
+}
+
+/// Loads examples into one tensor [B, 3, H, W] on the CPU, in parallel.
+///
+/// # Errors
+/// When an image cannot be read.
+pub fn load(images: &Images, examples: &[Example], indices: &[usize], vary: Option<&Variation<'_>>, cache: &Cached) -> Result<Tensor> {
+    let (height, width) = images.size();
+    let each = 3 * height * width;
+    let mut pixels = vec![0f32; indices.len() * each];
+    pixels.par_chunks_mut(each).zip(indices).try_for_each(|(out, &i)| images.load(i, &examples[i], vary, cache, out))?;
+    Tensor::from_vec(pixels, (indices.len(), 3, height, width), &Device::Cpu).map_err(Error::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(examples: usize, batch: usize) -> Plan {
+        Plan { examples, batch, shuffle: true, drop_last: false, seed: 3 }
+    }
+
+    #[test]
+    fn an_epoch_sees_every_example_once() {
+        let plan = plan(23, 5);
+        let mut seen: Vec<usize> = (0..plan.per_epoch()).flat_map(|p| plan.indices(p)).collect();
+        seen.sort_unstable();
+        assert_eq!(seen, (0..23).collect::<Vec<_>>());
+        assert_ne!(plan.order(0), plan.order(1));
+    }
+
+    #[test]
+    fn dropping_the_last_batch_never_leaves_nothing() {
+        assert_eq!(Plan { drop_last: true, ..plan(23, 5) }.per_epoch(), 4);
+        assert_eq!(Plan { drop_last: true, ..plan(3, 5) }.per_epoch(), 1);
+    }
+}

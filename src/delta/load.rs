@@ -1,0 +1,201 @@
+//! Reading an adapter directory, ours or HF PEFT's: whatever does not fit is listed in one error.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Tensor};
+use peft_adapters::{MethodConfig, Params, registry};
+use serde_json::Value;
+
+use super::{Adapters, Manifest, file};
+use crate::clip::base::Base;
+use crate::clip::weights;
+use crate::error::{Error, Result};
+
+/// The largest adapter file that is read.
+const MAX_BYTES: u64 = 64 << 30;
+
+/// An adapter directory's content.
+#[derive(Debug)]
+pub struct Delta {
+    /// Where it is.
+    pub dir: PathBuf,
+    /// Methods in order of application, each with its tensors.
+    pub methods: Vec<(MethodConfig, Vec<(String, Tensor)>)>,
+    /// The task's own weights.
+    pub own: Vec<(String, Tensor)>,
+    /// What the adapter is for; missing in adapters made elsewhere.
+    pub manifest: Option<Manifest>,
+}
+
+impl Delta {
+    /// Reads a directory; nothing is checked against a base yet.
+    ///
+    /// # Errors
+    /// When files are missing or malformed.
+    pub fn read(dir: &Path) -> Result<Self> {
+        if !dir.is_dir() {
+            return Err(Error::input(dir.display(), "no such adapter directory"));
+        }
+        crate::files::recover_dir(dir)?;
+        let manifest = read_json::<Manifest>(&dir.join(file::MANIFEST))?;
+        let mut methods = Vec::new();
+        let listed = manifest.as_ref().map(|m| m.methods.clone()).unwrap_or_default();
+        for part in &listed {
+            let name = Path::new(&part.dir);
+            if name.components().count() != 1 || !name.components().all(|c| matches!(c, std::path::Component::Normal(_))) {
+                return Err(Error::input(dir.join(file::MANIFEST).display(), format!("`{}` is not a directory name", part.dir)));
+            }
+            methods.push(read_method(&dir.join(name), Some(&part.digest))?);
+        }
+        if listed.is_empty() && dir.join(file::CONFIG).exists() {
+            methods.push(read_method(dir, None)?);
+        }
+        let task = dir.join(file::TASK);
+        let own = if task.exists() { read_tensors(&task)?.0 } else { Vec::new() };
+        if methods.is_empty() && own.is_empty() {
+            return Err(Error::input(dir.display(), format!("holds no adapter: there is neither {} nor {}", file::CONFIG, file::TASK)));
+        }
+        Ok(Self { dir: dir.to_path_buf(), methods, own, manifest })
+    }
+
+    /// Checks that the adapter was made for `base`. Returns what is worth a note.
+    ///
+    /// # Errors
+    /// When it was made for another base, unless `allow`.
+    pub fn check_base(&self, base: &Base, allow: bool) -> Result<Vec<String>> {
+        let place = self.dir.display();
+        let Some(manifest) = &self.manifest else {
+            return Ok(vec![format!("{place}: no {}: made elsewhere, so its base cannot be checked", file::MANIFEST)]);
+        };
+        if manifest.base.digest == base.digest || manifest.base.digest.is_empty() {
+            return Ok(Vec::new());
+        }
+        let message = format!(
+            "was made for {} ({}), this base is {} ({})",
+            manifest.base.name, short(&manifest.base.digest), base.source, short(&base.digest)
+        );
+        match allow {
+            true => Ok(vec![format!("{place}: {message}")]),
+            false => Err(Error::input(place, message).hint("name the right base, or pass --allow-base-mismatch")),
+        }
+    }
+
+    /// Plans the methods for `base` and fills in the tensors.
+    ///
+    /// # Errors
+    /// With every missing, unexpected, misshapen or broken tensor.
+    pub fn apply(&self, base: &Base) -> Result<Adapters> {
+        let methods: Vec<MethodConfig> = self.methods.iter().map(|(m, _)| m.clone()).collect();
+        let adapters = Adapters::plan(&methods, base.clip.sites(), 0, base.clip.device())?;
+        let all: Vec<_> = adapters.params.iter().collect();
+        for ((_, tensors), range) in self.methods.iter().zip(&adapters.ranges) {
+            fill(&self.dir.display().to_string(), tensors, &all[range.clone()])?;
+        }
+        Ok(adapters)
+    }
+
+    /// Fills parameters that were planned from a recipe, `train.init_adapter`.
+    ///
+    /// # Errors
+    /// When methods or tensors differ.
+    pub fn fill(&self, params: &Params) -> Result<()> {
+        let tensors: Vec<_> = self.methods.iter().flat_map(|(_, t)| t.clone()).chain(self.own.clone()).collect();
+        fill(&self.dir.display().to_string(), &tensors, &params.iter().collect::<Vec<_>>())
+    }
+}
+
+fn short(digest: &str) -> &str {
+    digest.get(..19).unwrap_or(digest)
+}
+
+/// Everything that does not fit, in one error.
+fn fill(place: &str, tensors: &[(String, Tensor)], params: &[&peft_adapters::Param]) -> Result<()> {
+    let given: HashMap<&str, &Tensor> = tensors.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    let mut wrong = Vec::new();
+    for param in params {
+        match given.get(param.name.as_str()) {
+            None => wrong.push(format!("missing: {}", param.name)),
+            Some(t) if t.shape() != param.var.shape() => {
+                wrong.push(format!("{}: expected {:?}, found {:?}", param.name, param.var.dims(), t.dims()));
+            }
+            Some(t) => wrong.extend(broken(&param.name, t)?),
+        }
+    }
+    let expected: std::collections::HashSet<&str> = params.iter().map(|p| p.name.as_str()).collect();
+    wrong.extend(tensors.iter().filter(|(n, _)| !expected.contains(n.as_str())).map(|(n, _)| format!("unexpected: {n}")));
+    if !wrong.is_empty() {
+        return Err(listed(place, wrong));
+    }
+    for param in params {
+        if let Some(t) = given.get(param.name.as_str()) {
+            param.var.set(&t.to_device(param.var.device())?.to_dtype(param.var.dtype())?)?;
+        }
+    }
+    Ok(())
+}
+
+fn listed(place: &str, wrong: Vec<String>) -> Error {
+    const SHOWN: usize = 20;
+    let more = wrong.len().saturating_sub(SHOWN);
+    let mut lines: Vec<String> = wrong.iter().take(SHOWN).map(|w| format!("  {w}")).collect();
+    if more > 0 {
+        lines.push(format!("  and {more} more"));
+    }
+    Error::input(place, format!("{} tensors do not fit the model and the configuration:\n{}", wrong.len(), lines.join("\n")))
+        .hint("the adapter may belong to another base, or its files may not belong together")
+}
+
+/// Integer and non-finite tensors are nobody's weights.
+fn broken(name: &str, t: &Tensor) -> Result<Option<String>> {
+    if !t.dtype().is_float() {
+        return Ok(Some(format!("{name}: expected floats, found {}", t.dtype().as_str())));
+    }
+    if t.elem_count() == 0 {
+        return Ok(None);
+    }
+    let largest = t.to_dtype(DType::F32)?.abs()?.flatten_all()?.sum_all()?.to_scalar::<f32>()?;
+    if largest.is_finite() {
+        return Ok(None);
+    }
+    // A finite tensor's sum may overflow, so look closer.
+    let finite = t.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?.iter().all(|v| v.is_finite());
+    Ok((!finite).then(|| format!("{name}: holds values that are not finite")))
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    match std::fs::read(path) {
+        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::input(path.display(), format!("not as expected: {e}"))),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::read(path, e)),
+    }
+}
+
+type Named = Vec<(String, Tensor)>;
+
+fn read_tensors(path: &Path) -> Result<(Named, String)> {
+    let size = std::fs::metadata(path).map_err(|e| Error::read(path, e))?.len();
+    if size > MAX_BYTES {
+        return Err(Error::input(path.display(), format!("has {size} bytes; expected at most {MAX_BYTES}")));
+    }
+    let bytes = std::fs::read(path).map_err(|e| Error::read(path, e))?;
+    let (tensors, _) = weights::read_safetensors(&path.display().to_string(), &bytes)?;
+    Ok((tensors, format!("blake3:{}", blake3::hash(&bytes).to_hex())))
+}
+
+fn read_method(dir: &Path, digest: Option<&str>) -> Result<(MethodConfig, Named)> {
+    let path = dir.join(file::CONFIG);
+    let config: Value = read_json(&path)?.ok_or_else(|| Error::input(path.display(), "no such file"))?;
+    let method = registry::from_adapter_config(&config).map_err(|e| Error::input(path.display(), e))?;
+    let weights = dir.join(file::weights(method.name()));
+    if !weights.exists() && dir.join("adapter_model.bin").exists() {
+        return Err(Error::input(dir.display(), "holds adapter_model.bin only").hint("save it again with safe_serialization=True"));
+    }
+    let (tensors, found) = read_tensors(&weights)?;
+    match digest {
+        Some(expected) if expected != found => {
+            Err(Error::input(weights.display(), format!("expected {expected} as {} says, found {found}", file::MANIFEST)))
+        }
+        _ => Ok((method, tensors)),
+    }
+}

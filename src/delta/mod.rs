@@ -1,0 +1,140 @@
+//! What is trained, and the adapter directory that holds it: HF PEFT's format where HF PEFT has the method.
+
+use std::ops::Range;
+
+use candle_core::Device;
+use peft_adapters::{MethodConfig, Params, Patches, Sites};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::clip::method_error;
+use crate::error::Result;
+
+mod load;
+mod save;
+
+pub use load::Delta;
+pub use save::save;
+
+/// Planned methods: parameters, hooks for training and hooks for evaluation.
+#[derive(Debug)]
+pub struct Adapters {
+    /// In recipe order.
+    pub methods: Vec<MethodConfig>,
+    /// Everything that is trained, a task's own weights last.
+    pub params: Params,
+    /// The parameters of each method.
+    ranges: Vec<Range<usize>>,
+    /// Hooks that record gradients.
+    pub patches: Patches,
+    /// Hooks that read the same values and record nothing.
+    pub view: Patches,
+}
+
+impl Adapters {
+    /// Plans `methods` for a model.
+    ///
+    /// # Errors
+    /// When a configuration does not fit the model or two methods train the same tensor.
+    pub fn plan(methods: &[MethodConfig], sites: &Sites, seed: u64, device: &Device) -> Result<Self> {
+        let mut params = Params::new(seed, device);
+        let (mut patches, mut ranges) = (Patches::none(), Vec::new());
+        for method in methods {
+            let from = params.len();
+            patches.push(method.plan(sites, &mut params).map_err(|e| named(method, e))?);
+            ranges.push(from..params.len());
+        }
+        let mut reading = params.view();
+        let mut view = Patches::none();
+        for method in methods {
+            view.push(method.plan(sites, &mut reading).map_err(|e| named(method, e))?);
+        }
+        Ok(Self { methods: methods.to_vec(), params, ranges, patches, view })
+    }
+
+    /// `lora`, `lora+bottleneck`, `none`.
+    #[must_use]
+    pub fn label(&self) -> String {
+        match self.methods.is_empty() {
+            true => "none".into(),
+            false => self.methods.iter().map(MethodConfig::name).collect::<Vec<_>>().join("+"),
+        }
+    }
+
+    /// Where a task's own parameters begin.
+    fn own_from(&self) -> usize {
+        self.ranges.last().map_or(0, |r| r.end)
+    }
+}
+
+fn named(method: &MethodConfig, error: peft_adapters::Error) -> crate::Error {
+    match method_error(error) {
+        crate::Error::Input(mut problem) => {
+            problem.place = format!("method.{}", method.name());
+            crate::Error::Input(problem)
+        }
+        other => other,
+    }
+}
+
+/// `peft.json`: what an adapter is for.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of the program that wrote it.
+    pub version: String,
+    /// The base.
+    pub base: BaseRef,
+    /// The task and its options, as a recipe has them.
+    pub task: Value,
+    /// Class names in label order; empty where the task has none.
+    #[serde(default)]
+    pub classes: Vec<String>,
+    /// Prompts around class names.
+    #[serde(default)]
+    pub templates: Vec<String>,
+    /// The resolved recipe.
+    #[serde(default)]
+    pub recipe: Value,
+    /// Metrics at the epoch that was saved.
+    #[serde(default)]
+    pub metrics: Value,
+    /// Several methods: their directories in order of application. Empty for one or none.
+    #[serde(default)]
+    pub methods: Vec<MethodRef>,
+}
+
+/// The base that an adapter belongs to.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct BaseRef {
+    /// As the recipe named it.
+    pub name: String,
+    /// blake3 of its weights.
+    pub digest: String,
+    /// blake3 of its tokeniser.
+    pub tokenizer: String,
+    /// blake3 of its preprocessing.
+    pub preprocess: String,
+}
+
+/// One of several methods.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct MethodRef {
+    /// Its directory.
+    pub dir: String,
+    /// blake3 of its weights file.
+    pub digest: String,
+}
+
+/// File names of an adapter directory.
+pub(crate) mod file {
+    pub(crate) const CONFIG: &str = "adapter_config.json";
+    pub(crate) const WEIGHTS: &str = "adapter_model.safetensors";
+    pub(crate) const FULL: &str = "model.safetensors";
+    pub(crate) const MANIFEST: &str = "peft.json";
+    pub(crate) const TASK: &str = "task.safetensors";
+
+    /// `full` saves whole tensors under their own names.
+    pub(crate) fn weights(method: &str) -> &'static str {
+        if method == "full" { FULL } else { WEIGHTS }
+    }
+}

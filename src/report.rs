@@ -1,0 +1,245 @@
+//! What a run found out: the schema of `report.json`, read by everything that compares or draws.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Metrics of one split. All metrics are fractions from 0 to 1.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Evaluation {
+    /// Examples evaluated.
+    pub examples: usize,
+    /// Mean loss.
+    pub loss: f64,
+    /// By name: `accuracy`, `macro_f1`, `image_to_text_recall_at_1`, …
+    pub metrics: BTreeMap<String, f64>,
+    /// Per-class figures, for classification.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub classification: Option<Classification>,
+    /// One line for each example; written to `predictions.jsonl`, not to the report.
+    #[serde(skip)]
+    pub predictions: Vec<Prediction>,
+}
+
+/// What was predicted for one example.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Prediction {
+    /// The example.
+    pub id: String,
+    /// The right class, where there is one.
+    pub label: Option<String>,
+    /// The predicted class or text.
+    pub prediction: String,
+    /// Probabilities in the order of the report's classes.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub scores: Vec<f32>,
+}
+
+/// Per-class figures and the confusion matrix.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Classification {
+    /// In label order.
+    pub classes: Vec<ClassRow>,
+    /// Rows: true class; columns: predicted class.
+    pub confusion: Vec<Vec<usize>>,
+}
+
+/// One class.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ClassRow {
+    /// Its name.
+    pub name: String,
+    /// Right among those predicted as it.
+    pub precision: f64,
+    /// Right among those that are it.
+    pub recall: f64,
+    /// Harmonic mean of both.
+    pub f1: f64,
+    /// Examples of it.
+    pub support: usize,
+}
+
+/// The end of an epoch.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EpochRecord {
+    /// From 1.
+    pub epoch: usize,
+    /// Optimiser steps so far.
+    pub step: usize,
+    /// Mean training loss over the epoch.
+    pub train_loss: f64,
+    /// The validation split.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub val: Option<Evaluation>,
+}
+
+/// `report.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainReport {
+    /// Version of this program.
+    pub version: String,
+    /// The recipe's name.
+    pub recipe: String,
+    /// `lora`, `lora+bottleneck`, `none`.
+    pub method: String,
+    /// `classify`, `retrieve`.
+    pub task: String,
+    /// The base as the recipe names it.
+    pub base: String,
+    /// Digest of the base.
+    pub base_digest: String,
+    /// Class names in label order.
+    pub classes: Vec<String>,
+    /// The number that chose the best epoch.
+    pub metric: String,
+    /// The split of `before` and `after`.
+    pub split: String,
+    /// Before training.
+    pub before: Option<Evaluation>,
+    /// After training, at the best epoch.
+    pub after: Option<Evaluation>,
+    /// Each epoch.
+    pub epochs: Vec<EpochRecord>,
+    /// The epoch that was chosen, from 1.
+    pub best_epoch: Option<usize>,
+    /// Optimiser steps done.
+    pub steps: usize,
+    /// Whether early stopping ended the run.
+    pub stopped_early: bool,
+    /// Numbers that were trained.
+    pub trainable_parameters: usize,
+    /// Numbers of the base and of what was added to it.
+    pub total_parameters: usize,
+    /// All files of the adapter's weights and configuration.
+    pub adapter_bytes: u64,
+    /// Wall-clock time of training, evaluation included.
+    pub seconds: f64,
+    /// Largest resident set, where the system tells.
+    pub peak_rss_mib: Option<f64>,
+    /// Examples in train, val and test.
+    pub examples: [usize; 3],
+    /// Images that could not be read and were left out.
+    pub skipped_images: usize,
+    /// The device.
+    pub device: String,
+    /// The run directory.
+    pub run: PathBuf,
+}
+
+impl Evaluation {
+    /// A metric by name; the loss as well.
+    #[must_use]
+    pub fn metric(&self, name: &str) -> Option<f64> {
+        match name {
+            "loss" => Some(self.loss),
+            name => self.metrics.get(name).copied(),
+        }
+    }
+}
+
+impl Classification {
+    /// From true and predicted labels.
+    #[must_use]
+    pub fn new(names: &[String], labels: &[u32], predicted: &[u32]) -> Self {
+        let mut confusion = vec![vec![0usize; names.len()]; names.len()];
+        for (&t, &p) in labels.iter().zip(predicted) {
+            confusion[t as usize][p as usize] += 1;
+        }
+        let ratio = |a: usize, b: usize| if b == 0 { 0.0 } else { a as f64 / b as f64 };
+        let row = |(i, name): (usize, &String)| {
+            let hits = confusion[i][i];
+            let support = confusion[i].iter().sum();
+            let guessed = confusion.iter().map(|r| r[i]).sum();
+            let f1 = ratio(2 * hits, support + guessed);
+            ClassRow { name: name.clone(), precision: ratio(hits, guessed), recall: ratio(hits, support), f1, support }
+        };
+        let classes = names.iter().enumerate().map(row).collect();
+        Self { classes, confusion }
+    }
+
+    /// Right predictions among all.
+    #[must_use]
+    pub fn accuracy(&self) -> f64 {
+        let hits: usize = self.confusion.iter().enumerate().map(|(i, r)| r[i]).sum();
+        let all: usize = self.confusion.iter().flatten().sum();
+        if all == 0 { 0.0 } else { hits as f64 / all as f64 }
+    }
+
+    /// Mean F1 over the classes that occur.
+    #[must_use]
+    pub fn macro_f1(&self) -> f64 {
+        self.averages(false).2
+    }
+
+    /// Precision, recall and F1 over classes that occur (as scikit-learn's label set), equal weights or by support.
+    fn averages(&self, weighted: bool) -> (f64, f64, f64) {
+        let (mut sum, mut total) = ((0.0, 0.0, 0.0), 0.0);
+        for row in self.rows() {
+            let w = if weighted { row.support as f64 } else { 1.0 };
+            sum = (sum.0 + w * row.precision, sum.1 + w * row.recall, sum.2 + w * row.f1);
+            total += w;
+        }
+        if total == 0.0 { (0.0, 0.0, 0.0) } else { (sum.0 / total, sum.1 / total, sum.2 / total) }
+    }
+
+    /// scikit-learn leaves out labels that are neither true nor predicted.
+    fn rows(&self) -> impl Iterator<Item = &ClassRow> {
+        self.classes.iter().enumerate().filter(|(i, row)| row.support > 0 || self.confusion.iter().any(|r| r[*i] > 0)).map(|(_, row)| row)
+    }
+
+    /// The table that scikit-learn's `classification_report` prints, letter by letter.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let width = self.rows().map(|r| r.name.chars().count()).max().unwrap_or(0).max("weighted avg".len());
+        let total: usize = self.rows().map(|r| r.support).sum();
+        let mut out = format!("{:>width$}  {:>9} {:>9} {:>9} {:>9}\n\n", "", "precision", "recall", "f1-score", "support");
+        let mut line = |name: &str, p: f64, r: f64, f: f64, n: usize| {
+            let _ = writeln!(out, "{name:>width$}  {p:>9.2} {r:>9.2} {f:>9.2} {n:>9}");
+        };
+        for row in self.rows() {
+            line(&row.name, row.precision, row.recall, row.f1, row.support);
+        }
+        let _ = writeln!(out, "\n{:>width$}  {:>9} {:>9} {:>9.2} {total:>9}", "accuracy", "", "", self.accuracy());
+        for (name, weighted) in [("macro avg", false), ("weighted avg", true)] {
+            let (p, r, f) = self.averages(weighted);
+            let _ = writeln!(out, "{name:>width$}  {p:>9.2} {r:>9.2} {f:>9.2} {total:>9}");
+        }
+        out
+    }
+}
+
+/// The largest resident set of this process in MiB, where the system tells.
+#[must_use]
+pub fn peak_rss_mib() -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
+    let kib: f64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib / 1024.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// scikit-learn 1.9: `classification_report([0,1,2,2,2], [0,0,2,2,1], target_names=["class 0", "class 1", "class 2"])`.
+    #[test]
+    fn the_table_is_scikit_learns() {
+        let names = ["class 0", "class 1", "class 2"].map(String::from);
+        let text = Classification::new(&names, &[0, 1, 2, 2, 2], &[0, 0, 2, 2, 1]).text();
+        assert_eq!(text, SKLEARN);
+    }
+
+    const SKLEARN: &str = "\
+              precision    recall  f1-score   support
+
+     class 0       0.50      1.00      0.67         1
+     class 1       0.00      0.00      0.00         1
+     class 2       1.00      0.67      0.80         3
+
+    accuracy                           0.60         5
+   macro avg       0.50      0.56      0.49         5
+weighted avg       0.70      0.60      0.61         5
+";
+}

@@ -1,0 +1,253 @@
+//! The run directory: who may write to it, what is in it, whether it goes on.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+use crate::files;
+use crate::recipe::Recipe;
+use crate::report::{Prediction, TrainReport};
+use crate::train::StepRecord;
+
+const RECIPE: &str = "recipe.yaml";
+const REPORT: &str = "report.json";
+const METRICS: &str = "metrics.jsonl";
+const PREDICTIONS: &str = "predictions.jsonl";
+const LOCK: &str = "lock";
+/// All that `--force` may remove.
+const OURS: [&str; 7] = [RECIPE, REPORT, METRICS, PREDICTIONS, LOCK, "adapter", "checkpoint"];
+
+/// What to do with a directory that is not empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Existing {
+    /// Refuse.
+    Refuse,
+    /// Go on where it stopped.
+    Resume,
+    /// Start anew.
+    Replace,
+}
+
+/// A locked run directory.
+#[derive(Debug)]
+pub struct RunDir {
+    path: PathBuf,
+    /// Held open: the lock ends with the process, however it ends.
+    _lock: File,
+    metrics: Option<File>,
+}
+
+/// What was found.
+#[derive(Debug)]
+pub enum Opened {
+    /// To be trained, from a checkpoint if there is one.
+    Open(Box<RunDir>),
+    /// Done before; nothing is changed.
+    Finished(Box<TrainReport>),
+}
+
+impl RunDir {
+    /// Opens and locks the run directory of a recipe.
+    ///
+    /// # Errors
+    /// When it belongs to something else, to another process, or to an unfinished run.
+    pub fn open(recipe: &Recipe, existing: Existing) -> Result<Opened> {
+        let path = recipe.output.clone().unwrap_or_else(|| Path::new("runs").join(&recipe.name));
+        check_ours(&path)?;
+        std::fs::create_dir_all(&path).map_err(|e| Error::write(&path, e))?;
+        let lock = lock(&path)?;
+        let yaml = recipe.to_yaml()?;
+        let before = std::fs::read_to_string(path.join(RECIPE)).ok();
+        let run = Self { path, _lock: lock, metrics: None };
+        match (before, existing) {
+            (None, _) => run.start(&yaml)?,
+            (Some(_), Existing::Replace) => {
+                run.clear()?;
+                run.start(&yaml)?;
+            }
+            (Some(_), Existing::Refuse) => return Err(run.refused()),
+            (Some(before), Existing::Resume) => {
+                run.same_recipe(recipe, &before)?;
+                if let Some(report) = run.report()? {
+                    return Ok(Opened::Finished(Box::new(report)));
+                }
+            }
+        }
+        Ok(Opened::Open(Box::new(run)))
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the best adapter goes.
+    #[must_use]
+    pub fn adapter(&self) -> PathBuf {
+        self.path.join("adapter")
+    }
+
+    /// Where the last state goes.
+    #[must_use]
+    pub fn checkpoint(&self) -> PathBuf {
+        self.path.join("checkpoint")
+    }
+
+    fn start(&self, yaml: &str) -> Result<()> {
+        files::write_atomic(&self.path.join(RECIPE), yaml.as_bytes())
+    }
+
+    /// The recipe goes last: until then the directory still counts as the old run.
+    fn clear(&self) -> Result<()> {
+        for name in OURS.iter().filter(|n| **n != LOCK && **n != RECIPE) {
+            remove(&self.path.join(name))?;
+        }
+        Ok(())
+    }
+
+    fn refused(&self) -> Error {
+        let finished = self.path.join(REPORT).exists();
+        let what = if finished { "holds a finished run" } else { "holds an unfinished run" };
+        let hint = match finished {
+            true => "pass --force to replace it, or --output DIR for another place",
+            false => "pass --resume to go on, --force to start anew, or --output DIR for another place",
+        };
+        Error::input(self.path.display(), what).hint(hint)
+    }
+
+    /// Refuses to go on with other settings; where the output lies does not matter.
+    fn same_recipe(&self, recipe: &Recipe, before: &str) -> Result<()> {
+        let place = self.path.join(RECIPE);
+        let mut old = Recipe::parse(&place.display().to_string(), before, &recipe.name, &[])?;
+        old.output.clone_from(&recipe.output);
+        if old == *recipe {
+            return Ok(());
+        }
+        let (old, new) = (old.to_yaml()?, recipe.to_yaml()?);
+        let differing = old.lines().zip(new.lines()).find(|(a, b)| a != b);
+        let example = differing.map(|(a, b)| format!(": it had `{}`, now `{}`", a.trim(), b.trim())).unwrap_or_default();
+        Err(Error::input(place.display(), format!("the unfinished run has another recipe{example}"))
+            .hint("resume with the same recipe, or start anew with --force"))
+    }
+
+    /// The report of a finished run.
+    ///
+    /// # Errors
+    /// When the file is broken.
+    pub fn report(&self) -> Result<Option<TrainReport>> {
+        read_report(&self.path)
+    }
+
+    /// Drops the lines of steps that the checkpoint does not know, and opens the file for more.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn open_metrics(&mut self, done: usize) -> Result<()> {
+        let path = self.path.join(METRICS);
+        let text = std::fs::read_to_string(&path).unwrap_or_default();
+        let kept: String = text.lines().take(done).flat_map(|l| [l, "\n"]).collect();
+        if kept != text {
+            files::write_atomic(&path, kept.as_bytes())?;
+        }
+        let file = OpenOptions::new().create(true).append(true).open(&path).map_err(|e| Error::write(&path, e))?;
+        self.metrics = Some(file);
+        Ok(())
+    }
+
+    /// Adds a line to `metrics.jsonl`.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn log(&mut self, record: &StepRecord) -> Result<()> {
+        let Some(file) = &mut self.metrics else { return Ok(()) };
+        let mut line = serde_json::to_string(record).map_err(|e| Error::fault(METRICS, e))?;
+        line.push('\n');
+        file.write_all(line.as_bytes()).map_err(|e| Error::write(self.path.join(METRICS), e))
+    }
+
+    /// Writes the predictions and, as the mark of a finished run, the report.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn finish(&self, report: &TrainReport, predictions: &[Prediction]) -> Result<()> {
+        write_predictions(&self.path.join(PREDICTIONS), predictions)?;
+        files::write_json(&self.path.join(REPORT), report)
+    }
+}
+
+/// One JSON object a line.
+///
+/// # Errors
+/// When the disk refuses.
+pub fn write_predictions(path: &Path, predictions: &[Prediction]) -> Result<()> {
+    let mut text = String::new();
+    for prediction in predictions {
+        text.push_str(&serde_json::to_string(prediction).map_err(|e| Error::fault(path.display(), e))?);
+        text.push('\n');
+    }
+    files::write_atomic(path, text.as_bytes())
+}
+
+/// The report of a run directory, if it is finished.
+///
+/// # Errors
+/// When the file is broken.
+pub fn read_report(run: &Path) -> Result<Option<TrainReport>> {
+    let path = run.join(REPORT);
+    match std::fs::read(&path) {
+        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::input(path.display(), e)),
+        Err(_) => Ok(None),
+    }
+}
+
+/// The recipe of a run directory.
+///
+/// # Errors
+/// When it is missing or broken.
+pub fn read_recipe(run: &Path) -> Result<Recipe> {
+    Recipe::load(&run.join(RECIPE), &[])
+}
+
+fn remove(path: &Path) -> Result<()> {
+    let gone = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
+    match gone {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::write(path, e)),
+        _ => Ok(()),
+    }
+}
+
+/// Other people's files are never mixed with a run.
+fn check_ours(path: &Path) -> Result<()> {
+    let entries = match std::fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(Error::input(path.display(), format!("cannot be a run directory: {e}"))),
+    };
+    let foreign = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned());
+    match foreign.into_iter().find(|n| !OURS.contains(&n.as_str()) && !n.starts_with('.') && n != "report.html") {
+        Some(name) => Err(Error::input(path.display(), format!("holds `{name}`, which is not part of a run")).hint("choose another directory with --output")),
+        None => Ok(()),
+    }
+}
+
+fn lock(dir: &Path) -> Result<File> {
+    let path = dir.join(LOCK);
+    let mut file = OpenOptions::new()
+        .create(true)
+        .read(true)
+        .write(true)
+        .truncate(false)
+        .open(&path)
+        .map_err(|e| Error::write(&path, e))?;
+    if file.try_lock().is_err() {
+        let mut owner = String::new();
+        let _ = file.read_to_string(&mut owner);
+        return Err(Error::input(dir.display(), format!("is in use by process {}", owner.trim())).hint("wait for it, or choose another directory with --output"));
+    }
+    let pid = std::process::id().to_string();
+    let written = file.set_len(0).and_then(|()| file.seek(SeekFrom::Start(0))).and_then(|_| file.write_all(pid.as_bytes()));
+    written.map_err(|e| Error::write(&path, e))?;
+    Ok(file)
+}

@@ -1,0 +1,308 @@
+//! The composition root: a recipe becomes parts, parts become a run.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::Device;
+use serde_json::json;
+
+use crate::clip::base::Base;
+use crate::clip::decode::DecodeOptions;
+use crate::data::{Dataset, Images, Split};
+use crate::delta::{self, Adapters, BaseRef, Delta, Manifest};
+use crate::error::{Error, Result};
+use crate::recipe::{ModelConfig, Recipe};
+use crate::report::{Evaluation, TrainReport, peak_rss_mib};
+use crate::run::{Existing, Opened, RunDir};
+use crate::task::{Task, TaskConfig, TaskParts};
+use crate::train::{Event, Features, Observer, Run, StepRecord, Trainer};
+
+/// What a recipe names, opened.
+pub struct Session {
+    /// The recipe.
+    pub recipe: Recipe,
+    /// The frozen model.
+    pub base: Base,
+    /// The examples.
+    pub data: Dataset,
+    /// How images are read.
+    pub images: Arc<Images>,
+}
+
+impl Session {
+    /// Opens the model and the data of a recipe; every image is read once.
+    ///
+    /// # Errors
+    /// When a file is missing or malformed.
+    pub fn open(recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Result<Self> {
+        let mut data = recipe.data.open(recipe.train.seed)?;
+        let dtype = recipe.train.dtype.into();
+        let base = match &recipe.model {
+            ModelConfig::Pretrained(spec) => Base::load(spec, dtype, device)?,
+            ModelConfig::Scratch(s) => Base::random(&s.init.config, recipe.train.seed, dtype, device)?,
+        };
+        let options = DecodeOptions { background: recipe.images.background, orient: recipe.images.orient, ..Default::default() };
+        let images = Arc::new(Images::new(base.preprocess.clone(), options));
+        observer.event(Event::Phase("images", None));
+        data.verify(&images, recipe.data.skip_bad)?;
+        for note in &data.notes {
+            observer.event(Event::Note(note.clone()));
+        }
+        Ok(Self { recipe, base, data, images })
+    }
+
+    /// Plans methods and task.
+    ///
+    /// # Errors
+    /// When one of them does not fit the model or the data.
+    pub fn plan(&self) -> Result<(Adapters, Box<dyn Task>)> {
+        let recipe = &self.recipe;
+        let clip = &self.base.clip;
+        let mut adapters = Adapters::plan(&recipe.method, clip.sites(), recipe.train.seed, clip.device())?;
+        let task = self.task(&mut adapters)?;
+        if let Some(dir) = &recipe.train.init_adapter {
+            Delta::read(dir)?.fill(&adapters.params)?;
+        }
+        Ok((adapters, task))
+    }
+
+    /// Builds the task, which adds its own parameters.
+    fn task(&self, adapters: &mut Adapters) -> Result<Box<dyn Task>> {
+        let parts = TaskParts {
+            clip: &self.base.clip,
+            tokenizer: &self.base.tokenizer,
+            classes: &self.data.classes,
+            label_smoothing: self.recipe.train.label_smoothing,
+            seed: self.recipe.train.seed,
+        };
+        let task = self.recipe.task.build(&parts, &mut adapters.params)?;
+        for split in [Split::Train, Split::Val, Split::Test] {
+            task.check(self.data.split(split))?;
+        }
+        Ok(task)
+    }
+
+    /// Puts the parts together.
+    ///
+    /// # Errors
+    /// When a forward pass fails.
+    pub fn trainer<'s>(&'s self, adapters: &'s mut Adapters, task: Box<dyn Task>) -> Result<Trainer<'s>> {
+        let config = &self.recipe.train;
+        let features = Features::new(self.images.clone(), config.batch.max(64), &self.base.clip, &mut adapters.patches)?;
+        let metric = config.early_stopping.as_ref().and_then(|e| e.metric.clone());
+        Ok(Trainer {
+            base: &self.base,
+            adapters,
+            task,
+            data: &self.data,
+            images: self.images.clone(),
+            config,
+            metric: metric.unwrap_or_else(|| self.recipe.task.metric().to_string()),
+            features,
+        })
+    }
+
+    /// The split that `before` and `after` are measured on.
+    fn reported(&self) -> Split {
+        if self.data.test.is_empty() { Split::Val } else { Split::Test }
+    }
+
+    /// Numbers of the base and of what is added to it.
+    #[must_use]
+    pub fn total_parameters(&self, adapters: &Adapters) -> usize {
+        let sites = self.base.clip.sites();
+        let is_base = |name: &str| sites.weight(name.strip_prefix("base_model.model.").unwrap_or(name)).is_some();
+        let added: usize = adapters.params.iter().filter(|p| !is_base(&p.name)).map(|p| p.var.elem_count()).sum();
+        sites.count() + added
+    }
+
+    fn manifest(&self, metrics: &Evaluation) -> Result<Manifest> {
+        let templates = match &self.recipe.task {
+            TaskConfig::Classify(c) => c.templates.clone(),
+            TaskConfig::Retrieve(_) => Vec::new(),
+        };
+        Ok(Manifest {
+            version: env!("CARGO_PKG_VERSION").into(),
+            base: base_ref(&self.base, self.recipe.model.spec()),
+            task: to_json(&self.recipe.task)?,
+            classes: self.data.classes.clone(),
+            templates,
+            recipe: to_json(&self.recipe)?,
+            metrics: json!(metrics.metrics),
+            methods: Vec::new(),
+        })
+    }
+}
+
+/// What an adapter notes of its base.
+#[must_use]
+pub fn base_ref(base: &Base, name: &str) -> BaseRef {
+    BaseRef {
+        name: name.to_string(),
+        digest: base.digest.clone(),
+        tokenizer: base.tokenizer.digest().to_string(),
+        preprocess: format!("blake3:{}", blake3::hash(&base.preprocess.digest_bytes()).to_hex()),
+    }
+}
+
+fn to_json(value: &impl serde::Serialize) -> Result<serde_json::Value> {
+    serde_json::to_value(value).map_err(|e| Error::fault("peft.json", e))
+}
+
+/// Passes events on and writes each step to `metrics.jsonl`.
+struct Logged<'a> {
+    inner: &'a mut dyn Observer,
+    run: RunDir,
+    failed: Option<Error>,
+}
+
+impl Observer for Logged<'_> {
+    fn event(&mut self, event: Event<'_>) {
+        if let Event::Step(record) = &event {
+            self.log(record);
+        }
+        self.inner.event(event);
+    }
+
+    fn stop(&self) -> Option<i32> {
+        self.inner.stop()
+    }
+}
+
+impl Logged<'_> {
+    fn log(&mut self, record: &StepRecord) {
+        if let Err(e) = self.run.log(record) {
+            self.failed.get_or_insert(e);
+        }
+    }
+}
+
+/// `peft train`: the whole run. Returns the report and whether the run was finished before.
+///
+/// # Errors
+/// When the recipe does not fit, a step fails, the disk refuses, or a signal came.
+pub fn train(recipe: Recipe, existing: Existing, device: &Device, observer: &mut dyn Observer) -> Result<(TrainReport, bool)> {
+    // What can be wrong with the recipe comes before anything is written.
+    let session = Session::open(recipe, device, observer)?;
+    if session.data.train.is_empty() {
+        return Err(Error::input("data", "the training split is empty"));
+    }
+    let (mut adapters, task) = session.plan()?;
+    let run = match RunDir::open(&session.recipe, existing)? {
+        Opened::Finished(report) => return Ok((*report, true)),
+        Opened::Open(run) => run,
+    };
+    let mut trainer = session.trainer(&mut adapters, task)?;
+    let mut state = trainer.begin()?;
+    if existing == Existing::Resume {
+        trainer.resume(&mut state, &run.checkpoint())?;
+    }
+    let mut logged = Logged { inner: observer, run: *run, failed: None };
+    logged.run.open_metrics(state.state().step)?;
+    let report = session.execute(&mut trainer, &mut state, &mut logged)?;
+    match logged.failed {
+        Some(e) => Err(e),
+        None => Ok((report, false)),
+    }
+}
+
+impl Session {
+    fn execute(&self, trainer: &mut Trainer<'_>, run: &mut Run, logged: &mut Logged<'_>) -> Result<TrainReport> {
+        let split = self.reported();
+        if run.state().before.is_none() {
+            logged.event(Event::Phase("before", Some(self.data.split(split).len())));
+            run.set_before(trainer.evaluate(split, logged)?);
+        }
+        if let Some(before) = &run.state().before {
+            logged.event(Event::Before(before));
+        }
+        logged.event(Event::Started {
+            steps: trainer.total_steps(),
+            done: run.state().step,
+            trainable: trainer.adapters.params.count(),
+            total: self.total_parameters(trainer.adapters),
+        });
+        let checkpoint = logged.run.checkpoint();
+        trainer.train(run, Some(&checkpoint), logged)?;
+        logged.event(Event::Phase("after", Some(self.data.split(split).len())));
+        let after = trainer.evaluate(split, logged)?;
+        for warning in trainer.task.warnings() {
+            logged.event(Event::Warning(warning));
+        }
+        let bytes = delta::save(&logged.run.adapter(), trainer.adapters, self.base.clip.sites(), &self.manifest(&after)?)?;
+        let report = self.report(trainer, run, split, after, bytes, logged.run.path());
+        logged.run.finish(&report, report.after.as_ref().map_or(&[], |e| &e.predictions))?;
+        Ok(report)
+    }
+
+    fn report(&self, trainer: &Trainer<'_>, run: &Run, split: Split, after: Evaluation, bytes: u64, path: &Path) -> TrainReport {
+        let state = run.state();
+        TrainReport {
+            version: env!("CARGO_PKG_VERSION").into(),
+            recipe: self.recipe.name.clone(),
+            method: trainer.adapters.label(),
+            task: self.recipe.task.name().into(),
+            base: self.recipe.model.spec().into(),
+            base_digest: self.base.digest.clone(),
+            classes: self.data.classes.clone(),
+            metric: trainer.metric.clone(),
+            split: split.to_string(),
+            before: state.before.clone(),
+            after: Some(after),
+            epochs: state.epochs.clone(),
+            best_epoch: state.best.as_ref().map(|b| b.epoch),
+            steps: state.step,
+            stopped_early: state.stopped_early,
+            trainable_parameters: trainer.adapters.params.count(),
+            total_parameters: self.total_parameters(trainer.adapters),
+            adapter_bytes: bytes,
+            seconds: run.seconds(),
+            peak_rss_mib: peak_rss_mib(),
+            examples: [self.data.train.len(), self.data.val.len(), self.data.test.len()],
+            skipped_images: self.data.skipped,
+            device: crate::device::name(self.base.clip.device()),
+            run: path.to_path_buf(),
+        }
+    }
+}
+
+/// What `peft eval` evaluates.
+#[derive(Debug, Clone)]
+pub struct EvalOptions {
+    /// An adapter; the run's own where a run is evaluated, none where a recipe is.
+    pub adapter: Option<PathBuf>,
+    /// Which split.
+    pub split: Split,
+    /// Whether an adapter of another base is accepted.
+    pub allow_base_mismatch: bool,
+}
+
+/// `peft eval`: metrics of a split, with an adapter or without.
+///
+/// # Errors
+/// When the adapter does not fit or the split is empty.
+pub fn evaluate(recipe: Recipe, options: &EvalOptions, device: &Device, observer: &mut dyn Observer) -> Result<Evaluation> {
+    let session = Session::open(recipe, device, observer)?;
+    let examples = session.data.split(options.split).len();
+    if examples == 0 {
+        return Err(Error::input("--split", format!("the {} split is empty", options.split)));
+    }
+    let sites = session.base.clip.sites();
+    let mut adapters = match &options.adapter {
+        None => Adapters::plan(&[], sites, 0, device)?,
+        Some(dir) => {
+            let delta = Delta::read(dir)?;
+            for note in delta.check_base(&session.base, options.allow_base_mismatch)? {
+                observer.event(Event::Note(note));
+            }
+            delta.apply(&session.base)?
+        }
+    };
+    let task = session.task(&mut adapters)?;
+    if let Some(dir) = options.adapter.as_ref().filter(|_| adapters.params.iter().any(|p| p.name.starts_with("head."))) {
+        Delta::read(dir)?.fill(&adapters.params)?;
+    }
+    let mut trainer = session.trainer(&mut adapters, task)?;
+    observer.event(Event::Phase("evaluate", Some(examples)));
+    trainer.evaluate(options.split, observer)
+}

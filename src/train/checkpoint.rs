@@ -1,0 +1,79 @@
+//! The state of a run between two steps: one file, written whole or not at all.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+
+use crate::clip::weights;
+use crate::error::{Error, Result};
+use crate::files;
+use crate::report::{EpochRecord, Evaluation};
+
+/// The file inside `checkpoint/`.
+pub const FILE: &str = "state.safetensors";
+const KEY: &str = "state";
+
+/// Everything that is no tensor.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// Optimiser steps done; the loader's position and all randomness follow from it.
+    pub step: usize,
+    /// Sum and number of the losses of the unfinished epoch.
+    pub epoch_loss: (f64, usize),
+    /// Finished epochs.
+    pub epochs: Vec<EpochRecord>,
+    /// The best one so far.
+    pub best: Option<Best>,
+    /// Validations since then.
+    pub without_improvement: usize,
+    /// Whether early stopping said so.
+    pub stopped_early: bool,
+    /// The test split before training.
+    pub before: Option<Evaluation>,
+    /// Seconds of earlier sessions.
+    pub seconds: f64,
+}
+
+/// The best epoch.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// From 1.
+    pub epoch: usize,
+    /// Its metric.
+    pub metric: f64,
+    /// Its validation loss, which breaks ties.
+    pub loss: f64,
+}
+
+/// Writes tensors and state.
+///
+/// # Errors
+/// When the disk refuses.
+pub fn save(dir: &Path, tensors: &[(String, Tensor)], state: &State) -> Result<()> {
+    let json = serde_json::to_string(state).map_err(|e| Error::fault("checkpoint", e))?;
+    let metadata = HashMap::from([(KEY.to_string(), json)]);
+    let named = tensors.iter().map(|(n, t)| (n.as_str(), t));
+    let bytes = safetensors::serialize(named, Some(metadata)).map_err(|e| Error::fault("checkpoint", e))?;
+    files::write_atomic(&dir.join(FILE), &bytes)
+}
+
+/// Reads them back; nothing where no checkpoint was written yet.
+///
+/// # Errors
+/// When the file is there and broken.
+pub fn load(dir: &Path) -> Result<Option<(HashMap<String, Tensor>, State)>> {
+    let path = dir.join(FILE);
+    let bytes = match std::fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(Error::read(path, e)),
+    };
+    let place = path.display().to_string();
+    let (tensors, metadata) = weights::read_safetensors(&place, &bytes)?;
+    let state = metadata.get(KEY).and_then(|json| serde_json::from_str(json).ok()).ok_or_else(|| {
+        Error::input(&place, "is not a checkpoint of this program").hint("start anew with --force")
+    })?;
+    Ok(Some((tensors.into_iter().collect(), state)))
+}

@@ -1,0 +1,273 @@
+//! The training loop: step, validation, best epoch, checkpoints.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use candle_core::Tensor;
+use peft_adapters::Params;
+
+use crate::clip::Clip;
+use crate::clip::base::Base;
+use crate::data::{Dataset, Images, Plan, Split};
+use crate::delta::Adapters;
+use crate::error::{Error, Result};
+use crate::optim::{Ema, Optimizer};
+use crate::report::{EpochRecord, Evaluation};
+use crate::task::{Forward, Task};
+
+pub mod checkpoint;
+mod config;
+mod features;
+pub mod observer;
+mod step;
+
+pub use checkpoint::{Best, State};
+pub use config::{Dtype, EarlyStopping, PatchDropout, TrainConfig};
+pub use features::Features;
+pub use observer::{Event, Observer, Silent, StepRecord};
+pub use step::Stepper;
+
+/// What a run is made of.
+pub struct Trainer<'a> {
+    /// The frozen model.
+    pub base: &'a Base,
+    /// What is trained.
+    pub adapters: &'a mut Adapters,
+    /// What for.
+    pub task: Box<dyn Task>,
+    /// On what.
+    pub data: &'a Dataset,
+    /// How images are read.
+    pub images: Arc<Images>,
+    /// How.
+    pub config: &'a TrainConfig,
+    /// The number that chooses the best epoch.
+    pub metric: String,
+    /// Image features.
+    pub features: Features,
+}
+
+/// Where a run stands and what a checkpoint holds besides parameters.
+pub struct Run {
+    state: State,
+    optimizer: Box<dyn Optimizer>,
+    ema: Option<Ema>,
+    best: Option<Vec<Tensor>>,
+    started: Instant,
+}
+
+impl Run {
+    /// Where it stands.
+    #[must_use]
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Notes the evaluation before training.
+    pub fn set_before(&mut self, evaluation: Evaluation) {
+        self.state.before = Some(evaluation);
+    }
+
+    /// Seconds of training, earlier sessions included.
+    #[must_use]
+    pub fn seconds(&self) -> f64 {
+        self.state.seconds + self.started.elapsed().as_secs_f64()
+    }
+}
+
+impl<'a> Trainer<'a> {
+    /// The order of batches.
+    #[must_use]
+    pub fn plan(&self) -> Plan {
+        Plan {
+            examples: self.data.train.len(),
+            batch: self.config.batch,
+            shuffle: self.config.shuffle,
+            drop_last: self.task.drop_last(),
+            seed: self.config.seed,
+        }
+    }
+
+    /// Optimiser steps in all.
+    #[must_use]
+    pub fn total_steps(&self) -> usize {
+        self.config.total_steps(self.plan().per_epoch())
+    }
+
+    /// A run before its first step.
+    ///
+    /// # Errors
+    /// When state cannot be allocated.
+    pub fn begin(&self) -> Result<Run> {
+        let params = &self.adapters.params;
+        Ok(Run {
+            state: State::default(),
+            optimizer: self.config.optimizer.build(params)?,
+            ema: self.config.ema.map(|decay| Ema::new(decay, params)).transpose()?,
+            best: None,
+            started: Instant::now(),
+        })
+    }
+
+    /// Puts a checkpoint back; nothing happens where none was written yet.
+    ///
+    /// # Errors
+    /// When the checkpoint is broken or belongs to another recipe.
+    pub fn resume(&self, run: &mut Run, dir: &Path) -> Result<()> {
+        let Some((mut tensors, state)) = checkpoint::load(dir)? else { return Ok(()) };
+        let mut take = |name: &str| {
+            tensors.remove(name).ok_or_else(|| {
+                Error::input(dir.display(), format!("the checkpoint lacks `{name}`")).hint("start anew with --force")
+            })
+        };
+        let params = &self.adapters.params;
+        let mut named = |prefix: &str| -> Result<Vec<Tensor>> {
+            let one = |p: &peft_adapters::Param| Ok(take(&format!("{prefix}.{}", p.name))?.to_device(params.device())?);
+            params.iter().map(one).collect()
+        };
+        assign(params, &named("param")?)?;
+        run.best = state.best.as_ref().map(|_| named("best")).transpose()?;
+        run.optimizer.restore(&mut take)?;
+        if let Some(ema) = &mut run.ema {
+            ema.restore(params, &mut take)?;
+        }
+        run.state = state;
+        Ok(())
+    }
+
+    /// Writes a checkpoint.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn save(&self, run: &mut Run, dir: &Path) -> Result<()> {
+        let params = &self.adapters.params;
+        let named = |prefix: &str, values: &[Tensor]| -> Vec<(String, Tensor)> {
+            params.iter().zip(values).map(|(p, v)| (format!("{prefix}.{}", p.name), v.clone())).collect()
+        };
+        let mut tensors = named("param", &snapshot(params)?);
+        tensors.extend(run.best.iter().flat_map(|best| named("best", best)));
+        tensors.extend(run.optimizer.state());
+        tensors.extend(run.ema.iter().flat_map(|ema| ema.state(params)));
+        run.state.seconds = run.seconds();
+        run.started = Instant::now();
+        checkpoint::save(dir, &tensors, &run.state)
+    }
+
+    /// Trains to the end, or to a signal. Afterwards the parameters are those of the best epoch.
+    ///
+    /// `checkpoints` is where checkpoints go; none are written without.
+    ///
+    /// # Errors
+    /// When a step fails, a number is not finite, or a signal came.
+    pub fn train(&mut self, run: &mut Run, checkpoints: Option<&Path>, observer: &mut dyn Observer) -> Result<()> {
+        let total = self.total_steps();
+        let mut stepper = Stepper::new(self, run.state.step, total, observer)?;
+        while run.state.step < total && !run.state.stopped_early {
+            let record = stepper.step(self, run)?;
+            observer.event(Event::Step(&record));
+            let epoch_done = run.state.step % stepper.steps_per_epoch() == 0 || run.state.step == total;
+            if epoch_done {
+                self.end_epoch(run, record.epoch, record.epoch % self.config.evaluate_every == 0 || run.state.step == total, observer)?;
+            }
+            let stop = observer.stop();
+            let due = self.config.checkpoint_steps.is_some_and(|n| run.state.step.is_multiple_of(n));
+            if let Some(dir) = checkpoints.filter(|_| epoch_done || due || stop.is_some()) {
+                self.save(run, dir)?;
+            }
+            if let Some(signal) = stop.filter(|_| run.state.step < total) {
+                return Err(interrupted(run, total, signal, checkpoints.is_some()));
+            }
+        }
+        self.finish(run)
+    }
+
+    fn end_epoch(&mut self, run: &mut Run, epoch: usize, validate: bool, observer: &mut dyn Observer) -> Result<()> {
+        let (sum, count) = std::mem::take(&mut run.state.epoch_loss);
+        let mut record = EpochRecord { epoch, step: run.state.step, train_loss: sum / count.max(1) as f64, val: None };
+        if validate && !self.data.val.is_empty() {
+            if let Some(ema) = &mut run.ema {
+                ema.swap_in(&self.adapters.params)?;
+            }
+            let mut val = self.evaluate(Split::Val, observer)?;
+            self.judge(run, epoch, &val)?;
+            if let Some(ema) = &mut run.ema {
+                ema.swap_out(&self.adapters.params)?;
+            }
+            // The history keeps numbers only.
+            (val.predictions, val.classification) = (Vec::new(), None);
+            record.val = Some(val);
+        }
+        observer.event(Event::Epoch(&record));
+        run.state.epochs.push(record);
+        Ok(())
+    }
+
+    /// Keeps the best epoch: higher metric (lower for `loss`), then lower loss, then the earlier one.
+    fn judge(&self, run: &mut Run, epoch: usize, val: &Evaluation) -> Result<()> {
+        let metric = val.metric(&self.metric).ok_or_else(|| {
+            let known: Vec<&str> = val.metrics.keys().map(String::as_str).chain(["loss"]).collect();
+            Error::input("train.early_stopping.metric", format!("`{}` is not a metric of this task", self.metric))
+                .hint(format!("there are {}", known.join(", ")))
+        })?;
+        let sign = if self.metric == "loss" { -1.0 } else { 1.0 };
+        let better = run.state.best.as_ref().is_none_or(|b| {
+            let (new, old) = (sign * metric, sign * b.metric);
+            new > old || (new == old && val.loss < b.loss)
+        });
+        if better {
+            run.state.best = Some(Best { epoch, metric, loss: val.loss });
+            run.best = Some(snapshot(&self.adapters.params)?);
+            run.state.without_improvement = 0;
+        } else {
+            run.state.without_improvement += 1;
+        }
+        let patience = self.config.early_stopping.as_ref().map_or(0, |e| e.patience);
+        run.state.stopped_early = patience > 0 && run.state.without_improvement >= patience;
+        Ok(())
+    }
+
+    /// The parameters of the best epoch; the last ones (their average) where nothing was validated.
+    fn finish(&mut self, run: &mut Run) -> Result<()> {
+        match (&run.best, &mut run.ema) {
+            (Some(best), _) => assign(&self.adapters.params, best),
+            (None, Some(ema)) => ema.swap_in(&self.adapters.params),
+            (None, None) => Ok(()),
+        }
+    }
+
+    /// Evaluates a split with the parameters as they are.
+    ///
+    /// # Errors
+    /// When an image cannot be read or a tensor operation fails.
+    pub fn evaluate(&mut self, split: Split, observer: &mut dyn Observer) -> Result<Evaluation> {
+        let examples = self.data.split(split);
+        let Adapters { view, .. } = &mut *self.adapters;
+        let features = self.features.of(split, examples, &self.base.clip, view, observer)?;
+        let on = Forward { clip: &self.base.clip, patches: view, training: false, epoch: 0 };
+        self.task.evaluate(&on, &features, examples)
+    }
+
+    fn clip(&self) -> &'a Clip {
+        &self.base.clip
+    }
+}
+
+fn snapshot(params: &Params) -> Result<Vec<Tensor>> {
+    params.iter().map(|p| Ok(p.var.as_tensor().detach().copy()?)).collect()
+}
+
+fn assign(params: &Params, values: &[Tensor]) -> Result<()> {
+    params.iter().zip(values).try_for_each(|(p, v)| Ok(p.var.set(v)?))
+}
+
+fn interrupted(run: &Run, total: usize, signal: i32, saved: bool) -> Error {
+    let what = if saved { "the state is saved; go on with --resume" } else { "nothing was saved" };
+    Error::Interrupted { message: format!("stopped after step {} of {total}; {what}", run.state.step), signal }
+}
+
+/// Gradients by name, for patches that want to see them.
+fn by_name(params: &Params, grads: &[Option<Tensor>]) -> HashMap<String, Tensor> {
+    params.iter().zip(grads).filter_map(|(p, g)| g.clone().map(|g| (p.name.clone(), g))).collect()
+}
