@@ -8,7 +8,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
 
+mod float;
+mod gemm;
+mod kernels;
+mod linear;
 pub mod portable;
+mod simd;
+#[cfg(test)]
+mod testing;
 
 static PORTABLE: AtomicBool = AtomicBool::new(false);
 
@@ -75,7 +82,7 @@ pub struct AttentionShape {
 /// # Errors
 /// When shapes do not fit.
 pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
-    portable::linear(x, w, b)
+    linear::linear(x, w, b)
 }
 
 /// `x Wᵀ + b + s (x ∘ dropout) Aᵀ Bᵀ`, Hu et al. 2021, eq. 3.
