@@ -1,6 +1,6 @@
 //! What the fused operations share: access to tensors, buffers, loops over rows.
 
-use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, StorageRef, Tensor, bail};
+use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Storage, StorageRef, Tensor, bail};
 use rayon::prelude::*;
 
 use super::float::Float;
@@ -64,6 +64,11 @@ impl<'a> View<'a> {
             _ => bail!("fused operations run on the CPU only"),
         }
     }
+}
+
+/// The result of an operation.
+pub(super) fn result<T: Float>(values: Vec<T>, shape: impl Into<Shape>) -> (CpuStorage, Shape) {
+    (T::to_cpu_storage_owned(values), shape.into())
 }
 
 /// A tensor of these values.
@@ -167,6 +172,25 @@ pub(super) fn sum<T: Float>(x: &[T], f: impl Fn(T) -> T) -> T {
         *lane += f(*v);
     }
     fold(lanes)
+}
+
+/// The sums of both values of `f(x, y)`.
+#[inline(always)]
+pub(super) fn sum_two<T: Float>(x: &[T], y: &[T], f: impl Fn(T, T) -> (T, T)) -> (T, T) {
+    let (mut first, mut second) = ([T::zero(); LANES], [T::zero(); LANES]);
+    let mut add = |x: &[T], y: &[T]| {
+        for (((a, b), x), y) in first.iter_mut().zip(&mut second).zip(x).zip(y) {
+            let (u, v) = f(*x, *y);
+            *a += u;
+            *b += v;
+        }
+    };
+    let (mut xs, mut ys) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
+    for (x, y) in (&mut xs).zip(&mut ys) {
+        add(x, y);
+    }
+    add(xs.remainder(), ys.remainder());
+    (fold(first), fold(second))
 }
 
 /// Adds the lanes up in pairs.

@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, S
 
 use super::float::Float;
 use super::gemm::{Mat, MatMut, Old, Threads, gemm};
-use super::kernels::{View, add_rows, by_float, for_rows, fused, slice, sum_rows, tensor, uninit};
+use super::kernels::{View, add_rows, by_float, for_rows, fused, result, slice, sum_rows, tensor, uninit};
 use super::portable;
 
 /// See [`super::linear`].
@@ -110,7 +110,7 @@ fn bias_gradient<T: Float>(dy: &[T], rows: usize, out: usize) -> Vec<T> {
 fn forward<T: Float>(s: &CpuStorage, l: &Layout, w: &[T], b: Option<&[T]>, out: usize) -> Result<(CpuStorage, Shape)> {
     let size = Size::new(l.dims(), &[out, l.dims().last().copied().unwrap_or(0)]);
     let y = product(slice::<T>(s, l)?, w, b, size);
-    Ok((T::to_cpu_storage_owned(y), with_last(l.dims(), out)))
+    Ok(result(y, with_last(l.dims(), out)))
 }
 
 /// A weight and a bias without gradients; only the input gets one.

@@ -8,10 +8,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
 
+mod activation;
+mod embedding;
 mod float;
 mod gemm;
 mod kernels;
 mod linear;
+mod norm;
 pub mod portable;
 mod simd;
 #[cfg(test)]
@@ -104,7 +107,7 @@ pub fn lora_linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, lora: &LowRank
 /// # Errors
 /// When shapes do not fit.
 pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
-    portable::layer_norm(x, w, b, eps)
+    norm::layer_norm(x, w, b, eps)
 }
 
 /// Multi-head scaled dot-product attention.
@@ -131,7 +134,7 @@ pub fn attention(
 /// # Errors
 /// When the dtype is no float.
 pub fn activation(x: &Tensor, act: Activation) -> Result<Tensor> {
-    portable::activation(x, act)
+    activation::activation(x, act)
 }
 
 /// Rows of a table.
@@ -142,5 +145,5 @@ pub fn activation(x: &Tensor, act: Activation) -> Result<Tensor> {
 /// # Errors
 /// When an id is outside the table.
 pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
-    portable::embedding(table, ids)
+    embedding::embedding(table, ids)
 }
