@@ -9,6 +9,7 @@ use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
 
 mod activation;
+mod attention;
 mod embedding;
 mod float;
 mod gemm;
@@ -126,7 +127,7 @@ pub fn attention(
     shape: &AttentionShape,
     key_mask: Option<&Tensor>,
 ) -> Result<Tensor> {
-    portable::attention(q, k, v, shape, key_mask)
+    attention::attention(q, k, v, shape, key_mask)
 }
 
 /// The non-linearity, elementwise.
