@@ -15,6 +15,7 @@ mod float;
 mod gemm;
 mod kernels;
 mod linear;
+mod lora;
 mod norm;
 pub mod portable;
 mod simd;
@@ -97,7 +98,7 @@ pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
 /// # Errors
 /// When shapes do not fit.
 pub fn lora_linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, lora: &LowRank<'_>) -> Result<Tensor> {
-    portable::lora_linear(x, w, bias, lora)
+    lora::lora_linear(x, w, bias, lora)
 }
 
 /// Layer norm over the last dimension, biased variance.
