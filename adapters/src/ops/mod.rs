@@ -8,7 +8,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
 
+mod activation;
+mod attention;
+mod embedding;
+mod float;
+mod gemm;
+mod kernels;
+mod linear;
+mod lora;
+mod norm;
 pub mod portable;
+mod simd;
+#[cfg(test)]
+mod testing;
 
 static PORTABLE: AtomicBool = AtomicBool::new(false);
 
@@ -75,7 +87,7 @@ pub struct AttentionShape {
 /// # Errors
 /// When shapes do not fit.
 pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
-    portable::linear(x, w, b)
+    linear::linear(x, w, b)
 }
 
 /// `x Wᵀ + b + s (x ∘ dropout) Aᵀ Bᵀ`, Hu et al. 2021, eq. 3.
@@ -86,7 +98,7 @@ pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
 /// # Errors
 /// When shapes do not fit.
 pub fn lora_linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, lora: &LowRank<'_>) -> Result<Tensor> {
-    portable::lora_linear(x, w, bias, lora)
+    lora::lora_linear(x, w, bias, lora)
 }
 
 /// Layer norm over the last dimension, biased variance.
@@ -97,7 +109,7 @@ pub fn lora_linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, lora: &LowRank
 /// # Errors
 /// When shapes do not fit.
 pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
-    portable::layer_norm(x, w, b, eps)
+    norm::layer_norm(x, w, b, eps)
 }
 
 /// Multi-head scaled dot-product attention.
@@ -116,7 +128,7 @@ pub fn attention(
     shape: &AttentionShape,
     key_mask: Option<&Tensor>,
 ) -> Result<Tensor> {
-    portable::attention(q, k, v, shape, key_mask)
+    attention::attention(q, k, v, shape, key_mask)
 }
 
 /// The non-linearity, elementwise.
@@ -124,7 +136,7 @@ pub fn attention(
 /// # Errors
 /// When the dtype is no float.
 pub fn activation(x: &Tensor, act: Activation) -> Result<Tensor> {
-    portable::activation(x, act)
+    activation::activation(x, act)
 }
 
 /// Rows of a table.
@@ -135,5 +147,5 @@ pub fn activation(x: &Tensor, act: Activation) -> Result<Tensor> {
 /// # Errors
 /// When an id is outside the table.
 pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
-    portable::embedding(table, ids)
+    embedding::embedding(table, ids)
 }

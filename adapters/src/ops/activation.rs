@@ -1,0 +1,215 @@
+//! Non-linearities, forward and backward in one pass each.
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+
+use super::float::Float;
+use super::kernels::{View, by_float, for_rows, fused, result, slice, tensor, uninit};
+use super::simd::vectorised;
+use super::{Activation, portable};
+
+/// See [`super::activation`].
+pub(super) fn activation(x: &Tensor, act: Activation) -> Result<Tensor> {
+    if act == Activation::Identity || !fused([x]) {
+        return portable::activation(x, act);
+    }
+    let x = x.contiguous()?;
+    if x.track_op() { x.apply_op1(Op(act)) } else { x.apply_op1_no_bwd(&Op(act)) }
+}
+
+/// A constant.
+#[inline(always)]
+fn c<T: Float>(value: f64) -> T {
+    T::from_f64(value)
+}
+
+#[inline(always)]
+fn sigmoid<T: Float>(x: T) -> T {
+    T::one() / (T::one() + (-x).exponential())
+}
+
+/// `x σ(k x)`.
+#[inline(always)]
+fn swish<T: Float>(x: T, k: T) -> T {
+    x * sigmoid(k * x)
+}
+
+#[inline(always)]
+fn swish_slope<T: Float>(x: T, k: T) -> T {
+    let s = sigmoid(k * x);
+    s + k * x * s * (T::one() - s)
+}
+
+/// Φ(x), the normal distribution's.
+#[inline(always)]
+fn normal<T: Float>(x: T) -> T {
+    c::<T>(0.5) * (T::one() + (x * c(std::f64::consts::FRAC_1_SQRT_2)).error_function())
+}
+
+#[inline(always)]
+fn gelu_slope<T: Float>(x: T) -> T {
+    /// 1/√(2π).
+    const DENSITY: f64 = 0.398_942_280_401_432_7;
+    normal(x) + x * c(DENSITY) * (c::<T>(-0.5) * x * x).exponential()
+}
+
+/// √(2/π) and the cubic term's factor.
+const TANH: (f64, f64) = (0.797_884_560_802_865_4, 0.044_715);
+
+/// `(1 + tanh(√(2/π)(x + 0.044715 x³))) / 2`, as a sigmoid of twice the argument.
+#[inline(always)]
+fn tanh_normal<T: Float>(x: T) -> T {
+    sigmoid(c::<T>(2.0 * TANH.0) * x * (T::one() + c::<T>(TANH.1) * x * x))
+}
+
+#[inline(always)]
+fn gelu_tanh_slope<T: Float>(x: T) -> T {
+    let s = tanh_normal(x);
+    let inner = c::<T>(2.0 * TANH.0) * (T::one() + c::<T>(3.0 * TANH.1) * x * x);
+    s + x * s * (T::one() - s) * inner
+}
+
+#[inline(always)]
+fn map<T: Float>(x: &[T], y: &mut [T], f: impl Fn(T) -> T) {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y = f(*x);
+    }
+}
+
+#[inline(always)]
+fn scale_by<T: Float>(x: &[T], dy: &[T], dx: &mut [T], slope: impl Fn(T) -> T) {
+    for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
+        *dx = *dy * slope(*x);
+    }
+}
+
+vectorised! {
+    fn values<T>(x: &[T], y: &mut [T], act: Activation) {
+        match act {
+            Activation::QuickGelu => map(x, y, |x| swish(x, c(1.702))),
+            Activation::Gelu => map(x, y, |x| x * normal(x)),
+            Activation::GeluTanh => map(x, y, |x| x * tanh_normal(x)),
+            Activation::Relu => map(x, y, |x| if x < T::zero() { T::zero() } else { x }),
+            Activation::Silu => map(x, y, |x| swish(x, T::one())),
+            Activation::Tanh => map(x, y, T::hyperbolic_tangent),
+            Activation::Identity => map(x, y, |x| x),
+        }
+    }
+}
+
+vectorised! {
+    fn slopes<T>(x: &[T], dy: &[T], dx: &mut [T], act: Activation) {
+        match act {
+            Activation::QuickGelu => scale_by(x, dy, dx, |x| swish_slope(x, c(1.702))),
+            Activation::Gelu => scale_by(x, dy, dx, gelu_slope),
+            Activation::GeluTanh => scale_by(x, dy, dx, gelu_tanh_slope),
+            Activation::Relu => scale_by(x, dy, dx, |x| if x > T::zero() { T::one() } else { T::zero() }),
+            Activation::Silu => scale_by(x, dy, dx, |x| swish_slope(x, T::one())),
+            Activation::Tanh => scale_by(x, dy, dx, |x| {
+                let t = x.hyperbolic_tangent();
+                T::one() - t * t
+            }),
+            Activation::Identity => scale_by(x, dy, dx, |_| T::one()),
+        }
+    }
+}
+
+/// The activated values.
+pub(super) fn apply<T: Float>(x: &[T], act: Activation) -> Vec<T> {
+    let mut y = uninit(x.len());
+    for_rows(&mut y, 1, |first, y| values(&x[first..first + y.len()], y, act));
+    y
+}
+
+/// The gradient of the input.
+pub(super) fn gradient<T: Float>(x: &[T], dy: &[T], act: Activation) -> Vec<T> {
+    let mut dx = uninit(x.len());
+    for_rows(&mut dx, 1, |first, dx| {
+        let range = first..first + dx.len();
+        slopes(&x[range.clone()], &dy[range], dx, act);
+    });
+    dx
+}
+
+struct Op(Activation);
+
+impl CustomOp1 for Op {
+    fn name(&self) -> &'static str {
+        "activation"
+    }
+
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+        by_float!(s.dtype(), T => {
+            let y = apply::<T>(slice(s, l)?, self.0);
+            Ok(result(y, l.shape()))
+        })
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let dy = dy.contiguous()?;
+        let (xs, dy) = (View::new(x), View::new(&dy));
+        by_float!(x.dtype(), T => {
+            let dx = gradient::<T>(xs.slice()?, dy.slice()?, self.0);
+            Ok(Some(tensor(dx, x)?))
+        })
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use candle_core::{DType, Device, Tensor};
+
+    use super::super::testing::{check_gradients, check_same, random};
+    use super::*;
+
+    const ALL: [Activation; 7] = [
+        Activation::QuickGelu,
+        Activation::Gelu,
+        Activation::GeluTanh,
+        Activation::Relu,
+        Activation::Silu,
+        Activation::Tanh,
+        Activation::Identity,
+    ];
+
+    /// Values in -8..8.
+    fn wide(dims: &[usize], seed: u64) -> Tensor {
+        (random(dims, seed) * 8.0).unwrap()
+    }
+
+    #[test]
+    fn gradients_match_differences() {
+        for act in ALL {
+            check_gradients(&[wide(&[3, 17], 1)], |t| activation(&t[0], act));
+        }
+    }
+
+    #[test]
+    fn matches_the_portable_composition() {
+        for act in ALL {
+            for x in [wide(&[1, 50, 33], 2), wide(&[70_001], 3), wide(&[5, 4, 3], 4).transpose(0, 1).unwrap()] {
+                check_same(&[x], |t| activation(&t[0], act), |t| portable::activation(&t[0], act));
+            }
+        }
+    }
+
+    #[test]
+    fn ends_are_finite() {
+        for act in ALL {
+            let x = Tensor::new(&[-1e9_f32, -200.0, -90.0, 0.0, 90.0, 200.0], &Device::Cpu).unwrap();
+            let x = candle_core::Var::from_tensor(&x).unwrap();
+            let y = activation(&x, act).unwrap();
+            let grads = y.backward().unwrap();
+            for t in [&y, grads.get(&x).unwrap()] {
+                assert!(t.to_vec1::<f32>().unwrap().iter().all(|v| v.is_finite()), "{act:?}: {t}");
+            }
+        }
+    }
+
+    #[test]
+    fn empty_batches_pass() {
+        let x = Tensor::zeros((0, 3), DType::F32, &Device::Cpu).unwrap();
+        assert_eq!(activation(&x, Activation::Gelu).unwrap().dims(), [0, 3]);
+    }
+}

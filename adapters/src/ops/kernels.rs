@@ -1,0 +1,208 @@
+//! What the fused operations share: access to tensors, buffers, loops over rows.
+
+use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Storage, StorageRef, Tensor, bail};
+use rayon::prelude::*;
+
+use super::float::Float;
+
+/// Buffers shorter than this are worked on by one thread.
+const PARALLEL_FROM: usize = 32 * 1024;
+
+/// Evaluates an expression with a type name standing for the float of a dtype.
+macro_rules! by_float {
+    ($dtype:expr, $t:ident => $body:expr) => {
+        match $dtype {
+            candle_core::DType::F32 => {
+                type $t = f32;
+                $body
+            }
+            candle_core::DType::F64 => {
+                type $t = f64;
+                $body
+            }
+            other => candle_core::bail!("fused operations take f32 and f64, found {other:?}"),
+        }
+    };
+}
+pub(super) use by_float;
+
+/// Whether the fused operations can run on these: on CPU, all f32 or all f64.
+pub(super) fn fused<'a>(operands: impl IntoIterator<Item = &'a Tensor>) -> bool {
+    let mut dtype = None;
+    let fits = operands.into_iter().all(|t| {
+        t.device().is_cpu()
+            && matches!(t.dtype(), DType::F32 | DType::F64)
+            && *dtype.get_or_insert(t.dtype()) == t.dtype()
+    });
+    fits && !super::portable()
+}
+
+/// The values of a contiguous tensor.
+pub(super) fn slice<'a, T: Float>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
+    let all = T::cpu_storage_as_slice(storage)?;
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&all[start..end]),
+        None => bail!("fused operations take contiguous operands"),
+    }
+}
+
+/// A contiguous tensor on CPU, held for reading.
+pub(super) struct View<'a> {
+    storage: StorageRef<'a>,
+    layout: &'a Layout,
+}
+
+impl<'a> View<'a> {
+    pub(super) fn new(tensor: &'a Tensor) -> Self {
+        let (storage, layout) = tensor.storage_and_layout();
+        Self { storage, layout }
+    }
+
+    pub(super) fn slice<T: Float>(&self) -> Result<&[T]> {
+        match &*self.storage {
+            Storage::Cpu(storage) => slice(storage, self.layout),
+            _ => bail!("fused operations run on the CPU only"),
+        }
+    }
+}
+
+/// The result of an operation.
+pub(super) fn result<T: Float>(values: Vec<T>, shape: impl Into<Shape>) -> (CpuStorage, Shape) {
+    (T::to_cpu_storage_owned(values), shape.into())
+}
+
+/// A tensor of these values.
+pub(super) fn tensor<T: Float>(values: Vec<T>, like: &Tensor) -> Result<Tensor> {
+    Tensor::from_vec(values, like.shape(), &Device::Cpu)
+}
+
+/// A buffer that is written before it is read: zeroing costs as much as many of the operations.
+pub(super) fn uninit<T: Float>(len: usize) -> Vec<T> {
+    let mut buffer = Vec::with_capacity(len);
+    // SAFETY: every bit pattern is a float, the capacity is `len`, and callers write
+    // all elements before they read any.
+    #[allow(clippy::uninit_vec)]
+    unsafe {
+        buffer.set_len(len);
+    }
+    buffer
+}
+
+/// The rows of a matrix whose last dimension is `width`.
+pub(super) fn rows(elements: usize, width: usize) -> usize {
+    elements.checked_div(width).unwrap_or(0)
+}
+
+/// How many rows one task takes, so that there are a few tasks for each thread.
+fn rows_per_task(elements: usize, width: usize) -> usize {
+    let tasks = (4 * rayon::current_num_threads()).min(elements / (PARALLEL_FROM / 8)).max(1);
+    rows(elements, width).div_ceil(tasks).max(1)
+}
+
+/// Calls `f` with the first row's index and a piece of whole rows, until all of `out` is done.
+pub(super) fn for_rows<T: Float>(out: &mut [T], width: usize, f: impl Fn(usize, &mut [T]) + Sync) {
+    if out.is_empty() {
+        return;
+    }
+    if out.len() < PARALLEL_FROM {
+        return f(0, out);
+    }
+    let step = rows_per_task(out.len(), width);
+    out.par_chunks_mut(step * width)
+        .enumerate()
+        .for_each(|(i, piece)| f(i * step, piece));
+}
+
+/// Sums of `widths` columns over rows, in pieces that do not depend on the number of threads.
+///
+/// `f` gets the rows' range and the piece's own, zeroed sums.
+pub(super) fn sum_rows<T: Float>(rows: usize, columns: usize, f: impl Fn(std::ops::Range<usize>, &mut [T]) + Sync) -> Vec<T> {
+    const PIECES: usize = 32;
+    let step = rows.div_ceil(PIECES).max((PARALLEL_FROM / 8).div_ceil(columns.max(1)));
+    let run = |i: usize, sums: &mut [T]| f(i * step..rows.min((i + 1) * step), sums);
+    let pieces = rows.div_ceil(step.max(1)).max(1);
+    let mut partial = vec![T::zero(); pieces * columns];
+    if columns > 0 && pieces > 1 {
+        partial.par_chunks_mut(columns).enumerate().for_each(|(i, sums)| run(i, sums));
+    } else {
+        run(0, &mut partial);
+    }
+    let (sums, rest) = partial.split_at_mut(columns);
+    for piece in rest.chunks_exact(columns.max(1)) {
+        add(sums, piece);
+    }
+    partial.truncate(columns);
+    partial
+}
+
+super::simd::vectorised! {
+    /// `sums += values`.
+    pub(super) fn add<T>(sums: &mut [T], values: &[T]) {
+        for (s, v) in sums.iter_mut().zip(values) {
+            *s += *v;
+        }
+    }
+}
+
+super::simd::vectorised! {
+    /// Adds the rows of a matrix to `sums`.
+    pub(super) fn add_rows<T>(sums: &mut [T], matrix: &[T]) {
+        for row in matrix.chunks_exact(sums.len().max(1)) {
+            for (s, v) in sums.iter_mut().zip(row) {
+                *s += *v;
+            }
+        }
+    }
+}
+
+/// Independent sums, so that a reduction vectorises and its order is the same everywhere.
+pub(super) const LANES: usize = 16;
+
+/// The sum of `f(x)`.
+#[inline(always)]
+pub(super) fn sum<T: Float>(x: &[T], f: impl Fn(T) -> T) -> T {
+    let mut lanes = [T::zero(); LANES];
+    let mut chunks = x.chunks_exact(LANES);
+    for chunk in &mut chunks {
+        for (lane, v) in lanes.iter_mut().zip(chunk) {
+            *lane += f(*v);
+        }
+    }
+    for (lane, v) in lanes.iter_mut().zip(chunks.remainder()) {
+        *lane += f(*v);
+    }
+    fold(lanes)
+}
+
+/// The sums of both values of `f(x, y)`.
+#[inline(always)]
+pub(super) fn sum_two<T: Float>(x: &[T], y: &[T], f: impl Fn(T, T) -> (T, T)) -> (T, T) {
+    let (mut first, mut second) = ([T::zero(); LANES], [T::zero(); LANES]);
+    let mut add = |x: &[T], y: &[T]| {
+        for (((a, b), x), y) in first.iter_mut().zip(&mut second).zip(x).zip(y) {
+            let (u, v) = f(*x, *y);
+            *a += u;
+            *b += v;
+        }
+    };
+    let (mut xs, mut ys) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
+    for (x, y) in (&mut xs).zip(&mut ys) {
+        add(x, y);
+    }
+    add(xs.remainder(), ys.remainder());
+    (fold(first), fold(second))
+}
+
+/// Adds the lanes up in pairs.
+#[inline(always)]
+pub(super) fn fold<T: Float>(mut lanes: [T; LANES]) -> T {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            let upper = lanes[i + half];
+            lanes[i] += upper;
+        }
+        half /= 2;
+    }
+    lanes[0]
+}

@@ -1,0 +1,258 @@
+//! Layer norm in two passes over rows that stay in the cache.
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor, bail};
+
+use super::float::Float;
+use super::kernels::{View, by_float, for_rows, fused, result, slice, sum, sum_rows, sum_two, tensor, uninit};
+use super::linear::leading;
+use super::portable;
+use super::simd::vectorised;
+
+/// See [`super::layer_norm`].
+pub(super) fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
+    if !fused([x, w, b]) {
+        return portable::layer_norm(x, w, b, eps);
+    }
+    let dim = x.dims().last().copied().unwrap_or(0);
+    if w.dims() != [dim] || b.dims() != [dim] {
+        bail!("a norm's weight {:?} and bias {:?} do not fit {:?}", w.shape(), b.shape(), x.shape());
+    }
+    let (x, weight, bias) = (x.contiguous()?, w.contiguous()?, b.contiguous()?);
+    if weight.track_op() || bias.track_op() {
+        return x.apply_op3(&weight, &bias, Trained { eps });
+    }
+    let op = Frozen { weight, bias, eps };
+    if x.track_op() { x.apply_op1(op) } else { x.apply_op1_no_bwd(&op) }
+}
+
+/// A row's mean and 1/√(variance + ε).
+#[inline(always)]
+fn moments<T: Float>(row: &[T], eps: T) -> (T, T) {
+    let n = T::from_f64(row.len() as f64);
+    let mean = sum(row, |v| v) / n;
+    let variance = sum(row, |v| (v - mean) * (v - mean)) / n;
+    (mean, T::one() / (variance + eps).root())
+}
+
+vectorised! {
+    /// Norms the rows of `x` into `y`.
+    fn norm_rows<T>(x: &[T], y: &mut [T], w: &[T], b: &[T], eps: T) {
+        for (x, y) in x.chunks_exact(w.len()).zip(y.chunks_exact_mut(w.len())) {
+            let (mean, scale) = moments(x, eps);
+            for (((y, x), w), b) in y.iter_mut().zip(x).zip(w).zip(b) {
+                *y = (*x - mean) * scale * *w + *b;
+            }
+        }
+    }
+}
+
+vectorised! {
+    /// The gradient of the input, row by row.
+    fn input_rows<T>(x: &[T], dy: &[T], dx: &mut [T], w: &[T], eps: T) {
+        let n = T::from_f64(w.len() as f64);
+        let rows = x.chunks_exact(w.len()).zip(dy.chunks_exact(w.len()));
+        for ((x, dy), dx) in rows.zip(dx.chunks_exact_mut(w.len())) {
+            let (mean, scale) = moments(x, eps);
+            for ((dx, dy), w) in dx.iter_mut().zip(dy).zip(w) {
+                *dx = *dy * *w;
+            }
+            let (along, total) = sum_two(dx, x, |g, x| (g * ((x - mean) * scale), g));
+            let (along, total) = (along / n, total / n);
+            for (dx, x) in dx.iter_mut().zip(x) {
+                *dx = scale * (*dx - total - (*x - mean) * scale * along);
+            }
+        }
+    }
+}
+
+vectorised! {
+    /// Adds the rows' gradients of the weight and, in the second half of `sums`, of the bias.
+    fn parameter_rows<T>(x: &[T], dy: &[T], sums: &mut [T], eps: T) {
+        let dim = sums.len() / 2;
+        let (dw, db) = sums.split_at_mut(dim);
+        for (x, dy) in x.chunks_exact(dim).zip(dy.chunks_exact(dim)) {
+            let (mean, scale) = moments(x, eps);
+            for (((dw, db), x), dy) in dw.iter_mut().zip(db.iter_mut()).zip(x).zip(dy) {
+                *dw += *dy * ((*x - mean) * scale);
+                *db += *dy;
+            }
+        }
+    }
+}
+
+/// The normed rows.
+pub(super) fn norm<T: Float>(x: &[T], w: &[T], b: &[T], eps: f64) -> Vec<T> {
+    let (dim, eps) = (w.len(), T::from_f64(eps));
+    let mut y = uninit(x.len());
+    for_rows(&mut y, dim, |first, y| norm_rows(&x[first * dim..][..y.len()], y, w, b, eps));
+    y
+}
+
+/// The gradient of the input.
+pub(super) fn input_gradient<T: Float>(x: &[T], dy: &[T], w: &[T], eps: f64) -> Vec<T> {
+    let (dim, eps) = (w.len(), T::from_f64(eps));
+    let mut dx = uninit(x.len());
+    for_rows(&mut dx, dim, |first, dx| {
+        let range = first * dim..first * dim + dx.len();
+        input_rows(&x[range.clone()], &dy[range], dx, w, eps);
+    });
+    dx
+}
+
+/// The gradients of the weight and the bias.
+fn parameter_gradients<T: Float>(x: &[T], dy: &[T], rows: usize, dim: usize, eps: f64) -> (Vec<T>, Vec<T>) {
+    if dim == 0 {
+        return (Vec::new(), Vec::new());
+    }
+    let mut dw = sum_rows(rows, 2 * dim, |range, sums| {
+        let range = range.start * dim..range.end * dim;
+        parameter_rows(&x[range.clone()], &dy[range], sums, T::from_f64(eps));
+    });
+    let db = dw.split_off(dim);
+    (dw, db)
+}
+
+fn forward<T: Float>(s: &CpuStorage, l: &Layout, w: &[T], b: &[T], eps: f64) -> Result<(CpuStorage, Shape)> {
+    let y = norm(slice(s, l)?, w, b, eps);
+    Ok(result(y, l.shape()))
+}
+
+/// A norm whose weight and bias have no gradients.
+struct Frozen {
+    weight: Tensor,
+    bias: Tensor,
+    eps: f64,
+}
+
+impl CustomOp1 for Frozen {
+    fn name(&self) -> &'static str {
+        "layer-norm-frozen"
+    }
+
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (w, b) = (View::new(&self.weight), View::new(&self.bias));
+        by_float!(s.dtype(), T => forward::<T>(s, l, w.slice()?, b.slice()?, self.eps))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let dy = dy.contiguous()?;
+        let (w, xs, dy) = (View::new(&self.weight), View::new(x), View::new(&dy));
+        by_float!(x.dtype(), T => {
+            let dx = input_gradient::<T>(xs.slice()?, dy.slice()?, w.slice()?, self.eps);
+            Ok(Some(tensor(dx, x)?))
+        })
+    }
+}
+
+/// A norm whose weight or bias has a gradient.
+struct Trained {
+    eps: f64,
+}
+
+impl CustomOp3 for Trained {
+    fn name(&self) -> &'static str {
+        "layer-norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        by_float!(s1.dtype(), T => forward::<T>(s1, l1, slice(s2, l2)?, slice(s3, l3)?, self.eps))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        b: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let dy = dy.contiguous()?;
+        let (xs, ws, dy) = (View::new(x), View::new(w), View::new(&dy));
+        by_float!(x.dtype(), T => {
+            let (xs, ws, dy) = (xs.slice::<T>()?, ws.slice::<T>()?, dy.slice::<T>()?);
+            let dx = x.track_op().then(|| tensor(input_gradient(xs, dy, ws, self.eps), x)).transpose()?;
+            let (dw, db) = parameter_gradients(xs, dy, leading(x.dims()), ws.len(), self.eps);
+            let dw = w.track_op().then(|| tensor(dw, w)).transpose()?;
+            let db = b.track_op().then(|| tensor(db, b)).transpose()?;
+            Ok((dx, dw, db))
+        })
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use candle_core::{DType, Tensor};
+
+    use super::super::testing::{check_gradients, check_same, frozen_is_absent, leaves, random};
+    use super::*;
+
+    fn run(t: &[Tensor]) -> Result<Tensor> {
+        layer_norm(&t[0], &t[1], &t[2], 1e-5)
+    }
+
+    fn reference(t: &[Tensor]) -> Result<Tensor> {
+        portable::layer_norm(&t[0], &t[1], &t[2], 1e-5)
+    }
+
+    fn operands(dims: &[usize]) -> [Tensor; 3] {
+        let dim = [dims[dims.len() - 1]];
+        [random(dims, 1), random(&dim, 2), random(&dim, 3)]
+    }
+
+    #[test]
+    fn gradients_match_differences() {
+        check_gradients(&operands(&[2, 3, 7]), run);
+        check_gradients(&operands(&[3, 33]), run);
+    }
+
+    #[test]
+    fn matches_the_portable_composition() {
+        for dims in [vec![1, 50, 192], vec![3, 5, 33], vec![16], vec![401, 128], vec![2, 1]] {
+            check_same(&operands(&dims), run, reference);
+        }
+    }
+
+    #[test]
+    fn takes_strided_operands() {
+        let mut t = operands(&[4, 6, 20]);
+        t[0] = random(&[6, 4, 20], 4).transpose(0, 1).unwrap();
+        check_same(&t, run, reference);
+    }
+
+    #[test]
+    fn a_large_mean_costs_no_precision() {
+        let x = (random(&[4, 768], 1) + 1000.0).unwrap();
+        let [_, w, b] = operands(&[4, 768]);
+        let exact = run(&[x.to_dtype(DType::F32).unwrap().to_dtype(DType::F64).unwrap(), w.clone(), b.clone()]).unwrap();
+        let found = run(&leaves(&[x, w, b], DType::F32, 0)).unwrap().to_dtype(DType::F64).unwrap();
+        let worst = (exact - found).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f64>().unwrap();
+        assert!(worst < 1e-3, "{worst}");
+    }
+
+    #[test]
+    fn frozen_operands_get_no_gradient() {
+        frozen_is_absent(&operands(&[2, 5]), run);
+    }
+
+    #[test]
+    fn empty_batches_pass() {
+        let t = leaves(&operands(&[0, 5, 8]), DType::F32, 7);
+        assert_eq!(run(&t).unwrap().dims(), [0, 5, 8]);
+        run(&t).unwrap().sum_all().unwrap().backward().unwrap();
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_are_errors() {
+        assert!(run(&[random(&[2, 3], 1), random(&[4], 2), random(&[4], 3)]).is_err());
+    }
+}
