@@ -1,6 +1,8 @@
 //! Parameter-efficient fine-tuning of CLIP.
 
 pub mod builtin;
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod clip;
 pub mod data;
 pub mod delta;

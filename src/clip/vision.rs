@@ -38,7 +38,7 @@ impl VisionTower {
         let patch = weight(sites, "vision_model.embeddings.patch_embedding.weight")?;
         let table = tensors.take("vision_model.embeddings.position_embedding.weight")?;
         let position = sites.embedding("vision_model.embeddings.position_embedding", tower, table);
-        let mut norm = |sites: &mut Sites, tensors: &mut Tensors, path: &str| -> Result<LayerNorm> {
+        let norm = |sites: &mut Sites, tensors: &mut Tensors, path: &str| -> Result<LayerNorm> {
             Ok(sites.layer_norm(path, tower, None, tensors.pair(path)?, vision.layer_norm_eps))
         };
         let pre_norm = norm(sites, tensors, "vision_model.pre_layrnorm")?;

@@ -86,27 +86,31 @@ fn apply(place: &str, text: &str, sets: &[String], unset: Option<serde_saphyr::E
 }
 
 /// Sets `a.b.c` or `a.0.b`, making maps on the way.
-fn assign(root: &mut Value, key: &str, new: Value) -> Result<()> {
-    let mut at = root;
-    for part in key.split('.') {
-        if part.is_empty() {
-            return Err(Error::input("--set", format!("`{key}` is not a key such as train.lr")));
-        }
-        if let (Value::Array(items), Ok(index)) = (&mut *at, part.parse::<usize>()) {
-            let len = items.len();
-            at = items
-                .get_mut(index)
-                .ok_or_else(|| Error::input(format!("--set {key}"), format!("the list has {len} items, there is no {index}")))?;
-            continue;
-        }
-        if !at.is_object() {
-            *at = Value::Object(serde_json::Map::new());
-        }
-        let Value::Object(map) = at else { continue };
-        at = map.entry(part).or_insert(Value::Null);
+fn assign(at: &mut Value, key: &str, new: Value) -> Result<()> {
+    let (part, rest) = key.split_once('.').map_or((key, None), |(part, rest)| (part, Some(rest)));
+    if part.is_empty() {
+        return Err(Error::input("--set", format!("`{key}` is not a key such as train.lr")));
     }
-    *at = new;
-    Ok(())
+    let next = match (at, part.parse::<usize>()) {
+        (Value::Array(items), Ok(index)) => {
+            let len = items.len();
+            items.get_mut(index).ok_or_else(|| Error::input("--set", format!("the list has {len} items, there is no {index}")))?
+        }
+        (at, _) => {
+            if !at.is_object() {
+                *at = Value::Object(serde_json::Map::new());
+            }
+            let Value::Object(map) = at else { return Ok(()) };
+            map.entry(part).or_insert(Value::Null)
+        }
+    };
+    match rest {
+        Some(rest) => assign(next, rest, new),
+        None => {
+            *next = new;
+            Ok(())
+        }
+    }
 }
 
 fn message(error: &serde_saphyr::Error) -> String {

@@ -1,0 +1,93 @@
+//! `peft train`.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::progress::{duration, summary};
+use super::Context;
+use crate::error::Result;
+use crate::recipe::Recipe;
+use crate::report::{Evaluation, TrainReport};
+use crate::run::Existing;
+use crate::session;
+
+/// Arguments of `peft train`.
+#[derive(Debug, Args)]
+pub(super) struct TrainArgs {
+    /// A recipe file
+    recipe: PathBuf,
+    /// Change a value of the recipe, such as train.lr=1e-3; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// The run directory, in place of the recipe's
+    #[arg(long, value_name = "DIR")]
+    output: Option<PathBuf>,
+    /// Go on where an earlier run stopped
+    #[arg(long, conflicts_with = "force")]
+    resume: bool,
+    /// Replace an earlier run
+    #[arg(long)]
+    force: bool,
+}
+
+pub(super) fn run(args: TrainArgs, context: &Context) -> Result<()> {
+    let mut recipe = Recipe::load(&args.recipe, &args.sets)?;
+    if let Some(output) = args.output {
+        recipe.output = Some(output);
+    }
+    let existing = match (args.resume, args.force) {
+        (true, _) => Existing::Resume,
+        (_, true) => Existing::Replace,
+        _ => Existing::Refuse,
+    };
+    let mut progress = context.progress();
+    progress.listen();
+    let (report, finished_before) = session::train(recipe, existing, &context.device, &mut progress)?;
+    if finished_before {
+        progress.say("this run was finished before; nothing was changed");
+    }
+    context.print(&document(&report), || text(&report))
+}
+
+fn document(report: &TrainReport) -> Value {
+    let numbers = |e: &Option<Evaluation>| e.as_ref().map(|e| {
+        let mut all = serde_json::Map::from_iter(e.metrics.iter().map(|(k, v)| (k.clone(), json!(v))));
+        all.insert("loss".into(), json!(e.loss));
+        all.insert("examples".into(), json!(e.examples));
+        Value::Object(all)
+    });
+    json!({
+        "before": numbers(&report.before),
+        "after": numbers(&report.after),
+        "split": report.split,
+        "trainable_parameters": report.trainable_parameters,
+        "total_parameters": report.total_parameters,
+        "adapter_bytes": report.adapter_bytes,
+        "seconds": report.seconds,
+        "peak_rss_mib": report.peak_rss_mib,
+        "steps": report.steps,
+        "best_epoch": report.best_epoch,
+        "run": report.run,
+    })
+}
+
+fn text(report: &TrainReport) -> String {
+    let mut out = String::new();
+    if let Some(table) = report.after.as_ref().and_then(|a| a.classification.as_ref()) {
+        let _ = writeln!(out, "{}", table.text());
+    }
+    for (name, evaluation) in [("before", &report.before), ("after", &report.after)] {
+        if let Some(e) = evaluation {
+            let _ = writeln!(out, "{name:<10}{}", summary(e));
+        }
+    }
+    let share = 100.0 * report.trainable_parameters as f64 / report.total_parameters.max(1) as f64;
+    let _ = writeln!(out, "trained   {} of {} parameters ({share:.2} %)", report.trainable_parameters, report.total_parameters);
+    let _ = writeln!(out, "adapter   {} bytes in {}", report.adapter_bytes, report.run.join("adapter").display());
+    let memory = report.peak_rss_mib.map(|m| format!(", {m:.0} MiB at most")).unwrap_or_default();
+    let _ = writeln!(out, "time      {}{memory}", duration(report.seconds));
+    out
+}
