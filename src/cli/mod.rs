@@ -94,12 +94,11 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<()> {
-    if let Some(threads) = cli.global.threads {
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(usize::from(threads))
-            .build_global()
-            .map_err(|e| Error::fault("--threads", e))?;
-    }
+    let threads = cli.global.threads.map(usize::from);
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads.or_else(|| std::thread::available_parallelism().ok().map(Into::into)).unwrap_or(1))
+        .build_global()
+        .map_err(|e| Error::fault("--threads", e))?;
     let device = crate::device::select(&cli.global.device)?;
     let context = Context { global: cli.global, device };
     match cli.verb {
