@@ -4,6 +4,7 @@
 //! pass. A [`Method`] plans once for the whole model, declares its trainable [`Params`] and
 //! returns a [`Patch`] of typed hooks. The model itself is immutable and can be shared.
 
+pub mod bottleneck;
 pub mod error;
 pub mod flow;
 pub mod full;
@@ -12,6 +13,7 @@ pub mod lora;
 pub mod method;
 pub mod ops;
 pub mod params;
+pub mod prefix;
 pub mod registry;
 pub mod rng;
 pub mod sites;

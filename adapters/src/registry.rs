@@ -56,6 +56,10 @@ macro_rules! methods {
 methods! {
     /// Low-rank updates of linear layers.
     "lora" Lora = crate::lora::Lora;
+    /// Learned keys and values in attention.
+    "prefix" Prefix = crate::prefix::Prefix;
+    /// Narrow MLPs beside or behind the blocks' branches.
+    "bottleneck" Bottleneck = crate::bottleneck::Bottleneck;
     /// Base weights themselves.
     "full" Full = crate::full::Full;
 }

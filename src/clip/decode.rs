@@ -1,20 +1,39 @@
-//! Image decoding.
+//! From the bytes of an image file to RGB, with Pillow's colours.
+//!
+//! The content decides about the format, never the file's name. Sizes are checked before any
+//! pixel is decoded, so that a small file cannot ask for much memory.
 
+mod colour;
+mod gif;
+mod jpeg;
+mod tiff;
+
+use std::io::{Cursor, Read};
 use std::path::Path;
 
-use image::{RgbImage, RgbaImage};
+use image::metadata::Orientation;
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage, RgbaImage};
 
 use super::preprocess::Background;
 use crate::error::{Error, Result};
 
-/// How.
+/// All extensions (lower-case) that a directory scan takes as images.
+pub const EXTENSIONS: &[&str] =
+    &["png", "apng", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "dib", "tif", "tiff"];
+
+/// Larger files are refused unread.
+const MAX_FILE: u64 = 256 << 20;
+/// What decoders may use beside 16 bytes a pixel (the most that any pixel takes).
+const SLACK: u64 = 64 << 20;
+
+/// How files become pixels.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct DecodeOptions {
-    /// Transparency.
+    /// What becomes of transparency.
     pub background: Background,
-    /// EXIF.
+    /// Whether the EXIF orientation is applied.
     pub orient: bool,
-    /// Limit.
+    /// Images with more pixels are refused before they are decoded.
     pub max_pixels: u64,
 }
 
@@ -24,34 +43,135 @@ impl Default for DecodeOptions {
     }
 }
 
-/// Extensions.
-pub const EXTENSIONS: &[&str] = &["png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff"];
-
-/// Reads a file.
-///
-/// # Errors
-/// When it cannot be read.
-pub fn read_file(path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|e| Error::read(path, e))
+/// An image in one of the colour types of the `image` crate, and how it has to be turned.
+struct Decoded {
+    image: DynamicImage,
+    orientation: Orientation,
 }
 
-/// Decodes.
+/// Decodes an image to RGB; `place` names it in errors.
 ///
 /// # Errors
-/// When malformed.
+/// When the bytes are no image of a known format, are truncated or damaged, or when the image is
+/// larger than the options allow.
 pub fn decode(place: &str, bytes: &[u8], options: &DecodeOptions) -> Result<RgbImage> {
-    let rgba = decode_rgba(place, bytes, options)?;
-    Ok(RgbImage::from_fn(rgba.width(), rgba.height(), |x, y| {
-        let [r, g, b, a] = rgba.get_pixel(x, y).0;
-        let over = |c: u8| ((u32::from(c) * u32::from(a) + 255 * (255 - u32::from(a)) + 127) / 255) as u8;
-        image::Rgb(if options.background == Background::White { [over(r), over(g), over(b)] } else { [r, g, b] })
-    }))
+    let Decoded { image, orientation } = pixels(place, bytes, options)?;
+    let rgb = match options.background {
+        Background::Keep => colour::rgb(image),
+        Background::White if image.color().has_alpha() => colour::on_white(&colour::rgba(image)),
+        Background::White => colour::rgb(image),
+    };
+    Ok(turn(rgb.into(), orientation, options).into_rgb8())
 }
 
-/// Decodes with alpha.
+/// Decodes an image with its alpha, for backgrounds chosen later; the orientation is applied.
 ///
 /// # Errors
-/// When malformed.
-pub fn decode_rgba(place: &str, bytes: &[u8], _options: &DecodeOptions) -> Result<RgbaImage> {
-    Ok(image::load_from_memory(bytes).map_err(|e| Error::input(place, e))?.to_rgba8())
+/// As [`decode`].
+pub fn decode_rgba(place: &str, bytes: &[u8], options: &DecodeOptions) -> Result<RgbaImage> {
+    let Decoded { image, orientation } = pixels(place, bytes, options)?;
+    Ok(turn(colour::rgba(image).into(), orientation, options).into_rgba8())
+}
+
+/// Reads and decodes a file.
+///
+/// # Errors
+/// When it cannot be read or is too large; else as [`decode`].
+pub fn open(path: &Path, options: &DecodeOptions) -> Result<RgbImage> {
+    decode(&path.display().to_string(), &read_file(path)?, options)
+}
+
+/// Reads a file of at most 256 MiB.
+///
+/// # Errors
+/// When it cannot be read or is larger.
+pub fn read_file(path: &Path) -> Result<Vec<u8>> {
+    let meta = std::fs::metadata(path).map_err(|e| Error::read(path, e))?;
+    // Opening a pipe would wait for ever.
+    if !meta.is_file() {
+        return Err(Error::input(path.display(), "is not a file"));
+    }
+    let file = std::fs::File::open(path).map_err(|e| Error::read(path, e))?;
+    let mut bytes = Vec::with_capacity(meta.len().min(MAX_FILE) as usize);
+    file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(|e| Error::read(path, e))?;
+    if bytes.len() as u64 > MAX_FILE {
+        return Err(Error::input(path.display(), format!("larger than {} MiB", MAX_FILE >> 20)));
+    }
+    Ok(bytes)
+}
+
+fn turn(mut image: DynamicImage, orientation: Orientation, options: &DecodeOptions) -> DynamicImage {
+    if options.orient {
+        image.apply_orientation(orientation);
+    }
+    image
+}
+
+fn pixels(place: &str, bytes: &[u8], options: &DecodeOptions) -> Result<Decoded> {
+    match sniff(place, bytes)? {
+        ImageFormat::Gif => {
+            let image = gif::first_frame(place, bytes, options)?;
+            return Ok(Decoded { image, orientation: Orientation::NoTransforms });
+        }
+        ImageFormat::Jpeg => jpeg::check_complete(place, bytes)?,
+        ImageFormat::Tiff => {
+            if let Some(decoded) = tiff::palette(place, bytes, options)? {
+                return Ok(decoded);
+            }
+        }
+        _ => {}
+    }
+    generic(place, bytes, options)
+}
+
+fn sniff(place: &str, bytes: &[u8]) -> Result<ImageFormat> {
+    if bytes.is_empty() {
+        return Err(Error::input(place, "the file is empty"));
+    }
+    let known = "PNG, JPEG, WebP, GIF, BMP and TIFF are understood";
+    match image::guess_format(bytes) {
+        Ok(format) if format.reading_enabled() => Ok(format),
+        Ok(format) => Err(Error::input(place, format!("{} images are not supported", format.to_mime_type())).hint(known)),
+        Err(_) => Err(Error::input(place, "not an image of a known format (judged by its content)").hint(known)),
+    }
+}
+
+/// Decodes with the `image` crate.
+fn generic(place: &str, bytes: &[u8], options: &DecodeOptions) -> Result<Decoded> {
+    let format = sniff(place, bytes)?;
+    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
+    let mut limits = Limits::no_limits();
+    limits.max_alloc = Some(options.max_pixels.saturating_mul(16).saturating_add(SLACK));
+    reader.limits(limits);
+    let mut decoder = reader.into_decoder().map_err(|e| failed(place, &e))?;
+    let (width, height) = decoder.dimensions();
+    check_size(place, u64::from(width), u64::from(height), options)?;
+    // Broken EXIF data is no reason to refuse an image.
+    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let image = DynamicImage::from_decoder(decoder).map_err(|e| failed(place, &e))?;
+    Ok(Decoded { image, orientation })
+}
+
+fn check_size(place: &str, width: u64, height: u64, options: &DecodeOptions) -> Result<()> {
+    if width == 0 || height == 0 {
+        return Err(Error::input(place, format!("{width}×{height} pixels: there is nothing to see")));
+    }
+    if width.saturating_mul(height) > options.max_pixels {
+        let limit = options.max_pixels as f64 / 1e6;
+        return Err(Error::input(place, format!("{width}×{height} pixels, more than the limit of {limit} megapixels"))
+            .hint("scale the image down; CLIP sees a few hundred pixels a side"));
+    }
+    Ok(())
+}
+
+fn failed(place: &str, error: &image::ImageError) -> Error {
+    use image::ImageError as E;
+    let truncated = |e: &std::io::Error| e.kind() == std::io::ErrorKind::UnexpectedEof;
+    match error {
+        E::IoError(e) if truncated(e) => Error::input(place, "the image is truncated"),
+        E::Unsupported(e) => Error::input(place, format!("this kind of image is not supported: {e}"))
+            .hint("convert it to PNG"),
+        E::Limits(_) => Error::input(place, format!("decoding would take too much memory: {error}")),
+        _ => Error::input(place, format!("the image is truncated or damaged: {error}")),
+    }
 }
