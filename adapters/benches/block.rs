@@ -1,7 +1,7 @@
 //! One transformer block, forward and backward: fused operations against the portable
 //! compositions and against the bare products.
 //!
-//! `cargo bench -p peft-adapters --bench block [-- rounds]`
+//! `cargo bench -p peft-adapters --bench block [-- rounds] [-- part of a title or a run's name]`
 #![allow(clippy::unwrap_used)]
 
 use std::time::Instant;
@@ -196,6 +196,13 @@ fn ms(f: &mut dyn FnMut()) -> f64 {
 
 /// Median and minimum of each, taken in turns so that a busy machine slows all of them.
 fn table(title: &str, rounds: usize, runs: &mut [(&str, Box<dyn FnMut() + '_>)]) {
+    let wanted = |name: &str| std::env::args().skip(1).all(|a| {
+        a.starts_with("--") || a.parse::<usize>().is_ok() || title.contains(&a) || name.contains(&a)
+    });
+    let mut runs: Vec<_> = runs.iter_mut().filter(|(name, _)| wanted(name)).collect();
+    if runs.is_empty() {
+        return;
+    }
     let mut times = vec![Vec::new(); runs.len()];
     for round in 0..rounds + 2 {
         for ((_, f), times) in runs.iter_mut().zip(&mut times) {

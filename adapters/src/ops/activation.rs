@@ -28,12 +28,39 @@ fn sigmoid<T: Float>(x: T) -> T {
     T::one() / (T::one() + (-x).exponential())
 }
 
-/// `x σ(k x)`.
-#[inline(always)]
-fn swish<T: Float>(x: T, k: T) -> T {
-    x * sigmoid(k * x)
+/// A non-linearity and its derivative. A trait, because loops over closures and function
+/// items do not always inline them, and calls stay at the baseline's instructions.
+trait Curve {
+    fn value<T: Float>(x: T) -> T;
+    fn slope<T: Float>(x: T) -> T;
 }
 
+macro_rules! curve {
+    ($name:ident, $x:ident => $value:expr, $slope:expr) => {
+        struct $name;
+
+        impl Curve for $name {
+            #[inline(always)]
+            fn value<T: Float>($x: T) -> T {
+                $value
+            }
+
+            #[inline(always)]
+            fn slope<T: Float>($x: T) -> T {
+                $slope
+            }
+        }
+    };
+}
+
+curve!(QuickGelu, x => x * sigmoid(c::<T>(1.702) * x), swish_slope(x, c(1.702)));
+curve!(Silu, x => x * sigmoid(x), swish_slope(x, T::one()));
+curve!(Gelu, x => x * normal(x), normal(x) + x * density(x));
+curve!(GeluTanh, x => x * tanh_normal(x), gelu_tanh_slope(x));
+curve!(Relu, x => if x < T::zero() { T::zero() } else { x }, if x > T::zero() { T::one() } else { T::zero() });
+curve!(Tanh, x => x.hyperbolic_tangent(), tanh_slope(x));
+
+/// The derivative of `x σ(k x)`.
 #[inline(always)]
 fn swish_slope<T: Float>(x: T, k: T) -> T {
     let s = sigmoid(k * x);
@@ -46,11 +73,12 @@ fn normal<T: Float>(x: T) -> T {
     c::<T>(0.5) * (T::one() + (x * c(std::f64::consts::FRAC_1_SQRT_2)).error_function())
 }
 
+/// Φ'(x).
 #[inline(always)]
-fn gelu_slope<T: Float>(x: T) -> T {
+fn density<T: Float>(x: T) -> T {
     /// 1/√(2π).
-    const DENSITY: f64 = 0.398_942_280_401_432_7;
-    normal(x) + x * c(DENSITY) * (c::<T>(-0.5) * x * x).exponential()
+    const SCALE: f64 = 0.398_942_280_401_432_7;
+    c::<T>(SCALE) * (c::<T>(-0.5) * x * x).exponential()
 }
 
 /// √(2/π) and the cubic term's factor.
@@ -70,29 +98,35 @@ fn gelu_tanh_slope<T: Float>(x: T) -> T {
 }
 
 #[inline(always)]
-fn map<T: Float>(x: &[T], y: &mut [T], f: impl Fn(T) -> T) {
+fn tanh_slope<T: Float>(x: T) -> T {
+    let t = x.hyperbolic_tangent();
+    T::one() - t * t
+}
+
+#[inline(always)]
+fn map<C: Curve, T: Float>(x: &[T], y: &mut [T]) {
     for (y, x) in y.iter_mut().zip(x) {
-        *y = f(*x);
+        *y = C::value(*x);
     }
 }
 
 #[inline(always)]
-fn scale_by<T: Float>(x: &[T], dy: &[T], dx: &mut [T], slope: impl Fn(T) -> T) {
+fn scale_by<C: Curve, T: Float>(x: &[T], dy: &[T], dx: &mut [T]) {
     for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
-        *dx = *dy * slope(*x);
+        *dx = *dy * C::slope(*x);
     }
 }
 
 vectorised! {
     fn values<T>(x: &[T], y: &mut [T], act: Activation) {
         match act {
-            Activation::QuickGelu => map(x, y, |x| swish(x, c(1.702))),
-            Activation::Gelu => map(x, y, |x| x * normal(x)),
-            Activation::GeluTanh => map(x, y, |x| x * tanh_normal(x)),
-            Activation::Relu => map(x, y, |x| if x < T::zero() { T::zero() } else { x }),
-            Activation::Silu => map(x, y, |x| swish(x, T::one())),
-            Activation::Tanh => map(x, y, T::hyperbolic_tangent),
-            Activation::Identity => map(x, y, |x| x),
+            Activation::QuickGelu => map::<QuickGelu, T>(x, y),
+            Activation::Gelu => map::<Gelu, T>(x, y),
+            Activation::GeluTanh => map::<GeluTanh, T>(x, y),
+            Activation::Relu => map::<Relu, T>(x, y),
+            Activation::Silu => map::<Silu, T>(x, y),
+            Activation::Tanh => map::<Tanh, T>(x, y),
+            Activation::Identity => y.copy_from_slice(x),
         }
     }
 }
@@ -100,16 +134,13 @@ vectorised! {
 vectorised! {
     fn slopes<T>(x: &[T], dy: &[T], dx: &mut [T], act: Activation) {
         match act {
-            Activation::QuickGelu => scale_by(x, dy, dx, |x| swish_slope(x, c(1.702))),
-            Activation::Gelu => scale_by(x, dy, dx, gelu_slope),
-            Activation::GeluTanh => scale_by(x, dy, dx, gelu_tanh_slope),
-            Activation::Relu => scale_by(x, dy, dx, |x| if x > T::zero() { T::one() } else { T::zero() }),
-            Activation::Silu => scale_by(x, dy, dx, |x| swish_slope(x, T::one())),
-            Activation::Tanh => scale_by(x, dy, dx, |x| {
-                let t = x.hyperbolic_tangent();
-                T::one() - t * t
-            }),
-            Activation::Identity => scale_by(x, dy, dx, |_| T::one()),
+            Activation::QuickGelu => scale_by::<QuickGelu, T>(x, dy, dx),
+            Activation::Gelu => scale_by::<Gelu, T>(x, dy, dx),
+            Activation::GeluTanh => scale_by::<GeluTanh, T>(x, dy, dx),
+            Activation::Relu => scale_by::<Relu, T>(x, dy, dx),
+            Activation::Silu => scale_by::<Silu, T>(x, dy, dx),
+            Activation::Tanh => scale_by::<Tanh, T>(x, dy, dx),
+            Activation::Identity => dx.copy_from_slice(dy),
         }
     }
 }

@@ -42,14 +42,13 @@ impl Float for f64 {
     }
 }
 
-/// Horner's scheme, the highest coefficient first.
-#[inline(always)]
-fn polynomial<const N: usize>(x: f32, coefficients: [f32; N]) -> f32 {
-    let mut sum = coefficients[0];
-    for c in &coefficients[1..] {
-        sum = sum * x + c;
-    }
-    sum
+/// Horner's scheme, the highest coefficient first; a loop might not be unrolled in time to vectorise.
+macro_rules! polynomial {
+    ($x:expr, [$first:expr $(, $next:expr)* $(,)?] $(,)?) => {{
+        let sum: f32 = $first;
+        $(let sum = sum * $x + $next;)*
+        sum
+    }};
 }
 
 impl Float for f32 {
@@ -68,7 +67,7 @@ impl Float for f32 {
         let n = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
         let whole = shifted - ROUND;
         let r = (x - whole * 0.693_359_375) - whole * -2.121_944_4e-4;
-        let p = polynomial(
+        let p = polynomial!(
             r,
             [1.987_569_15e-4, 1.398_199_95e-3, 8.333_451_9e-3, 4.166_579_6e-2, 1.666_666_55e-1, 0.5, 1.0, 1.0],
         );
@@ -82,7 +81,7 @@ impl Float for f32 {
     fn hyperbolic_tangent(self) -> Self {
         let size = self.abs();
         let square = self * self;
-        let small = polynomial(
+        let small = polynomial!(
             square,
             [-5.704_988_7e-3, 2.063_908_9e-2, -5.373_971_6e-2, 1.333_144_22e-1, -3.333_328_19e-1],
         ) * square
@@ -90,7 +89,7 @@ impl Float for f32 {
             + self;
         let large = 1.0 - 2.0 / ((size + size).exponential() + 1.0);
         let large = if self < 0.0 { -large } else { large };
-        if size > 0.625 { large } else { small }
+        choose(size > 0.625, large, small)
     }
 
     /// Two polynomials, one under an exponential: Juffa's `erff`.
@@ -99,12 +98,12 @@ impl Float for f32 {
     fn error_function(self) -> Self {
         let size = self.abs();
         let square = self * self;
-        let small = polynomial(
+        let small = polynomial!(
             square,
             [-5.967_617_03e-4, 4.991_194_23e-3, -2.676_813_49e-2, 1.128_199_25e-1, -3.761_253_36e-1, 1.283_791_66e-1],
         ) * self
             + self;
-        let exponent = polynomial(
+        let exponent = polynomial!(
             size,
             [
                 -1.728_534_7e-5,
@@ -119,13 +118,19 @@ impl Float for f32 {
             - size;
         let large = 1.0 - exponent.exponential();
         let large = if self < 0.0 { -large } else { large };
-        if size > 0.927_734_375 { large } else { small }
+        choose(size > 0.927_734_375, large, small)
     }
 
     #[inline(always)]
     fn root(self) -> Self {
         self.sqrt()
     }
+}
+
+/// Both values are computed: a branch between them would keep loops from vectorising.
+#[inline(always)]
+fn choose(condition: bool, yes: f32, no: f32) -> f32 {
+    std::hint::select_unpredictable(condition, yes, no)
 }
 
 /// 2ⁿ for n in -126..=127.

@@ -1,5 +1,7 @@
 //! What the fused operations share: access to tensors, buffers, loops over rows.
 
+use std::ops::Range;
+
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Storage, StorageRef, Tensor, bail};
 use rayon::prelude::*;
 
@@ -113,22 +115,38 @@ pub(super) fn for_rows<T: Float>(out: &mut [T], width: usize, f: impl Fn(usize, 
         .for_each(|(i, piece)| f(i * step, piece));
 }
 
-/// Sums of `widths` columns over rows, in pieces that do not depend on the number of threads.
+/// Sums of columns over rows, in pieces that do not depend on the number of threads.
 ///
-/// `f` gets the rows' range and the piece's own, zeroed sums.
-pub(super) fn sum_rows<T: Float>(rows: usize, columns: usize, f: impl Fn(std::ops::Range<usize>, &mut [T]) + Sync) -> Vec<T> {
+/// `f` gets a range of rows, the piece's own sums, zero at first, and its rows of `out`, which
+/// may be empty.
+pub(super) fn sum_rows<T: Float>(
+    rows: usize,
+    columns: usize,
+    out: &mut [T],
+    f: impl Fn(Range<usize>, &mut [T], &mut [T]) + Sync,
+) -> Vec<T> {
     const PIECES: usize = 32;
-    let step = rows.div_ceil(PIECES).max((PARALLEL_FROM / 8).div_ceil(columns.max(1)));
-    let run = |i: usize, sums: &mut [T]| f(i * step..rows.min((i + 1) * step), sums);
-    let pieces = rows.div_ceil(step.max(1)).max(1);
-    let mut partial = vec![T::zero(); pieces * columns];
-    if columns > 0 && pieces > 1 {
-        partial.par_chunks_mut(columns).enumerate().for_each(|(i, sums)| run(i, sums));
-    } else {
-        run(0, &mut partial);
+    if rows == 0 || columns == 0 {
+        return vec![T::zero(); columns];
     }
-    let (sums, rest) = partial.split_at_mut(columns);
-    for piece in rest.chunks_exact(columns.max(1)) {
+    let step = rows.div_ceil(PIECES).max((PARALLEL_FROM / 8).div_ceil(columns));
+    let width = out.len() / rows;
+    let mut partial = vec![T::zero(); rows.div_ceil(step) * columns];
+    let mut pieces = Vec::with_capacity(PIECES);
+    let mut rest = out;
+    for (i, sums) in partial.chunks_exact_mut(columns).enumerate() {
+        let range = i * step..rows.min((i + 1) * step);
+        let (piece, after) = rest.split_at_mut(range.len() * width);
+        pieces.push((range, sums, piece));
+        rest = after;
+    }
+    if pieces.len() == 1 {
+        pieces.into_iter().for_each(|(range, sums, out)| f(range, sums, out));
+    } else {
+        pieces.into_par_iter().for_each(|(range, sums, out)| f(range, sums, out));
+    }
+    let (sums, others) = partial.split_at_mut(columns);
+    for piece in others.chunks_exact(columns) {
         add(sums, piece);
     }
     partial.truncate(columns);

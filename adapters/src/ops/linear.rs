@@ -103,7 +103,7 @@ fn weight_gradient<T: Float>(dy: &[T], x: &[T], size: Size) -> Vec<T> {
 
 /// The sums of the columns of `dy`, the gradient of the bias.
 fn bias_gradient<T: Float>(dy: &[T], rows: usize, out: usize) -> Vec<T> {
-    sum_rows(rows, out, |range, sums| add_rows(sums, &dy[range.start * out..range.end * out]))
+    sum_rows(rows, out, &mut [], |range, sums, _| add_rows(sums, &dy[range.start * out..range.end * out]))
 }
 
 /// The product on its way into a graph.

@@ -5,7 +5,6 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tenso
 
 use super::float::Float;
 use super::kernels::{View, by_float, for_rows, fused, result, slice, sum, sum_rows, sum_two, tensor, uninit};
-use super::linear::leading;
 use super::portable;
 use super::simd::vectorised;
 
@@ -47,35 +46,41 @@ vectorised! {
     }
 }
 
-vectorised! {
-    /// The gradient of the input, row by row.
-    fn input_rows<T>(x: &[T], dy: &[T], dx: &mut [T], w: &[T], eps: T) {
-        let n = T::from_f64(w.len() as f64);
-        let rows = x.chunks_exact(w.len()).zip(dy.chunks_exact(w.len()));
-        for ((x, dy), dx) in rows.zip(dx.chunks_exact_mut(w.len())) {
-            let (mean, scale) = moments(x, eps);
-            for ((dx, dy), w) in dx.iter_mut().zip(dy).zip(w) {
-                *dx = *dy * *w;
-            }
-            let (along, total) = sum_two(dx, x, |g, x| (g * ((x - mean) * scale), g));
-            let (along, total) = (along / n, total / n);
-            for (dx, x) in dx.iter_mut().zip(x) {
-                *dx = scale * (*dx - total - (*x - mean) * scale * along);
-            }
-        }
+/// The gradient of an input's row.
+#[inline(always)]
+fn input_row<T: Float>(x: &[T], dy: &[T], dx: &mut [T], w: &[T], (mean, scale): (T, T)) {
+    let n = T::from_f64(w.len() as f64);
+    for ((dx, dy), w) in dx.iter_mut().zip(dy).zip(w) {
+        *dx = *dy * *w;
+    }
+    let (along, total) = sum_two(dx, x, |g, x| (g * ((x - mean) * scale), g));
+    let (along, total) = (along / n, total / n);
+    for (dx, x) in dx.iter_mut().zip(x) {
+        *dx = scale * (*dx - total - (*x - mean) * scale * along);
+    }
+}
+
+/// Adds a row's gradients of the weight and, in the second half of `sums`, of the bias.
+#[inline(always)]
+fn parameter_row<T: Float>(x: &[T], dy: &[T], sums: &mut [T], (mean, scale): (T, T)) {
+    let (dw, db) = sums.split_at_mut(x.len());
+    for (((dw, db), x), dy) in dw.iter_mut().zip(db).zip(x).zip(dy) {
+        *dw += *dy * ((*x - mean) * scale);
+        *db += *dy;
     }
 }
 
 vectorised! {
-    /// Adds the rows' gradients of the weight and, in the second half of `sums`, of the bias.
-    fn parameter_rows<T>(x: &[T], dy: &[T], sums: &mut [T], eps: T) {
-        let dim = sums.len() / 2;
-        let (dw, db) = sums.split_at_mut(dim);
-        for (x, dy) in x.chunks_exact(dim).zip(dy.chunks_exact(dim)) {
-            let (mean, scale) = moments(x, eps);
-            for (((dw, db), x), dy) in dw.iter_mut().zip(db.iter_mut()).zip(x).zip(dy) {
-                *dw += *dy * ((*x - mean) * scale);
-                *db += *dy;
+    /// The gradients of rows; of the input where there is `dx`, of the parameters where there are `sums`.
+    fn gradient_rows<T>(x: &[T], dy: &[T], dx: &mut [T], sums: &mut [T], w: &[T], eps: T) {
+        let mut dx = dx.chunks_exact_mut(w.len());
+        for (x, dy) in x.chunks_exact(w.len()).zip(dy.chunks_exact(w.len())) {
+            let moments = moments(x, eps);
+            if let Some(dx) = dx.next() {
+                input_row(x, dy, dx, w, moments);
+            }
+            if !sums.is_empty() {
+                parameter_row(x, dy, sums, moments);
             }
         }
     }
@@ -90,27 +95,27 @@ pub(super) fn norm<T: Float>(x: &[T], w: &[T], b: &[T], eps: f64) -> Vec<T> {
 }
 
 /// The gradient of the input.
-pub(super) fn input_gradient<T: Float>(x: &[T], dy: &[T], w: &[T], eps: f64) -> Vec<T> {
+fn input_gradient<T: Float>(x: &[T], dy: &[T], w: &[T], eps: f64) -> Vec<T> {
     let (dim, eps) = (w.len(), T::from_f64(eps));
     let mut dx = uninit(x.len());
     for_rows(&mut dx, dim, |first, dx| {
         let range = first * dim..first * dim + dx.len();
-        input_rows(&x[range.clone()], &dy[range], dx, w, eps);
+        gradient_rows(&x[range.clone()], &dy[range], dx, &mut [], w, eps);
     });
     dx
 }
 
-/// The gradients of the weight and the bias.
-fn parameter_gradients<T: Float>(x: &[T], dy: &[T], rows: usize, dim: usize, eps: f64) -> (Vec<T>, Vec<T>) {
-    if dim == 0 {
-        return (Vec::new(), Vec::new());
-    }
-    let mut dw = sum_rows(rows, 2 * dim, |range, sums| {
+/// The gradients of the input, if it is wanted, the weight and the bias.
+fn gradients<T: Float>(x: &[T], dy: &[T], w: &[T], eps: f64, wanted: bool) -> (Option<Vec<T>>, Vec<T>, Vec<T>) {
+    let (dim, eps) = (w.len(), T::from_f64(eps));
+    let mut dx = uninit(if wanted { x.len() } else { 0 });
+    let rows = x.len().checked_div(dim).unwrap_or(0);
+    let mut dw = sum_rows(rows, 2 * dim, &mut dx, |range, sums, dx| {
         let range = range.start * dim..range.end * dim;
-        parameter_rows(&x[range.clone()], &dy[range], sums, T::from_f64(eps));
+        gradient_rows(&x[range.clone()], &dy[range], dx, sums, w, eps);
     });
     let db = dw.split_off(dim);
-    (dw, db)
+    (wanted.then_some(dx), dw, db)
 }
 
 fn forward<T: Float>(s: &CpuStorage, l: &Layout, w: &[T], b: &[T], eps: f64) -> Result<(CpuStorage, Shape)> {
@@ -179,8 +184,8 @@ impl CustomOp3 for Trained {
         let (xs, ws, dy) = (View::new(x), View::new(w), View::new(&dy));
         by_float!(x.dtype(), T => {
             let (xs, ws, dy) = (xs.slice::<T>()?, ws.slice::<T>()?, dy.slice::<T>()?);
-            let dx = x.track_op().then(|| tensor(input_gradient(xs, dy, ws, self.eps), x)).transpose()?;
-            let (dw, db) = parameter_gradients(xs, dy, leading(x.dims()), ws.len(), self.eps);
+            let (dx, dw, db) = gradients(xs, dy, ws, self.eps, x.track_op());
+            let dx = dx.map(|d| tensor(d, x)).transpose()?;
             let dw = w.track_op().then(|| tensor(dw, w)).transpose()?;
             let db = b.track_op().then(|| tensor(db, b)).transpose()?;
             Ok((dx, dw, db))
