@@ -8,7 +8,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::clip::weights;
 use crate::error::{Error, Result};
-use crate::files;
 use crate::report::{EpochRecord, Evaluation};
 
 /// The file inside `checkpoint/`.
@@ -54,9 +53,7 @@ pub struct Best {
 pub fn save(dir: &Path, tensors: &[(String, Tensor)], state: &State) -> Result<()> {
     let json = serde_json::to_string(state).map_err(|e| Error::fault("checkpoint", e))?;
     let metadata = HashMap::from([(KEY.to_string(), json)]);
-    let named = tensors.iter().map(|(n, t)| (n.as_str(), t));
-    let bytes = safetensors::serialize(named, Some(metadata)).map_err(|e| Error::fault("checkpoint", e))?;
-    files::write_atomic(&dir.join(FILE), &bytes)
+    weights::save_with(&dir.join(FILE), tensors, metadata)
 }
 
 /// Reads them back; nothing where no checkpoint was written yet.
