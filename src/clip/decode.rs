@@ -3,6 +3,7 @@
 //! The content decides about the format, never the file's name. Sizes are checked before any
 //! pixel is decoded, so that a small file cannot ask for much memory.
 
+mod bmp;
 mod colour;
 mod gif;
 mod jpeg;
@@ -108,20 +109,21 @@ fn turn(mut image: DynamicImage, orientation: Orientation, options: &DecodeOptio
 }
 
 fn pixels(place: &str, bytes: &[u8], options: &DecodeOptions) -> Result<Decoded> {
-    match sniff(place, bytes)? {
+    let format = sniff(place, bytes)?;
+    match format {
         ImageFormat::Gif => {
             let image = gif::first_frame(place, bytes, options)?;
             return Ok(Decoded { image, orientation: Orientation::NoTransforms });
         }
         ImageFormat::Jpeg => jpeg::check_complete(place, bytes)?,
         ImageFormat::Tiff => {
-            if let Some(decoded) = tiff::palette(place, bytes, options)? {
+            if let Some(decoded) = tiff::special(place, bytes, options)? {
                 return Ok(decoded);
             }
         }
         _ => {}
     }
-    generic(place, bytes, options)
+    generic(place, bytes, format, options)
 }
 
 fn sniff(place: &str, bytes: &[u8]) -> Result<ImageFormat> {
@@ -137,8 +139,7 @@ fn sniff(place: &str, bytes: &[u8]) -> Result<ImageFormat> {
 }
 
 /// Decodes with the `image` crate.
-fn generic(place: &str, bytes: &[u8], options: &DecodeOptions) -> Result<Decoded> {
-    let format = sniff(place, bytes)?;
+fn generic(place: &str, bytes: &[u8], format: ImageFormat, options: &DecodeOptions) -> Result<Decoded> {
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     let mut limits = Limits::no_limits();
     limits.max_alloc = Some(options.max_pixels.saturating_mul(16).saturating_add(SLACK));
@@ -148,7 +149,10 @@ fn generic(place: &str, bytes: &[u8], options: &DecodeOptions) -> Result<Decoded
     check_size(place, u64::from(width), u64::from(height), options)?;
     // Broken EXIF data is no reason to refuse an image.
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
-    let image = DynamicImage::from_decoder(decoder).map_err(|e| failed(place, &e))?;
+    let mut image = DynamicImage::from_decoder(decoder).map_err(|e| failed(place, &e))?;
+    if let (ImageFormat::Bmp, DynamicImage::ImageRgb8(rgb), Some(depths)) = (format, &mut image, bmp::depths(bytes)) {
+        bmp::cut(rgb, depths);
+    }
     Ok(Decoded { image, orientation })
 }
 

@@ -12,6 +12,8 @@ use crate::error::{Error, Result};
 
 /// Longer resized sides come from broken images only.
 const MAX_RESIZED: u64 = 1 << 24;
+/// Pillow's precision.
+const BOX_BITS: u32 = 22;
 /// More pixels than any model takes.
 const MAX_OUTPUT: usize = 1 << 26;
 
@@ -32,6 +34,7 @@ pub(super) fn resize_crop(p: &Preprocess, image: &RgbImage) -> Result<RgbImage> 
     let kept = match p.resample {
         _ if x.is_identity() && y.is_identity() => cut(image, x, y),
         Resample::Nearest => nearest(image, x, y),
+        Resample::Box => boxes(image, x, y),
         filter => convolve(image, x, y, filter)?,
     };
     if x.len == x.out && y.len == y.out {
@@ -97,6 +100,29 @@ impl Axis {
         let start = self.start as f64 * self.scale();
         (start, (self.len as f64 * self.scale()).min(self.source as f64 - start))
     }
+
+    /// The source pixels that a filter of this support may look at, and a few more.
+    fn reach(self, support: f64) -> (usize, usize) {
+        let (start, len) = self.window();
+        let reach = support * self.scale().max(1.0) + 2.0;
+        ((start - reach).max(0.0) as usize, ((start + len + reach).ceil() as usize).min(self.source))
+    }
+
+    /// The source pixels whose mean is result `i`: their centres lie in (-0.5, 0.5] box widths.
+    fn box_span(self, i: usize) -> (usize, usize) {
+        let scale = self.scale();
+        let filter_scale = scale.max(1.0);
+        let centre = (i as f64 + 0.5) * scale;
+        let reach = 0.5 * filter_scale;
+        let first = ((centre - reach + 0.5).max(0.0) as usize).min(self.source - 1);
+        let last = ((centre + reach + 0.5) as usize).clamp(first + 1, self.source);
+        let inside = |k: &usize| {
+            let at = (*k as f64 - centre + 0.5) * (1.0 / filter_scale);
+            at > -0.5 && at <= 0.5
+        };
+        let kept = || (first..last).filter(inside);
+        kept().next().zip(kept().last()).map_or((first, first + 1), |(a, b)| (a, b + 1))
+    }
 }
 
 fn cut(image: &RgbImage, x: Axis, y: Axis) -> RgbImage {
@@ -120,35 +146,84 @@ fn nearest(image: &RgbImage, x: Axis, y: Axis) -> RgbImage {
     RgbImage::from_fn(x.len as u32, y.len as u32, |i, j| *image.get_pixel(columns[i as usize], rows[j as usize]))
 }
 
-/// Pillow filters rows first and rounds in between; `fast_image_resize` would begin with the
-/// columns, so that each direction is a call of its own.
+/// The first pass covers what the second one looks at.
 fn convolve(image: &RgbImage, x: Axis, y: Axis, filter: Resample) -> Result<RgbImage> {
     let (filter, support) = match filter {
         Resample::Lanczos => (FilterType::Lanczos3, 3.0),
         Resample::Bilinear => (FilterType::Bilinear, 1.0),
-        Resample::Box => (FilterType::Box, 0.5),
         Resample::Hamming => (FilterType::Hamming, 1.0),
-        Resample::Bicubic | Resample::Nearest => (FilterType::CatmullRom, 2.0),
+        Resample::Bicubic | Resample::Nearest | Resample::Box => (FilterType::CatmullRom, 2.0),
     };
+    let ((left, width), (top, height)) = (x.window(), y.window());
+    if columns_first(x, y) {
+        let (first, last) = x.reach(support);
+        let part = Window { left: first as f64, top, width: (last - first) as f64, height };
+        let columns = pass(image, part, last - first, y.len, filter)?;
+        let left = left - first as f64;
+        let part = Window { left, top: 0.0, width: width.min((last - first) as f64 - left), height: y.len as f64 };
+        return pass(&columns, part, x.len, y.len, filter);
+    }
+    let (first, last) = y.reach(support);
+    let part = Window { left, top: first as f64, width, height: (last - first) as f64 };
+    let rows = pass(image, part, x.len, last - first, filter)?;
+    let top = top - first as f64;
+    let part = Window { left: 0.0, top, width: x.len as f64, height: height.min((last - first) as f64 - top) };
+    pass(&rows, part, x.len, y.len, filter)
+}
+
+/// Pillow rounds between its passes, so their order shows. Since version 13 it begins with the
+/// columns where the height shrinks by more than twice as many pixels as the width.
+fn columns_first(x: Axis, y: Axis) -> bool {
+    let shrinks = |axis: Axis| axis.source as i64 - axis.resized as i64;
+    shrinks(y) > 0 && shrinks(y) > 2 * shrinks(x)
+}
+
+struct Window {
+    left: f64,
+    top: f64,
+    width: f64,
+    height: f64,
+}
+
+/// One direction: the window has the result's size, in whole pixels, in the other one.
+/// `fast_image_resize` would always begin with the columns.
+fn pass(image: &RgbImage, part: Window, width: usize, height: usize, filter: FilterType) -> Result<RgbImage> {
     let failed = |e: &dyn std::fmt::Display| Error::fault("image", format!("cannot be resized: {e}"));
-    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter));
-    let mut resizer = Resizer::new();
-
-    // The rows that the second pass will look at.
-    let (top, height) = y.window();
-    let reach = support * y.scale().max(1.0) + 2.0;
-    let first = (top - reach).max(0.0) as usize;
-    let last = ((top + height + reach).ceil() as usize).min(y.source);
-
     let source = ImageRef::new(image.width(), image.height(), image.as_raw(), PixelType::U8x3).map_err(|e| failed(&e))?;
-    let mut rows = Image::new(x.len as u32, (last - first) as u32, PixelType::U8x3);
-    let (left, width) = x.window();
-    let window = options.crop(left, first as f64, width, (last - first) as f64);
-    resizer.resize(&source, &mut rows, &window).map_err(|e| failed(&e))?;
-
-    let mut result = Image::new(x.len as u32, y.len as u32, PixelType::U8x3);
-    let window = options.crop(0.0, top - first as f64, x.len as f64, height.min(last as f64 - top));
-    resizer.resize(&rows, &mut result, &window).map_err(|e| failed(&e))?;
-    RgbImage::from_raw(x.len as u32, y.len as u32, result.into_vec())
+    let mut result = Image::new(width as u32, height as u32, PixelType::U8x3);
+    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter));
+    let options = options.crop(part.left, part.top, part.width, part.height);
+    Resizer::new().resize(&source, &mut result, &options).map_err(|e| failed(&e))?;
+    RgbImage::from_raw(width as u32, height as u32, result.into_vec())
         .ok_or_else(|| failed(&"the result has the wrong size"))
+}
+
+/// Means over boxes. Where a box ends in the middle of a pixel, rounding decides whether that
+/// pixel counts as a whole, so that only Pillow's own arithmetic gives Pillow's result.
+fn boxes(image: &RgbImage, x: Axis, y: Axis) -> RgbImage {
+    if columns_first(x, y) {
+        return average(&average(image, y, false), x, true);
+    }
+    average(&average(image, x, true), y, false)
+}
+
+fn average(image: &RgbImage, axis: Axis, horizontal: bool) -> RgbImage {
+    if axis.is_identity() && axis.len == axis.source {
+        return image.clone();
+    }
+    let spans: Vec<_> = (axis.start..axis.start + axis.len).map(|i| axis.box_span(i)).collect();
+    let (width, height) = if horizontal { (axis.len as u32, image.height()) } else { (image.width(), axis.len as u32) };
+    RgbImage::from_fn(width, height, |i, j| {
+        let (at, across) = if horizontal { (i, j) } else { (j, i) };
+        let (first, last) = spans[at as usize];
+        let weight = (0.5 + f64::from(1 << BOX_BITS) / (last - first) as f64) as u64;
+        let mut sums = [1 << (BOX_BITS - 1); 3];
+        for k in first..last {
+            let pixel = if horizontal { image.get_pixel(k as u32, across) } else { image.get_pixel(across, k as u32) };
+            for (sum, value) in sums.iter_mut().zip(pixel.0) {
+                *sum += u64::from(value) * weight;
+            }
+        }
+        image::Rgb(sums.map(|sum| (sum >> BOX_BITS).min(255) as u8))
+    })
 }
