@@ -1,6 +1,7 @@
 //! How an image becomes the model's input: resize, centre crop, rescale, normalise, as
 //! `preprocessor_config.json` says and as transformers' PIL-based CLIP processor does.
 
+mod exact;
 mod read;
 mod resize;
 

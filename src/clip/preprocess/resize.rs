@@ -7,24 +7,25 @@ use fast_image_resize::images::{Image, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
 use image::RgbImage;
 
-use super::{Preprocess, Resample, ResizeTo};
+use super::{Preprocess, Resample, ResizeTo, exact};
 use crate::error::{Error, Result};
 
 /// Longer resized sides come from broken images only.
 const MAX_RESIZED: u64 = 1 << 24;
-/// Pillow's precision.
-const BOX_BITS: u32 = 22;
+/// From here on `fast_image_resize` is used: its coarser coefficients now and then move a value by
+/// one in each pass, which adds up to two only where a result is mostly one pixel.
+const FAST_SCALE: f64 = 2.0;
 /// More pixels than any model takes.
 const MAX_OUTPUT: usize = 1 << 26;
 
 /// One axis: `source` pixels become `resized` ones, of which `len` from `start` on are kept and
 /// put at `offset` of `out`.
 #[derive(Debug, Clone, Copy)]
-struct Axis {
-    source: usize,
-    resized: usize,
-    start: usize,
-    len: usize,
+pub(super) struct Axis {
+    pub(super) source: usize,
+    pub(super) resized: usize,
+    pub(super) start: usize,
+    pub(super) len: usize,
     offset: usize,
     out: usize,
 }
@@ -34,8 +35,10 @@ pub(super) fn resize_crop(p: &Preprocess, image: &RgbImage) -> Result<RgbImage> 
     let kept = match p.resample {
         _ if x.is_identity() && y.is_identity() => cut(image, x, y),
         Resample::Nearest => nearest(image, x, y),
-        Resample::Box => boxes(image, x, y),
-        filter => convolve(image, x, y, filter)?,
+        filter => match fast(filter).filter(|_| x.scale() >= FAST_SCALE && y.scale() >= FAST_SCALE) {
+            Some((filter, support)) => convolve(image, x, y, filter, support)?,
+            None => exact::resize(image, x, y, filter),
+        },
     };
     if x.len == x.out && y.len == y.out {
         return Ok(kept);
@@ -88,7 +91,7 @@ impl Axis {
         self.source == self.resized
     }
 
-    fn scale(self) -> f64 {
+    pub(super) fn scale(self) -> f64 {
         self.source as f64 / self.resized as f64
     }
 
@@ -106,22 +109,6 @@ impl Axis {
         let (start, len) = self.window();
         let reach = support * self.scale().max(1.0) + 2.0;
         ((start - reach).max(0.0) as usize, ((start + len + reach).ceil() as usize).min(self.source))
-    }
-
-    /// The source pixels whose mean is result `i`: their centres lie in (-0.5, 0.5] box widths.
-    fn box_span(self, i: usize) -> (usize, usize) {
-        let scale = self.scale();
-        let filter_scale = scale.max(1.0);
-        let centre = (i as f64 + 0.5) * scale;
-        let reach = 0.5 * filter_scale;
-        let first = ((centre - reach + 0.5).max(0.0) as usize).min(self.source - 1);
-        let last = ((centre + reach + 0.5) as usize).clamp(first + 1, self.source);
-        let inside = |k: &usize| {
-            let at = (*k as f64 - centre + 0.5) * (1.0 / filter_scale);
-            at > -0.5 && at <= 0.5
-        };
-        let kept = || (first..last).filter(inside);
-        kept().next().zip(kept().last()).map_or((first, first + 1), |(a, b)| (a, b + 1))
     }
 }
 
@@ -146,14 +133,20 @@ fn nearest(image: &RgbImage, x: Axis, y: Axis) -> RgbImage {
     RgbImage::from_fn(x.len as u32, y.len as u32, |i, j| *image.get_pixel(columns[i as usize], rows[j as usize]))
 }
 
+/// The filter and its support in `fast_image_resize`. Where a box ends in the middle of a pixel,
+/// rounding decides whether that pixel counts, which only Pillow's own arithmetic gets right.
+fn fast(filter: Resample) -> Option<(FilterType, f64)> {
+    match filter {
+        Resample::Lanczos => Some((FilterType::Lanczos3, 3.0)),
+        Resample::Bilinear => Some((FilterType::Bilinear, 1.0)),
+        Resample::Hamming => Some((FilterType::Hamming, 1.0)),
+        Resample::Bicubic => Some((FilterType::CatmullRom, 2.0)),
+        Resample::Nearest | Resample::Box => None,
+    }
+}
+
 /// The first pass covers what the second one looks at.
-fn convolve(image: &RgbImage, x: Axis, y: Axis, filter: Resample) -> Result<RgbImage> {
-    let (filter, support) = match filter {
-        Resample::Lanczos => (FilterType::Lanczos3, 3.0),
-        Resample::Bilinear => (FilterType::Bilinear, 1.0),
-        Resample::Hamming => (FilterType::Hamming, 1.0),
-        Resample::Bicubic | Resample::Nearest | Resample::Box => (FilterType::CatmullRom, 2.0),
-    };
+fn convolve(image: &RgbImage, x: Axis, y: Axis, filter: FilterType, support: f64) -> Result<RgbImage> {
     let ((left, width), (top, height)) = (x.window(), y.window());
     if columns_first(x, y) {
         let (first, last) = x.reach(support);
@@ -173,7 +166,7 @@ fn convolve(image: &RgbImage, x: Axis, y: Axis, filter: Resample) -> Result<RgbI
 
 /// Pillow rounds between its passes, so their order shows. Since version 13 it begins with the
 /// columns where the height shrinks by more than twice as many pixels as the width.
-fn columns_first(x: Axis, y: Axis) -> bool {
+pub(super) fn columns_first(x: Axis, y: Axis) -> bool {
     let shrinks = |axis: Axis| axis.source as i64 - axis.resized as i64;
     shrinks(y) > 0 && shrinks(y) > 2 * shrinks(x)
 }
@@ -196,34 +189,4 @@ fn pass(image: &RgbImage, part: Window, width: usize, height: usize, filter: Fil
     Resizer::new().resize(&source, &mut result, &options).map_err(|e| failed(&e))?;
     RgbImage::from_raw(width as u32, height as u32, result.into_vec())
         .ok_or_else(|| failed(&"the result has the wrong size"))
-}
-
-/// Means over boxes. Where a box ends in the middle of a pixel, rounding decides whether that
-/// pixel counts as a whole, so that only Pillow's own arithmetic gives Pillow's result.
-fn boxes(image: &RgbImage, x: Axis, y: Axis) -> RgbImage {
-    if columns_first(x, y) {
-        return average(&average(image, y, false), x, true);
-    }
-    average(&average(image, x, true), y, false)
-}
-
-fn average(image: &RgbImage, axis: Axis, horizontal: bool) -> RgbImage {
-    if axis.is_identity() && axis.len == axis.source {
-        return image.clone();
-    }
-    let spans: Vec<_> = (axis.start..axis.start + axis.len).map(|i| axis.box_span(i)).collect();
-    let (width, height) = if horizontal { (axis.len as u32, image.height()) } else { (image.width(), axis.len as u32) };
-    RgbImage::from_fn(width, height, |i, j| {
-        let (at, across) = if horizontal { (i, j) } else { (j, i) };
-        let (first, last) = spans[at as usize];
-        let weight = (0.5 + f64::from(1 << BOX_BITS) / (last - first) as f64) as u64;
-        let mut sums = [1 << (BOX_BITS - 1); 3];
-        for k in first..last {
-            let pixel = if horizontal { image.get_pixel(k as u32, across) } else { image.get_pixel(across, k as u32) };
-            for (sum, value) in sums.iter_mut().zip(pixel.0) {
-                *sum += u64::from(value) * weight;
-            }
-        }
-        image::Rgb(sums.map(|sum| (sum >> BOX_BITS).min(255) as u8))
-    })
 }
