@@ -1,5 +1,6 @@
 //! Parameter-efficient fine-tuning of CLIP.
 
+pub mod bench;
 pub mod builtin;
 #[cfg(feature = "cli")]
 pub mod cli;
@@ -7,9 +8,13 @@ pub mod clip;
 pub mod data;
 pub mod delta;
 pub mod device;
+pub mod embed;
 pub mod error;
 pub mod estimate;
 pub mod files;
+pub mod inspect;
+pub mod merge;
+pub mod model;
 pub mod optim;
 pub mod recipe;
 pub mod report;
@@ -19,3 +24,4 @@ pub mod task;
 pub mod train;
 
 pub use error::{Error, Result};
+pub use model::Model;

@@ -235,6 +235,11 @@ impl Patches {
         self.list.push(patch);
     }
 
+    /// Adds all of `others` behind those that are there.
+    pub fn extend(&mut self, others: Self) {
+        self.list.extend(others.list);
+    }
+
     /// The patches in order.
     pub fn iter(&self) -> impl Iterator<Item = &dyn Patch> {
         self.list.iter().map(AsRef::as_ref)

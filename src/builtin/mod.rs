@@ -1,5 +1,7 @@
 //! What lives in the binary: a small base and two sets of icons.
 
+pub mod recipes;
+
 /// The embedded bases.
 pub const BASES: &[&str] = &["tiny"];
 
@@ -34,4 +36,10 @@ pub fn pack(name: &str) -> Option<&'static [u8]> {
         "emoji-flat" => Some(include_bytes!("emoji-flat.pack")),
         _ => None,
     }
+}
+
+/// One small PNG, for examples.
+#[must_use]
+pub fn sample() -> &'static [u8] {
+    include_bytes!("sample.png")
 }

@@ -1,14 +1,25 @@
 //! The command line: arguments, rendering and exit codes; no logic of its own.
 
 use std::io::Write as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use candle_core::Device;
 use clap::{Args, Parser, Subcommand};
 
+use crate::clip::decode::DecodeOptions;
+use crate::clip::preprocess::Background;
 use crate::error::{Error, Result};
+use crate::model::Model;
 
+mod bench;
+mod embed;
+mod eval;
+mod inspect;
+mod merge;
+mod predict;
 mod progress;
+mod recipes;
 mod train;
 
 use progress::Progress;
@@ -44,6 +55,52 @@ struct Global {
 enum Verb {
     /// Train what a recipe describes
     Train(train::TrainArgs),
+    /// Evaluate a base, an adapter or a run on a labelled split
+    Eval(eval::EvalArgs),
+    /// Rank labels for images
+    Predict(predict::PredictArgs),
+    /// Write features of images and texts
+    Embed(embed::EmbedArgs),
+    /// Fold adapters into the base
+    Merge(merge::MergeArgs),
+    /// Describe a base, an adapter, a run or a recipe
+    Inspect(inspect::InspectArgs),
+    /// Time training steps
+    Bench(bench::BenchArgs),
+    /// List the embedded recipes, or print one
+    Recipes(recipes::RecipesArgs),
+}
+
+/// What verbs that use a model take.
+#[derive(Debug, Args)]
+struct ModelArgs {
+    /// The base: builtin:tiny or a directory
+    #[arg(long, value_name = "BASE")]
+    model: String,
+    /// An adapter directory; may be repeated
+    #[arg(long = "adapter", value_name = "DIR")]
+    adapters: Vec<PathBuf>,
+    /// Accept an adapter that was made for another base
+    #[arg(long)]
+    allow_base_mismatch: bool,
+    /// Transparent images: keep drops the alpha channel, white composites
+    #[arg(long, value_parser = ["keep", "white"], default_value = "keep")]
+    background: String,
+    /// Leave EXIF orientation unapplied
+    #[arg(long)]
+    no_orient: bool,
+}
+
+impl ModelArgs {
+    fn open(&self, context: &Context) -> Result<Model> {
+        let mut model = Model::load_on(&self.model, candle_core::DType::F32, &context.device)?;
+        for dir in &self.adapters {
+            model = model.with_adapter_of(dir, self.allow_base_mismatch)?;
+        }
+        model.notes().iter().for_each(|note| context.say(&format!("note: {note}")));
+        let background = if self.background == "white" { Background::White } else { Background::Keep };
+        Ok(model.with_images(DecodeOptions { background, orient: !self.no_orient, ..Default::default() }))
+    }
 }
 
 /// What a verb needs besides its own arguments.
@@ -55,6 +112,13 @@ struct Context {
 impl Context {
     fn progress(&self) -> Progress {
         Progress::new(self.global.quiet)
+    }
+
+    /// A line for people, on stderr.
+    fn say(&self, text: &str) {
+        if !self.global.quiet {
+            let _ = writeln!(std::io::stderr(), "{text}");
+        }
     }
 
     /// Writes the result: JSON where it was asked for, text otherwise.
@@ -103,5 +167,12 @@ fn run(cli: Cli) -> Result<()> {
     let context = Context { global: cli.global, device };
     match cli.verb {
         Verb::Train(args) => train::run(args, &context),
+        Verb::Eval(args) => eval::run(args, &context),
+        Verb::Predict(args) => predict::run(&args, &context),
+        Verb::Embed(args) => embed::run(args, &context),
+        Verb::Merge(args) => merge::run(args, &context),
+        Verb::Inspect(args) => inspect::run(&args, &context),
+        Verb::Bench(args) => bench::run(&args, &context),
+        Verb::Recipes(args) => recipes::run(&args, &context),
     }
 }

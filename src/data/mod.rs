@@ -20,6 +20,7 @@ mod table;
 
 pub use augment::AugmentConfig;
 pub use folder::FolderConfig;
+pub(crate) use folder::is_image;
 pub use images::Images;
 pub use loader::{Batch, Loader, Plan};
 pub use split::{Split, SplitConfig};

@@ -53,7 +53,7 @@ impl ClassifyConfig {
 }
 
 /// Names of the head's weights in `task.safetensors`: [C, P] and [C].
-pub(super) const HEAD: [&str; 2] = ["head.weight", "head.bias"];
+pub(crate) const HEAD: [&str; 2] = ["head.weight", "head.bias"];
 
 pub(super) struct Classify {
     classes: Vec<String>,

@@ -17,6 +17,7 @@ pub mod metrics;
 pub mod prompts;
 mod retrieve;
 
+pub(crate) use classify::HEAD;
 pub use classify::{ClassifyConfig, Head};
 pub use prompts::Pad;
 pub use retrieve::RetrieveConfig;

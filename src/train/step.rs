@@ -33,6 +33,7 @@ pub struct Stepper {
     steps_per_epoch: usize,
     accumulate: usize,
     examples: Arc<Vec<Example>>,
+    waited: f64,
 }
 
 impl Stepper {
@@ -52,6 +53,7 @@ impl Stepper {
             accumulate: config.accumulate,
             examples: examples.clone(),
             plan: plan.clone(),
+            waited: 0.0,
         };
         let constant = trainer.features.frozen() && config.augment.is_none() && config.patch_dropout.is_none();
         stepper.feed = if constant {
@@ -71,6 +73,11 @@ impl Stepper {
         self.steps_per_epoch
     }
 
+    /// Seconds spent waiting for batches since the last call.
+    pub fn reset_clock(&mut self) -> f64 {
+        std::mem::take(&mut self.waited)
+    }
+
     /// The first micro-batch of a step, counted from the start of training.
     fn position(&self, step: usize) -> usize {
         let (epoch, at) = (step / self.steps_per_epoch, step % self.steps_per_epoch);
@@ -78,6 +85,14 @@ impl Stepper {
     }
 
     fn next(&mut self, position: usize) -> Result<(Batch, bool)> {
+        let start = std::time::Instant::now();
+        let next = self.fetch(position);
+        self.waited += start.elapsed().as_secs_f64();
+        next
+    }
+
+    /// The batch at `position` and whether it holds features in place of pixels.
+    fn fetch(&mut self, position: usize) -> Result<(Batch, bool)> {
         match &mut self.feed {
             Feed::Images(loader) => match loader.next()? {
                 Some(batch) => Ok((batch, false)),
@@ -120,7 +135,7 @@ impl Stepper {
         let mut grads = sums.take();
         let norm = global_norm(&grads)?;
         if !norm.is_finite() {
-            let (batch, _) = (self.plan.indices(self.position(step)), ());
+            let batch = self.plan.indices(self.position(step));
             return Err(non_finite("gradient", step + 1, &batch.iter().map(|&i| &self.examples[i]).collect::<Vec<_>>()));
         }
         if let Some(max) = trainer.config.clip_norm {

@@ -1,0 +1,37 @@
+//! `peft bench`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::Context;
+use crate::bench::bench;
+use crate::error::Result;
+use crate::recipe::Recipe;
+
+/// Arguments of `peft bench`.
+#[derive(Debug, Args)]
+pub(super) struct BenchArgs {
+    /// A recipe file
+    recipe: PathBuf,
+    /// Change a value of the recipe, such as train.batch=64; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// Steps to measure, after one that is not counted
+    #[arg(long, default_value_t = 10)]
+    steps: usize,
+}
+
+pub(super) fn run(args: &BenchArgs, context: &Context) -> Result<()> {
+    let recipe = Recipe::load(&args.recipe, &args.sets)?;
+    let mut progress = context.progress();
+    let found = bench(recipe, args.steps, &context.device, &mut progress)?;
+    drop(progress);
+    context.print(&found, || {
+        let memory = found.peak_rss_mib.map(|m| format!(", {m:.0} MiB at most")).unwrap_or_default();
+        format!(
+            "{:.4} s a step (median of {}; fastest {:.4}), {:.1} images/s, {} trainable parameters{memory}\nwaiting for data: {:.4} s a step\n",
+            found.step_seconds.median, found.steps, found.step_seconds.min, found.images_per_second, found.trainable_parameters, found.data_seconds
+        )
+    })
+}

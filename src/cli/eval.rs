@@ -1,0 +1,63 @@
+//! `peft eval`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::json;
+
+use super::Context;
+use super::progress::summary;
+use crate::data::Split;
+use crate::error::{Error, Result};
+use crate::recipe::Recipe;
+use crate::run;
+use crate::session::{EvalOptions, evaluate};
+
+/// Arguments of `peft eval`.
+#[derive(Debug, Args)]
+pub(super) struct EvalArgs {
+    /// A recipe file (the base alone, unless --adapter) or a run directory (its adapter)
+    target: PathBuf,
+    /// Change a value of the recipe, such as data.builtin=emoji-flat; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// The adapter to evaluate
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
+    /// train, val or test
+    #[arg(long, default_value = "test")]
+    split: String,
+    /// Write one JSON line for each example
+    #[arg(long, value_name = "FILE")]
+    predictions: Option<PathBuf>,
+    /// Accept an adapter that was made for another base
+    #[arg(long)]
+    allow_base_mismatch: bool,
+}
+
+pub(super) fn run(args: EvalArgs, context: &Context) -> Result<()> {
+    let split = Split::parse(&args.split).ok_or_else(|| Error::input("--split", format!("expected train, val or test, found `{}`", args.split)))?;
+    let is_run = args.target.is_dir();
+    let file = if is_run { args.target.join("recipe.yaml") } else { args.target.clone() };
+    if is_run && !file.exists() {
+        return Err(Error::input(args.target.display(), "is no run directory: there is no recipe.yaml"));
+    }
+    let recipe = Recipe::load(&file, &args.sets)?;
+    let own = args.target.join("adapter");
+    let adapter = args.adapter.or_else(|| is_run.then_some(own));
+    let options = EvalOptions { adapter, split, allow_base_mismatch: args.allow_base_mismatch };
+    let mut progress = context.progress();
+    let found = evaluate(recipe, &options, &context.device, &mut progress)?;
+    drop(progress);
+    if let Some(path) = &args.predictions {
+        run::write_predictions(path, &found.predictions)?;
+    }
+    let mut document = json!({ "split": args.split, "examples": found.examples, "loss": found.loss, "classification": found.classification });
+    if let Some(map) = document.as_object_mut() {
+        map.extend(found.metrics.iter().map(|(k, v)| (k.clone(), json!(v))));
+    }
+    context.print(&document, || {
+        let table = found.classification.as_ref().map(|c| c.text() + "\n").unwrap_or_default();
+        format!("{table}{}: {}\n", args.split, summary(&found))
+    })
+}

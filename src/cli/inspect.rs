@@ -1,0 +1,48 @@
+//! `peft inspect`.
+
+use std::fmt::Write as _;
+
+use clap::Args;
+use serde_json::Value;
+
+use super::Context;
+use crate::error::Result;
+use crate::inspect::{Inspected, inspect};
+
+/// Arguments of `peft inspect`.
+#[derive(Debug, Args)]
+pub(super) struct InspectArgs {
+    /// A base, an adapter directory, a run directory or a recipe
+    path: String,
+}
+
+pub(super) fn run(args: &InspectArgs, context: &Context) -> Result<()> {
+    let found = inspect(&args.path)?;
+    context.print(&found, || text(&found))
+}
+
+fn text(found: &Inspected) -> String {
+    let mut out = format!("{}\n", found.kind);
+    for (key, value) in &found.facts {
+        let key = key.replace('_', " ");
+        match value {
+            Value::Null => {}
+            Value::String(s) if s.is_empty() => {}
+            Value::String(s) => {
+                let _ = writeln!(out, "  {key:<22}{s}");
+            }
+            Value::Array(items) if items.iter().all(Value::is_string) => {
+                let items: Vec<&str> = items.iter().filter_map(Value::as_str).collect();
+                let _ = writeln!(out, "  {key:<22}{}", items.join(", "));
+            }
+            other => {
+                let _ = writeln!(out, "  {key:<22}{other}");
+            }
+        }
+    }
+    for row in &found.tensors {
+        let count = if row.count > 1 { format!("  × {}", row.count) } else { String::new() };
+        let _ = writeln!(out, "  {:<64}{:?}{count}", row.name, row.shape);
+    }
+    out
+}

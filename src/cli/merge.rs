@@ -1,0 +1,81 @@
+//! `peft merge`.
+
+use std::path::PathBuf;
+
+use candle_core::DType;
+use clap::{Args, ValueEnum};
+
+use super::Context;
+use crate::error::{Error, Result};
+use crate::merge::{MergeOptions, merge};
+
+/// Arguments of `peft merge`.
+#[derive(Debug, Args)]
+pub(super) struct MergeArgs {
+    /// The base: builtin:tiny or a directory
+    #[arg(long, value_name = "BASE")]
+    model: String,
+    /// An adapter directory, with =WEIGHT to fold only a part of it or more; may be repeated
+    #[arg(long = "adapter", required = true, value_name = "DIR[=WEIGHT]")]
+    adapters: Vec<String>,
+    /// The directory to write
+    #[arg(long, short, value_name = "DIR")]
+    output: PathBuf,
+    /// The files' dtype; the base's when left out
+    #[arg(long, value_enum)]
+    dtype: Option<FileDtype>,
+    /// Replace a merged model that exists
+    #[arg(long)]
+    force: bool,
+    /// Accept an adapter that was made for another base
+    #[arg(long)]
+    allow_base_mismatch: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum FileDtype {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl From<FileDtype> for DType {
+    fn from(dtype: FileDtype) -> Self {
+        match dtype {
+            FileDtype::F32 => Self::F32,
+            FileDtype::F16 => Self::F16,
+            FileDtype::Bf16 => Self::BF16,
+        }
+    }
+}
+
+pub(super) fn run(args: MergeArgs, context: &Context) -> Result<()> {
+    let options = MergeOptions {
+        model: args.model,
+        adapters: args.adapters.iter().map(|a| weighted(a)).collect::<Result<_>>()?,
+        output: args.output,
+        dtype: args.dtype.map(Into::into),
+        force: args.force,
+        allow_base_mismatch: args.allow_base_mismatch,
+    };
+    let done = merge(&options)?;
+    done.notes.iter().for_each(|note| context.say(&format!("note: {note}")));
+    context.print(&done, || {
+        format!(
+            "{}: {} tensors changed, {}; logits differ from base + adapter by at most {:.1e} ({:.1e} relative, {:.0e} allowed)\n",
+            done.output.display(), done.changed_tensors, done.dtype, done.max_abs_diff, done.relative_diff, done.tolerance
+        )
+    })
+}
+
+/// `DIR` or `DIR=0.5`; a directory that exists is taken as it is.
+fn weighted(argument: &str) -> Result<(PathBuf, f64)> {
+    let whole = PathBuf::from(argument);
+    match argument.rsplit_once('=') {
+        Some((dir, weight)) if !whole.exists() => match weight.parse::<f64>() {
+            Ok(w) if w.is_finite() => Ok((dir.into(), w)),
+            _ => Err(Error::input("--adapter", format!("`{weight}` is not a finite number")).hint("for example --adapter DIR=0.5")),
+        },
+        _ => Ok((whole, 1.0)),
+    }
+}

@@ -1,0 +1,91 @@
+//! `peft predict`.
+
+use std::fmt::Write as _;
+use std::io::BufRead as _;
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::json;
+
+use super::{Context, ModelArgs};
+use crate::embed::read_lines;
+use crate::error::{Error, Result};
+
+/// Arguments of `peft predict`.
+#[derive(Debug, Args)]
+pub(super) struct PredictArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Labels: a,b,c or a file with one a line; the adapter's classes when left out
+    #[arg(long, value_name = "A,B|FILE")]
+    labels: Option<String>,
+    /// A prompt around the label, such as "a photo of a {}."; may be repeated
+    #[arg(long = "template", value_name = "TEXT")]
+    templates: Vec<String>,
+    /// Labels to show for each image
+    #[arg(long, short = 'k', default_value_t = 5, value_name = "K")]
+    top: usize,
+    /// Image files or glob patterns; `-` reads a list from stdin
+    #[arg(required = true, value_name = "IMAGE")]
+    images: Vec<String>,
+}
+
+pub(super) fn run(args: &PredictArgs, context: &Context) -> Result<()> {
+    let images = expand(&args.images)?;
+    let labels = args.labels.as_deref().map(labels).transpose()?.unwrap_or_default();
+    let model = args.model.open(context)?;
+    let ranked = model.predict_with(&images, &labels, &args.templates)?;
+    let document: Vec<_> = images
+        .iter()
+        .zip(&ranked)
+        .map(|(image, ranked)| json!({ "image": image.display().to_string(), "predictions": &ranked[..ranked.len().min(args.top)] }))
+        .collect();
+    context.print(&document, || {
+        let mut out = String::new();
+        for (image, ranked) in images.iter().zip(&ranked) {
+            let _ = writeln!(out, "{}", image.display());
+            for r in ranked.iter().take(args.top) {
+                let _ = writeln!(out, "  {:>6.2} %  {}", 100.0 * r.probability, r.label);
+            }
+        }
+        out
+    })
+}
+
+/// A value that is an existing file is read, anything else is split at commas.
+fn labels(value: &str) -> Result<Vec<String>> {
+    let path = PathBuf::from(value);
+    if path.is_file() {
+        return read_lines(&path);
+    }
+    Ok(value.split(',').map(|l| l.trim().to_string()).collect())
+}
+
+/// Paths, globs and `-` to paths, in order.
+fn expand(arguments: &[String]) -> Result<Vec<PathBuf>> {
+    let mut images = Vec::new();
+    for argument in arguments {
+        let path = PathBuf::from(argument);
+        if argument == "-" {
+            for line in std::io::stdin().lock().lines() {
+                let line = line.map_err(|e| Error::input("stdin", e))?;
+                images.extend(Some(line.trim()).filter(|l| !l.is_empty()).map(PathBuf::from));
+            }
+        } else if path.exists() || !argument.contains(['*', '?', '[']) {
+            images.push(path);
+        } else {
+            let found = glob::glob(argument).map_err(|e| Error::input(argument, e))?;
+            let before = images.len();
+            for path in found {
+                images.push(path.map_err(|e| Error::input(argument, e))?);
+            }
+            if images.len() == before {
+                return Err(Error::input(argument, "matches no file"));
+            }
+        }
+    }
+    if images.is_empty() {
+        return Err(Error::input("stdin", "holds no paths"));
+    }
+    Ok(images)
+}

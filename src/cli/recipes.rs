@@ -1,0 +1,28 @@
+//! `peft recipes`.
+
+use clap::Args;
+use serde_json::json;
+
+use super::Context;
+use crate::builtin::recipes::{RECIPES, summary};
+use crate::error::{Error, Result};
+
+/// Arguments of `peft recipes`.
+#[derive(Debug, Args)]
+pub(super) struct RecipesArgs {
+    /// The recipe to print; all are listed when left out
+    name: Option<String>,
+}
+
+pub(super) fn run(args: &RecipesArgs, context: &Context) -> Result<()> {
+    let Some(name) = &args.name else {
+        let all: Vec<_> = RECIPES.iter().map(|(name, text)| json!({ "name": name, "summary": summary(text) })).collect();
+        return context.print(&all, || RECIPES.iter().map(|(name, text)| format!("{name:<20}{}\n", summary(text))).collect());
+    };
+    let wanted = name.trim_end_matches(".yaml");
+    let (name, text) = RECIPES.iter().find(|(n, _)| *n == wanted).ok_or_else(|| {
+        let known: Vec<&str> = RECIPES.iter().map(|(n, _)| *n).collect();
+        Error::input(name, format!("there is no such recipe; there are {}", known.join(", ")))
+    })?;
+    context.print(&json!({ "name": name, "text": text }), || (*text).to_string())
+}

@@ -1,0 +1,233 @@
+//! Folding adapters into the base: a complete HF-layout directory, checked after it is written.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use peft_adapters::{Patches, rng};
+use serde::Serialize;
+
+use crate::clip::base::Base;
+use crate::clip::tokenizer::Tokenizer;
+use crate::clip::{Clip, TextBatch, weights};
+use crate::delta::Delta;
+use crate::error::{Error, Result};
+use crate::files;
+
+/// What to merge.
+#[derive(Debug, Clone)]
+pub struct MergeOptions {
+    /// The base.
+    pub model: String,
+    /// Adapter directories, each with a weight (1 is the whole adapter).
+    pub adapters: Vec<(PathBuf, f64)>,
+    /// Where the merged model goes.
+    pub output: PathBuf,
+    /// The files' dtype; the base's when left out.
+    pub dtype: Option<DType>,
+    /// Replace a directory that exists.
+    pub force: bool,
+    /// Accept adapters of another base.
+    pub allow_base_mismatch: bool,
+}
+
+/// What was merged.
+#[derive(Debug, Clone, Serialize)]
+pub struct Merged {
+    /// Where.
+    pub output: PathBuf,
+    /// Largest difference of a logit between base + adapter and the merged files.
+    pub max_abs_diff: f64,
+    /// The same relative to the largest logit.
+    pub relative_diff: f64,
+    /// What was allowed.
+    pub tolerance: f64,
+    /// How many tensors changed.
+    pub changed_tensors: usize,
+    /// `F32`, `F16`, `BF16`.
+    pub dtype: String,
+    /// What is worth knowing.
+    pub notes: Vec<String>,
+}
+
+/// Images and texts of the check.
+const PROBES: usize = 4;
+
+/// `peft merge`.
+///
+/// # Errors
+/// When an adapter does not fold, nothing is written; when the reloaded model differs by more than the
+/// dtype's rounding explains, the verdict says by how much.
+pub fn merge(options: &MergeOptions) -> Result<Merged> {
+    let device = Device::Cpu;
+    check_output(options)?;
+    let base = Base::load(&options.model, DType::F32, &device)?;
+    let dtype = options.dtype.unwrap_or(base.file_dtype);
+    let (adapters, notes) = adapters(&base, options)?;
+    let (tensors, changed_tensors) = folded(&base, &adapters, dtype)?;
+    let expected = expected(&base, adapters, &tensors)?;
+    write(&base, &tensors, dtype, options)?;
+    let reloaded = Base::load(&options.output.display().to_string(), DType::F32, &device)?;
+    let found = probe(&reloaded.clip, &reloaded.tokenizer, &Patches::none())?;
+    let diff = max_abs(&(&expected - &found)?)?;
+    let relative = diff / max_abs(&expected)?.max(1e-12);
+    let tolerance = match dtype {
+        DType::F16 => 2e-3,
+        DType::BF16 => 2e-2,
+        _ => 1e-4,
+    };
+    if relative.is_nan() || relative > tolerance {
+        return Err(Error::Verdict(format!(
+            "{}: the merged model's logits differ by {relative:.2e} (relative), more than {tolerance:.0e} for {}",
+            options.output.display(), dtype.as_str()
+        )));
+    }
+    Ok(Merged {
+        output: options.output.clone(),
+        max_abs_diff: diff,
+        relative_diff: relative,
+        tolerance,
+        changed_tensors,
+        dtype: dtype.as_str().to_uppercase(),
+        notes,
+    })
+}
+
+fn check_output(options: &MergeOptions) -> Result<()> {
+    let out = &options.output;
+    let same = |path: &Path| path.canonicalize().ok().zip(out.canonicalize().ok()).is_some_and(|(a, b)| a == b);
+    if same(Path::new(&options.model)) || options.adapters.iter().any(|(a, _)| same(a)) {
+        return Err(Error::input(out.display(), "is the base or an adapter itself").hint("choose another --output"));
+    }
+    if !out.exists() {
+        return Ok(());
+    }
+    let ours = out.join("config.json").exists() && out.join("model.safetensors").exists();
+    let empty = out.read_dir().is_ok_and(|mut d| d.next().is_none());
+    match (empty, options.force && ours) {
+        (true, _) | (_, true) => Ok(()),
+        _ if ours => Err(Error::input(out.display(), "exists").hint("pass --force to replace it")),
+        _ => Err(Error::input(out.display(), "exists and is no merged model").hint("choose another --output")),
+    }
+}
+
+/// The adapters' hooks with their weights; refused where one does not fold.
+fn adapters(base: &Base, options: &MergeOptions) -> Result<(Vec<(Patches, f64)>, Vec<String>)> {
+    let (mut all, mut notes) = (Vec::new(), Vec::new());
+    for (dir, weight) in &options.adapters {
+        if !weight.is_finite() {
+            return Err(Error::input("--adapter", format!("expected a finite weight, found {weight}")));
+        }
+        let delta = Delta::read(dir)?;
+        notes.extend(delta.check_base(base, options.allow_base_mismatch)?);
+        if !delta.own.is_empty() {
+            let names: Vec<&str> = delta.own.iter().map(|(n, _)| n.as_str()).collect();
+            return Err(Error::input(dir.display(), format!("has a task head ({}), which plain CLIP has no place for", names.join(", ")))
+                .hint("keep base and adapter apart"));
+        }
+        let mut adapters = delta.apply(base)?;
+        for (patch, method) in adapters.view.iter().zip(&adapters.methods) {
+            if let Some(why) = patch.unfoldable() {
+                return Err(Error::input(dir.display(), format!("{} does not fold: {why}", method.name()))
+                    .hint("keep base and adapter apart; every command takes --adapter"));
+            }
+        }
+        adapters.view.prepare(&peft_adapters::Step::eval())?;
+        all.push((adapters.view, *weight));
+    }
+    Ok((all, notes))
+}
+
+/// All tensors in model order with the adapters folded in, f32 arithmetic, cast to `dtype` at the end.
+fn folded(base: &Base, adapters: &[(Patches, f64)], dtype: DType) -> Result<(Vec<(String, Tensor)>, usize)> {
+    let (mut all, mut changed) = (Vec::new(), 0);
+    for (id, weight) in base.clip.sites().weights() {
+        let mut value = weight.tensor.clone();
+        let mut is_changed = false;
+        for (patches, share) in adapters {
+            let Some(new) = patches.fold(id, &value)? else { continue };
+            is_changed = true;
+            // W + w·(W' − W), exact where w is 1.
+            value = if *share == 1.0 { new } else { (&value + ((new - &value)? * *share)?)? };
+        }
+        changed += usize::from(is_changed);
+        let cast = value.to_dtype(dtype)?;
+        if is_changed && !max_abs(&value)?.is_finite() {
+            return Err(Error::input(&weight.name, "is not finite after folding"));
+        }
+        if !max_abs(&cast)?.is_finite() {
+            return Err(Error::input("--dtype", format!("{} does not fit into {}", weight.name, dtype.as_str())).hint("use bf16 or f32"));
+        }
+        all.push((weight.name.clone(), cast));
+    }
+    Ok((all, changed))
+}
+
+/// The logits that the merged model should give: those of base and adapters, unmerged. A weighted
+/// adapter has no unmerged form; there the folded tensors are taken before they are written.
+fn expected(base: &Base, adapters: Vec<(Patches, f64)>, tensors: &[(String, Tensor)]) -> Result<Tensor> {
+    if adapters.iter().all(|(_, w)| *w == 1.0) {
+        let mut all = Patches::none();
+        adapters.into_iter().for_each(|(p, _)| all.extend(p));
+        return probe(&base.clip, &base.tokenizer, &all);
+    }
+    let clip = Clip::new(base.clip.config(), tensors.iter().cloned().collect(), DType::F32, &Device::Cpu)?;
+    probe(&clip, &base.tokenizer, &Patches::none())
+}
+
+fn write(base: &Base, tensors: &[(String, Tensor)], dtype: DType, options: &MergeOptions) -> Result<()> {
+    let config = merged_config(base, dtype)?;
+    files::replace_dir(&options.output, |dir| {
+        weights::save(&dir.join("model.safetensors"), tensors)?;
+        files::write_json(&dir.join("config.json"), &config)?;
+        files::write_atomic(&dir.join("preprocessor_config.json"), &preprocessor(base)?)?;
+        for (name, bytes) in Tokenizer::files(&base.source)? {
+            files::write_atomic(&dir.join(name), &bytes)?;
+        }
+        Ok(())
+    })
+}
+
+/// The base's own `config.json` with the dtype that is written.
+fn merged_config(base: &Base, dtype: DType) -> Result<serde_json::Value> {
+    let place = base.source.place("config.json");
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&base.source.require("config.json")?).map_err(|e| Error::input(place, e))?;
+    let name = match dtype {
+        DType::F16 => "float16",
+        DType::BF16 => "bfloat16",
+        _ => "float32",
+    };
+    if let Some(map) = config.as_object_mut() {
+        map.remove("torch_dtype");
+        map.insert("dtype".into(), name.into());
+        map.entry("architectures").or_insert_with(|| serde_json::json!(["CLIPModel"]));
+        map.entry("model_type").or_insert_with(|| "clip".into());
+    }
+    Ok(config)
+}
+
+fn preprocessor(base: &Base) -> Result<Vec<u8>> {
+    match base.source.read("preprocessor_config.json")? {
+        Some(bytes) => Ok(bytes.into_owned()),
+        None => Ok(base.preprocess.digest_bytes()),
+    }
+}
+
+/// Logits of a few fixed random images and texts, [PROBES, PROBES].
+fn probe(clip: &Clip, tokenizer: &Tokenizer, patches: &Patches) -> Result<Tensor> {
+    let config = clip.config();
+    let size = config.vision.image_size;
+    let mut rng = rng::rng(17, &[]);
+    let pixels = rng::normal(&mut rng, 1.0, (PROBES, 3, size, size), DType::F32, &Device::Cpu)?;
+    let texts = ["a photo of a cat.", "red", "two people at work", "12:30"].map(String::from);
+    let (ids, _) = tokenizer.encode_all(&texts)?;
+    let batch = TextBatch::new(&ids, None, &config.text, clip.device())?;
+    let (images, texts) = (clip.image_features(&pixels, patches)?, clip.text_features(&batch, patches)?);
+    Ok(clip.logits(&images, &texts, patches)?)
+}
+
+fn max_abs(t: &Tensor) -> Result<f64> {
+    let values = t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    // NaN has to survive, which `f32::max` would drop.
+    Ok(values.iter().fold(0.0, |m, v| if v.is_nan() || m != m { f64::NAN } else { f64::max(m, f64::from(v.abs())) }))
+}

@@ -1,0 +1,299 @@
+//! A base with adapters on it: what a service loads.
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use peft_adapters::{ClassFeatures, Patches, Step};
+
+use crate::clip::base::Base;
+use crate::clip::decode::{self, DecodeOptions};
+use crate::clip::model::unit_rows;
+use crate::data::check_classes;
+use crate::delta::{Adapters, Delta, Manifest};
+use crate::error::{Error, Result};
+use crate::task::prompts::{self, Pad, Prompts};
+use crate::task::HEAD;
+
+/// Images that go through the tower at once.
+const BATCH: usize = 32;
+
+/// A frozen base and the adapters that change it.
+///
+/// ```
+/// # fn main() -> peft::Result<()> {
+/// let model = peft::Model::load("builtin:tiny")?;
+/// # let png = peft::builtin::sample();
+/// # let dir = std::env::temp_dir().join(format!("peft-doc-{}", std::process::id()));
+/// # std::fs::create_dir_all(&dir).ok();
+/// # let photo = dir.join("photo.png");
+/// # std::fs::write(&photo, png).ok();
+/// let ranked = model.predict(&[&photo], &["clock", "heart", "building"])?;
+/// println!("{} {:.2}", ranked[0][0].label, ranked[0][0].probability);
+/// # assert_eq!(ranked[0].len(), 3);
+/// # std::fs::remove_dir_all(&dir).ok();
+/// # Ok(())
+/// # }
+/// ```
+///
+/// With an adapter: `Model::load(base)?.with_adapter(dir)?.predict(images, labels)?`.
+#[derive(Debug)]
+pub struct Model {
+    base: Base,
+    adapters: Vec<Adapters>,
+    patches: Patches,
+    manifest: Option<Manifest>,
+    head: Option<[Tensor; 2]>,
+    options: DecodeOptions,
+    notes: Vec<String>,
+}
+
+/// A class and how likely it is.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct Ranked {
+    /// The class.
+    pub label: String,
+    /// From 0 to 1; all classes add up to 1.
+    pub probability: f32,
+}
+
+impl Model {
+    /// Loads `builtin:tiny` or a directory on the CPU in f32.
+    ///
+    /// # Errors
+    /// When a file is missing or malformed.
+    pub fn load(base: &str) -> Result<Self> {
+        Self::load_on(base, DType::F32, &Device::Cpu)
+    }
+
+    /// Loads a base to compute in `dtype` on `device`.
+    ///
+    /// # Errors
+    /// When a file is missing or malformed.
+    pub fn load_on(base: &str, dtype: DType, device: &Device) -> Result<Self> {
+        Ok(Self::from_base(Base::load(base, dtype, device)?))
+    }
+
+    /// A model without adapters.
+    #[must_use]
+    pub fn from_base(base: Base) -> Self {
+        Self {
+            base,
+            adapters: Vec::new(),
+            patches: Patches::none(),
+            manifest: None,
+            head: None,
+            options: DecodeOptions::default(),
+            notes: Vec::new(),
+        }
+    }
+
+    /// Puts an adapter directory on top of what is there.
+    ///
+    /// # Errors
+    /// When it does not fit the base.
+    pub fn with_adapter(self, dir: impl AsRef<Path>) -> Result<Self> {
+        self.with_adapter_of(dir.as_ref(), false)
+    }
+
+    /// [`Model::with_adapter`], also for adapters of another base where `allow_mismatch`.
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub fn with_adapter_of(mut self, dir: &Path, allow_mismatch: bool) -> Result<Self> {
+        let delta = Delta::read(dir)?;
+        self.notes.extend(delta.check_base(&self.base, allow_mismatch)?);
+        let mut adapters = delta.apply(&self.base)?;
+        let mut view = std::mem::take(&mut adapters.view);
+        view.prepare(&Step::eval())?;
+        self.patches.extend(view);
+        self.adapters.push(adapters);
+        let own = |name: &str| delta.own.iter().find(|(n, _)| n == name).map(|(_, t)| t.to_device(self.base.clip.device()));
+        if let (Some(weight), Some(bias)) = (own(HEAD[0]), own(HEAD[1])) {
+            self.head = Some(self.checked_head(dir, weight?, bias?, delta.manifest.as_ref())?);
+        }
+        self.manifest = delta.manifest.or(self.manifest);
+        Ok(self)
+    }
+
+    fn checked_head(&self, dir: &Path, weight: Tensor, bias: Tensor, manifest: Option<&Manifest>) -> Result<[Tensor; 2]> {
+        let classes = manifest.map_or(0, |m| m.classes.len());
+        let dim = self.base.clip.config().projection_dim;
+        if weight.dims() != [classes, dim] || bias.dims() != [classes] {
+            return Err(Error::input(
+                dir.join("task.safetensors").display(),
+                format!("expected {} {:?} and {} [{classes}], found {:?} and {:?}", HEAD[0], [classes, dim], HEAD[1], weight.dims(), bias.dims()),
+            ));
+        }
+        Ok([weight.to_dtype(DType::F32)?, bias.to_dtype(DType::F32)?])
+    }
+
+    /// How image files are decoded.
+    #[must_use]
+    pub fn with_images(mut self, options: DecodeOptions) -> Self {
+        self.options = options;
+        self
+    }
+
+    /// The frozen part.
+    #[must_use]
+    pub fn base(&self) -> &Base {
+        &self.base
+    }
+
+    /// What changes it.
+    #[must_use]
+    pub fn patches(&self) -> &Patches {
+        &self.patches
+    }
+
+    /// What the last adapter says of itself.
+    #[must_use]
+    pub fn manifest(&self) -> Option<&Manifest> {
+        self.manifest.as_ref()
+    }
+
+    /// What a user should know about the adapters.
+    #[must_use]
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// Projected features of image files, unnormalised, f32.
+    ///
+    /// # Shapes
+    /// N paths → [N, P]
+    ///
+    /// # Errors
+    /// When an image cannot be read.
+    pub fn embed_images(&self, paths: &[impl AsRef<Path> + Sync]) -> Result<Tensor> {
+        use rayon::prelude::*;
+        let (height, width) = self.base.preprocess.output_size();
+        let mut parts = Vec::new();
+        for chunk in paths.chunks(BATCH) {
+            let pixels: Vec<Vec<f32>> = chunk
+                .par_iter()
+                .map(|p| self.base.preprocess.apply(&decode::open(p.as_ref(), &self.options)?))
+                .collect::<Result<_>>()?;
+            let pixels = Tensor::from_vec(pixels.concat(), (chunk.len(), 3, height, width), &Device::Cpu)?;
+            parts.push(self.base.clip.image_features(&pixels, &self.patches)?.to_dtype(DType::F32)?);
+        }
+        self.joined(&parts)
+    }
+
+    /// Projected features of texts, unnormalised, f32; texts beyond the context are cut and counted.
+    ///
+    /// # Shapes
+    /// M texts → [M, P]
+    ///
+    /// # Errors
+    /// When the tokeniser fails.
+    pub fn embed_texts(&self, texts: &[String]) -> Result<(Tensor, usize)> {
+        if texts.is_empty() {
+            return Ok((self.joined(&[])?, 0));
+        }
+        let prompts = Prompts::new(&self.base.tokenizer, texts, Pad::Longest)?;
+        Ok((prompts.features(&self.base.clip, &self.patches)?.to_dtype(DType::F32)?, prompts.truncated))
+    }
+
+    fn joined(&self, parts: &[Tensor]) -> Result<Tensor> {
+        match parts.is_empty() {
+            true => Ok(Tensor::zeros((0, self.base.clip.config().projection_dim), DType::F32, self.base.clip.device())?),
+            false => Ok(Tensor::cat(parts, 0)?),
+        }
+    }
+
+    /// For each image all labels, most likely first. The adapter's templates apply, or CLIP's own.
+    ///
+    /// With no labels the adapter's classes are meant.
+    ///
+    /// # Errors
+    /// When an image cannot be read, or there are no labels.
+    pub fn predict(&self, images: &[impl AsRef<Path> + Sync], labels: &[&str]) -> Result<Vec<Vec<Ranked>>> {
+        let labels: Vec<String> = labels.iter().map(ToString::to_string).collect();
+        self.predict_with(images, &labels, &[])
+    }
+
+    /// [`Model::predict`] with templates of the caller's.
+    ///
+    /// # Errors
+    /// As [`Model::predict`].
+    pub fn predict_with(&self, images: &[impl AsRef<Path> + Sync], labels: &[String], templates: &[String]) -> Result<Vec<Vec<Ranked>>> {
+        let scorer = self.scorer(labels, templates)?;
+        let features = self.embed_images(images)?;
+        scorer.rank(self, &features)
+    }
+
+    /// Prepares the text side once for many images.
+    ///
+    /// # Errors
+    /// When there are no labels, or a head knows others.
+    pub fn scorer(&self, labels: &[String], templates: &[String]) -> Result<Scorer> {
+        let known = self.manifest.as_ref().map(|m| m.classes.clone()).unwrap_or_default();
+        let labels = if labels.is_empty() { known.clone() } else { labels.to_vec() };
+        if labels.is_empty() {
+            return Err(Error::input("--labels", "expected at least one label; the adapter stores no classes").hint("pass --labels a,b or a file with one label a line"));
+        }
+        check_classes("--labels", &labels)?;
+        if self.head.is_some() {
+            return match labels == known {
+                true => Ok(Scorer { labels, classes: None }),
+                false => Err(Error::input("--labels", "this adapter has a linear head, which knows only its own classes").hint("leave the labels out")),
+            };
+        }
+        let own = self.manifest.as_ref().map(|m| m.templates.clone()).unwrap_or_default();
+        let templates = match (templates.is_empty(), own.is_empty()) {
+            (false, _) => templates.to_vec(),
+            (true, false) => own,
+            (true, true) => vec![prompts::DEFAULT_TEMPLATE.to_string()],
+        };
+        templates.iter().try_for_each(|t| prompts::check_template("--template", t))?;
+        let prompts = Prompts::of_classes(&self.base.tokenizer, &labels, &templates, Pad::Longest)?;
+        Ok(Scorer { classes: Some(prompts.class_features(&self.base.clip, &self.patches)?), labels })
+    }
+}
+
+/// Labels whose text side is computed.
+#[derive(Debug)]
+pub struct Scorer {
+    labels: Vec<String>,
+    classes: Option<Tensor>,
+}
+
+impl Scorer {
+    /// The labels in order.
+    #[must_use]
+    pub fn labels(&self) -> &[String] {
+        &self.labels
+    }
+
+    /// All labels for each row of `features` [N, P], most likely first.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn rank(&self, model: &Model, features: &Tensor) -> Result<Vec<Vec<Ranked>>> {
+        if features.dim(0)? == 0 {
+            return Ok(Vec::new());
+        }
+        let clip = &model.base.clip;
+        let logits = match (&self.classes, &model.head) {
+            (None, Some([weight, bias])) => unit_rows(features)?.matmul(&weight.t()?)?.broadcast_add(bias)?,
+            (Some(classes), _) => match model.patches.class_features(ClassFeatures::Shared(classes.clone()), features)? {
+                ClassFeatures::Shared(classes) => clip.logits(features, &classes, &model.patches)?,
+                ClassFeatures::PerImage(classes) => {
+                    let cosine = unit_rows(&classes)?.matmul(&unit_rows(features)?.unsqueeze(2)?)?.squeeze(2)?;
+                    cosine.broadcast_mul(&clip.logit_scale(&model.patches)?)?
+                }
+            },
+            (None, None) => return Err(Error::fault("predict", "no class features")),
+        };
+        let rows = candle_nn::ops::softmax(&logits.to_dtype(DType::F32)?, 1)?.to_vec2::<f32>()?;
+        Ok(rows.into_iter().map(|row| self.ranked(row)).collect())
+    }
+
+    fn ranked(&self, row: Vec<f32>) -> Vec<Ranked> {
+        let mut all: Vec<Ranked> =
+            row.into_iter().zip(&self.labels).map(|(probability, label)| Ranked { label: label.clone(), probability }).collect();
+        all.sort_by(|a, b| b.probability.total_cmp(&a.probability));
+        all
+    }
+}
