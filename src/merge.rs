@@ -65,7 +65,7 @@ pub fn merge(options: &MergeOptions) -> Result<Merged> {
     let (adapters, notes) = adapters(&base, options)?;
     let (tensors, changed_tensors) = folded(&base, &adapters, dtype)?;
     let expected = expected(&base, adapters, &tensors)?;
-    write(&base, &tensors, dtype, options)?;
+    write(&base, &tensors, dtype, &options.output)?;
     let reloaded = Base::load(&options.output.display().to_string(), DType::F32, &device)?;
     let found = probe(&reloaded.clip, &reloaded.tokenizer, &Patches::none())?;
     let diff = max_abs(&(&expected - &found)?)?;
@@ -174,9 +174,18 @@ fn expected(base: &Base, adapters: Vec<(Patches, f64)>, tensors: &[(String, Tens
     probe(&clip, &base.tokenizer, &Patches::none())
 }
 
-fn write(base: &Base, tensors: &[(String, Tensor)], dtype: DType, options: &MergeOptions) -> Result<()> {
+/// Writes a model that was trained from random weights as a base of its own, f32.
+///
+/// # Errors
+/// When the disk refuses.
+pub fn write_trained(base: &Base, patches: Patches, output: &Path) -> Result<()> {
+    let (tensors, _) = folded(base, &[(patches, 1.0)], DType::F32)?;
+    write(base, &tensors, DType::F32, output)
+}
+
+fn write(base: &Base, tensors: &[(String, Tensor)], dtype: DType, output: &Path) -> Result<()> {
     let config = merged_config(base, dtype)?;
-    files::replace_dir(&options.output, |dir| {
+    files::replace_dir(output, |dir| {
         weights::save(&dir.join("model.safetensors"), tensors)?;
         files::write_json(&dir.join("config.json"), &config)?;
         files::write_atomic(&dir.join("preprocessor_config.json"), &preprocessor(base)?)?;

@@ -16,7 +16,7 @@ const METRICS: &str = "metrics.jsonl";
 const PREDICTIONS: &str = "predictions.jsonl";
 const LOCK: &str = "lock";
 /// All that `--force` may remove.
-const OURS: [&str; 7] = [RECIPE, REPORT, METRICS, PREDICTIONS, LOCK, "adapter", "checkpoint"];
+const OURS: [&str; 8] = [RECIPE, REPORT, METRICS, PREDICTIONS, LOCK, "adapter", "checkpoint", "model"];
 
 /// What to do with a directory that is not empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,6 +87,12 @@ impl RunDir {
     #[must_use]
     pub fn adapter(&self) -> PathBuf {
         self.path.join("adapter")
+    }
+
+    /// Where a model that was trained from random weights goes.
+    #[must_use]
+    pub fn model(&self) -> PathBuf {
+        self.path.join("model")
     }
 
     /// Where the last state goes.

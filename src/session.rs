@@ -11,6 +11,8 @@ use crate::clip::decode::DecodeOptions;
 use crate::data::{Dataset, Images, Split};
 use crate::delta::{self, Adapters, BaseRef, Delta, Manifest};
 use crate::error::{Error, Result};
+use crate::estimate::{Estimate, estimate};
+use crate::merge;
 use crate::recipe::{ModelConfig, Recipe};
 use crate::report::{Evaluation, TrainReport, peak_rss_mib};
 use crate::run::{Existing, Opened, RunDir};
@@ -230,6 +232,9 @@ impl Session {
             logged.event(Event::Warning(warning));
         }
         let bytes = delta::save(&logged.run.adapter(), trainer.adapters, self.base.clip.sites(), &self.manifest(&after)?)?;
+        if matches!(self.recipe.model, ModelConfig::Scratch(_)) {
+            merge::write_trained(&self.base, std::mem::take(&mut trainer.adapters.view), &logged.run.model())?;
+        }
         let report = self.report(trainer, run, split, after, bytes, logged.run.path());
         logged.run.finish(&report, report.after.as_ref().map_or(&[], |e| &e.predictions))?;
         Ok(report)
@@ -264,6 +269,54 @@ impl Session {
             run: path.to_path_buf(),
         }
     }
+}
+
+/// What `peft train --check` finds.
+#[derive(Debug, serde::Serialize)]
+pub struct Checked {
+    /// The recipe with every default written out.
+    pub recipe: Recipe,
+    /// Examples in train, val and test.
+    pub examples: [usize; 3],
+    /// Class names in label order.
+    pub classes: Vec<String>,
+    /// Numbers that would be trained.
+    pub trainable_parameters: usize,
+    /// Numbers of the base and of what is added to it.
+    pub total_parameters: usize,
+    /// Optimiser steps.
+    pub steps: usize,
+    /// Bytes of memory by what they are for.
+    pub memory: Estimate,
+}
+
+/// `peft train --check`: everything that needs no training; nothing is written.
+///
+/// # Errors
+/// As [`train`].
+pub fn check(recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Result<Checked> {
+    let session = Session::open(recipe, device, observer)?;
+    let (mut adapters, task) = session.plan()?;
+    let total_parameters = session.total_parameters(&adapters);
+    let trainable_parameters = adapters.params.count();
+    let context = session.base.tokenizer.context();
+    let (batch, classes) = (session.recipe.train.batch, session.data.classes.len());
+    let texts = match &session.recipe.task {
+        TaskConfig::Classify(c) => classes * c.templates.len(),
+        TaskConfig::Retrieve(_) => batch,
+    };
+    let memory = estimate(session.base.clip.config(), &adapters, &session.recipe.train, texts, context);
+    let steps = session.trainer(&mut adapters, task)?.total_steps();
+    let data = &session.data;
+    Ok(Checked {
+        examples: [data.train.len(), data.val.len(), data.test.len()],
+        classes: data.classes.clone(),
+        trainable_parameters,
+        total_parameters,
+        steps,
+        memory,
+        recipe: session.recipe,
+    })
 }
 
 /// What `peft eval` evaluates.

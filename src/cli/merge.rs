@@ -15,8 +15,9 @@ pub(super) struct MergeArgs {
     /// The base: builtin:tiny or a directory
     #[arg(long, value_name = "BASE")]
     model: String,
-    /// An adapter directory, with =WEIGHT to fold only a part of it or more; may be repeated
-    #[arg(long = "adapter", required = true, value_name = "DIR[=WEIGHT]")]
+    /// An adapter directory, with =WEIGHT to fold only a part of it or more; may be repeated.
+    /// Without any, the base is written in another dtype
+    #[arg(long = "adapter", value_name = "DIR[=WEIGHT]")]
     adapters: Vec<String>,
     /// The directory to write
     #[arg(long, short, value_name = "DIR")]

@@ -31,6 +31,9 @@ pub(super) struct TrainArgs {
     /// Replace an earlier run
     #[arg(long)]
     force: bool,
+    /// Check model, data, classes and targets, estimate memory, print the resolved recipe; train nothing
+    #[arg(long)]
+    check: bool,
 }
 
 pub(super) fn run(args: TrainArgs, context: &Context) -> Result<()> {
@@ -44,12 +47,31 @@ pub(super) fn run(args: TrainArgs, context: &Context) -> Result<()> {
         _ => Existing::Refuse,
     };
     let mut progress = context.progress();
+    if args.check {
+        let checked = session::check(recipe, &context.device, &mut progress)?;
+        drop(progress);
+        let yaml = checked.recipe.to_yaml()?;
+        return context.print(&checked, || check_text(&checked, &yaml));
+    }
     progress.listen();
     let (report, finished_before) = session::train(recipe, existing, &context.device, &mut progress)?;
     if finished_before {
         progress.say("this run was finished before; nothing was changed");
     }
     context.print(&document(&report), || text(&report))
+}
+
+fn check_text(checked: &session::Checked, yaml: &str) -> String {
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    let [train, val, test] = checked.examples;
+    let m = &checked.memory;
+    format!(
+        "{yaml}\n# {train} training, {val} validation and {test} test examples; {} classes\n\
+         # {} of {} parameters are trained, {} steps\n\
+         # about {:.0} MiB: {:.0} for the base, {:.0} for what is trained, {:.0} for activations\n",
+        checked.classes.len(), checked.trainable_parameters, checked.total_parameters, checked.steps,
+        mib(m.total()), mib(m.base), mib(m.trained), mib(m.activations),
+    )
 }
 
 fn document(report: &TrainReport) -> Value {
