@@ -124,7 +124,7 @@ fn adapters(base: &Base, options: &MergeOptions) -> Result<(Vec<(Patches, f64)>,
             return Err(Error::input(dir.display(), format!("has a task head ({}), which plain CLIP has no place for", names.join(", ")))
                 .hint("keep base and adapter apart"));
         }
-        let mut adapters = delta.apply(base)?;
+        let mut adapters = delta.apply(&base.clip)?;
         for (patch, method) in adapters.view.iter().zip(&adapters.methods) {
             if let Some(why) = patch.unfoldable() {
                 return Err(Error::input(dir.display(), format!("{} does not fold: {why}", method.name()))

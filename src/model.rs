@@ -102,7 +102,7 @@ impl Model {
     pub fn with_adapter_of(mut self, dir: &Path, allow_mismatch: bool) -> Result<Self> {
         let delta = Delta::read(dir)?;
         self.notes.extend(delta.check_base(&self.base, allow_mismatch)?);
-        let mut adapters = delta.apply(&self.base)?;
+        let mut adapters = delta.apply(&self.base.clip)?;
         let mut view = std::mem::take(&mut adapters.view);
         view.prepare(&Step::eval())?;
         self.patches.extend(view);

@@ -348,7 +348,7 @@ pub fn evaluate(recipe: Recipe, options: &EvalOptions, device: &Device, observer
             for note in delta.check_base(&session.base, options.allow_base_mismatch)? {
                 observer.event(Event::Note(note));
             }
-            delta.apply(&session.base)?
+            delta.apply(&session.base.clip)?
         }
     };
     let task = session.task(&mut adapters)?;

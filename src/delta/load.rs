@@ -8,6 +8,7 @@ use peft_adapters::{MethodConfig, Params, registry};
 use serde_json::Value;
 
 use super::{Adapters, Manifest, file};
+use crate::clip::Clip;
 use crate::clip::base::Base;
 use crate::clip::weights;
 use crate::error::{Error, Result};
@@ -81,13 +82,13 @@ impl Delta {
         }
     }
 
-    /// Plans the methods for `base` and fills in the tensors.
+    /// Plans the methods for a model and fills in the tensors.
     ///
     /// # Errors
     /// With every missing, unexpected, misshapen or broken tensor.
-    pub fn apply(&self, base: &Base) -> Result<Adapters> {
+    pub fn apply(&self, clip: &Clip) -> Result<Adapters> {
         let methods: Vec<MethodConfig> = self.methods.iter().map(|(m, _)| m.clone()).collect();
-        let adapters = Adapters::plan(&methods, base.clip.sites(), 0, base.clip.device())?;
+        let adapters = Adapters::plan(&methods, clip.sites(), 0, clip.device())?;
         let all: Vec<_> = adapters.params.iter().collect();
         for ((_, tensors), range) in self.methods.iter().zip(&adapters.ranges) {
             fill(&self.dir.display().to_string(), tensors, &all[range.clone()])?;
