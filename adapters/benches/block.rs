@@ -194,8 +194,10 @@ fn ms(f: &mut dyn FnMut()) -> f64 {
     start.elapsed().as_secs_f64() * 1e3
 }
 
+type Run<'a> = (&'a str, Box<dyn FnMut() + 'a>);
+
 /// Median and minimum of each, taken in turns so that a busy machine slows all of them.
-fn table(title: &str, rounds: usize, runs: &mut [(&str, Box<dyn FnMut() + '_>)]) {
+fn table(title: &str, rounds: usize, runs: &mut [Run<'_>]) {
     let wanted = |name: &str| std::env::args().skip(1).all(|a| {
         a.starts_with("--") || a.parse::<usize>().is_ok() || title.contains(&a) || name.contains(&a)
     });
@@ -283,7 +285,21 @@ fn layers(title: &str, size: Size, rounds: usize) {
     );
 }
 
+/// As the `peft` command does: one pool, of two threads or as many as `THREADS` says, and no
+/// pages given back to the system between steps.
+fn set_up() {
+    const PURGE_DELAY: i32 = 15;
+    let threads = std::env::var("THREADS").ok().and_then(|t| t.parse().ok()).unwrap_or(2);
+    // SAFETY: no other thread runs yet.
+    unsafe {
+        std::env::set_var("RAYON_NUM_THREADS", "1");
+        libmimalloc_sys::mi_option_set(PURGE_DELAY, -1);
+    }
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().unwrap();
+}
+
 fn main() {
+    set_up();
     let rounds = std::env::args().skip(1).find_map(|a| a.parse().ok()).unwrap_or(15);
     assert_eq!(random(&[1], 1.0).dtype(), DType::F32);
     println!("{} threads", rayon::current_num_threads());

@@ -64,6 +64,7 @@ struct Values<'a, T> {
     w: &'a [T],
     a: &'a [T],
     b: &'a [T],
+    bias: Option<&'a [T]>,
     mask: Option<&'a [T]>,
     size: Size,
     rank: usize,
@@ -104,12 +105,12 @@ impl<T: Float> Values<'_, T> {
         linear::product(x, self.a, None, Size { out: self.rank, ..self.size })
     }
 
-    fn forward(&self, bias: Option<&[T]>) -> Vec<T> {
+    fn forward(&self) -> Vec<T> {
         if self.merges() {
-            return linear::product(self.x, &self.merged(), bias, self.size);
+            return linear::product(self.x, &self.merged(), self.bias, self.size);
         }
         let Size { rows, out, .. } = self.size;
-        let mut y = linear::product(self.x, self.w, bias, self.size);
+        let mut y = linear::product(self.x, self.w, self.bias, self.size);
         let dropped = self.dropped();
         let down = self.down(dropped.as_deref().unwrap_or(self.x));
         let (down, b) = (Mat::new(&down, rows, self.rank), Mat::new(self.b, out, self.rank));
@@ -191,24 +192,39 @@ vectorised! {
     }
 }
 
+/// What an operation captured, held for reading.
+struct Captured<'a> {
+    weight: View<'a>,
+    bias: Option<View<'a>>,
+    mask: Option<View<'a>>,
+}
+
 impl Op {
-    fn values<'a, T: Float>(&self, views: &'a [Option<View<'_>>; 2], [x, a, b]: [&'a [T]; 3], dims: &[usize]) -> Result<Values<'a, T>> {
-        let [w, mask] = views;
-        let Some(w) = w else { bail!("a weight is missing") };
+    fn captured(&self) -> Captured<'_> {
+        Captured {
+            weight: View::new(&self.weight),
+            bias: self.bias.as_ref().map(View::new),
+            mask: self.mask.as_ref().map(View::new),
+        }
+    }
+
+    fn values<'a, T: Float>(
+        &self,
+        captured: &'a Captured<'_>,
+        [x, a, b]: [&'a [T]; 3],
+        dims: &[usize],
+    ) -> Result<Values<'a, T>> {
         Ok(Values {
             x,
-            w: w.slice()?,
+            w: captured.weight.slice()?,
             a,
             b,
-            mask: mask.as_ref().map(View::slice::<T>).transpose()?,
+            bias: captured.bias.as_ref().map(View::slice::<T>).transpose()?,
+            mask: captured.mask.as_ref().map(View::slice::<T>).transpose()?,
             size: Size::new(dims, self.weight.dims()),
             rank: self.rank,
             scale: T::from_f64(self.scale),
         })
-    }
-
-    fn views(&self) -> [Option<View<'_>>; 2] {
-        [Some(View::new(&self.weight)), self.mask.as_ref().map(View::new)]
     }
 }
 
@@ -226,11 +242,10 @@ impl CustomOp3 for Op {
         s3: &CpuStorage,
         l3: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (views, bias) = (self.views(), self.bias.as_ref().map(View::new));
+        let captured = self.captured();
         by_float!(s1.dtype(), T => {
-            let bias = bias.as_ref().map(View::slice::<T>).transpose()?;
-            let values = self.values(&views, [slice(s1, l1)?, slice(s2, l2)?, slice(s3, l3)?], l1.dims())?;
-            Ok(result(values.forward(bias), with_last(l1.dims(), values.size.out)))
+            let values = self.values::<T>(&captured, [slice(s1, l1)?, slice(s2, l2)?, slice(s3, l3)?], l1.dims())?;
+            Ok(result(values.forward(), with_last(l1.dims(), values.size.out)))
         })
     }
 
@@ -243,11 +258,11 @@ impl CustomOp3 for Op {
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
-        let views = self.views();
+        let captured = self.captured();
         let [xs, as_, bs, dys] = [x, a, b, &dy].map(View::new);
         let wanted = [x.track_op(), a.track_op(), b.track_op()];
         by_float!(x.dtype(), T => {
-            let values = self.values::<T>(&views, [xs.slice()?, as_.slice()?, bs.slice()?], x.dims())?;
+            let values = self.values::<T>(&captured, [xs.slice()?, as_.slice()?, bs.slice()?], x.dims())?;
             let [dx, da, db] = values.backward(dys.slice()?, wanted);
             Ok((
                 dx.map(|d| tensor(d, x)).transpose()?,
@@ -282,7 +297,7 @@ mod tests {
         Case {
             trained: [random(dims, 1), random(&[rank, input], 2), random(&[out, rank], 3)],
             w: random(&[out, input], 4),
-            bias: (out % 2 == 0).then(|| random(&[out], 5)),
+            bias: out.is_multiple_of(2).then(|| random(&[out], 5)),
             mask: masked.then(|| (mask / 0.75).unwrap()),
         }
     }
