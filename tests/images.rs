@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use peft::clip::decode::{DecodeOptions, decode, decode_rgba, open};
+use peft::clip::decode::{DecodeOptions, EXTENSIONS, decode, decode_rgba, open};
 use peft::clip::preprocess::{Background, Preprocess};
 use serde::Deserialize;
 
@@ -62,6 +62,7 @@ fn preprocess(goldens: &Goldens, config: &str) -> Preprocess {
 #[test]
 fn pixels_are_those_of_transformers() {
     let goldens = goldens();
+    assert!(goldens.cases.len() > 100);
     let mut wrong = Vec::new();
     for case in &goldens.cases {
         let (max, mean) = case.differences(&preprocess(&goldens, &case.config));
@@ -73,7 +74,6 @@ fn pixels_are_those_of_transformers() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Every kind of source file is listed by a directory scan.
 #[test]
 fn normalised_values_are_those_of_transformers() {
     let goldens = goldens();
@@ -88,4 +88,112 @@ fn normalised_values_are_those_of_transformers() {
             assert!(off <= step / smallest * 1.001, "{} at {at}: {} for {expected}", case.expected, found[*at]);
         }
     }
+}
+
+#[test]
+fn sixteen_bits_become_eight_by_dropping_the_low_ones() {
+    let options = DecodeOptions::default();
+    let (found, expected) = (open(&source("grey-16.png"), &options).unwrap(), open(&source("rgb.png"), &options).unwrap());
+    assert!(found.pixels().zip(expected.pixels()).all(|(f, e)| f.0 == [e.0[0]; 3]));
+    assert_eq!(open(&source("grey-16.tif"), &options).unwrap(), open(&source("grey.tif"), &options).unwrap());
+}
+
+#[test]
+fn alpha_is_kept_for_later_backgrounds() {
+    let options = DecodeOptions::default();
+    for name in ["rgba.png", "palette-key.png", "key.gif", "rgba-16.png", "grey-alpha.png", "lossless-alpha.webp", "rgba.tif"] {
+        let bytes = std::fs::read(source(name)).unwrap();
+        let (rgba, rgb) = (decode_rgba(name, &bytes, &options).unwrap(), decode(name, &bytes, &options).unwrap());
+        assert!(rgba.pixels().any(|p| p.0[3] < 255), "{name}");
+        assert!(rgba.pixels().zip(rgb.pixels()).all(|(a, b)| a.0[..3] == b.0), "{name}");
+    }
+    let bytes = std::fs::read(source("exif-6.png")).unwrap();
+    assert_eq!(decode_rgba("x", &bytes, &options).unwrap().dimensions(), (23, 31));
+}
+
+#[test]
+fn every_source_has_a_listed_extension() {
+    for entry in std::fs::read_dir(data().join("sources")).unwrap() {
+        let path = entry.unwrap().path();
+        assert!(EXTENSIONS.contains(&path.extension().unwrap().to_str().unwrap()), "{}", path.display());
+    }
+}
+
+/// The message for these bytes, which has to name the file.
+fn refused(bytes: &[u8]) -> String {
+    let error = decode("some/cat.png", bytes, &DecodeOptions::default()).unwrap_err();
+    assert_eq!(error.exit_code(), 2);
+    let message = error.to_string();
+    assert!(message.starts_with("some/cat.png: "), "{message}");
+    message
+}
+
+#[test]
+fn truncated_files_of_every_format_are_refused() {
+    for name in [
+        "rgb.png", "420.jpg", "progressive.jpg", "turned.jpg", "lossless.webp", "lossy.webp", "palette.gif", "rgb.bmp",
+        "raw.tiff", "palette.tif", "cmyk.tif",
+    ] {
+        let bytes = std::fs::read(source(name)).unwrap();
+        for percent in [1, 10, 50, 90, 99] {
+            let message = refused(&bytes[..bytes.len() * percent / 100]);
+            assert!(message.contains("truncated") || message.contains("not an image"), "{name} at {percent} %: {message}");
+        }
+    }
+}
+
+#[test]
+fn what_is_no_image_is_refused() {
+    assert!(refused(b"").contains("empty"));
+    assert!(refused(b"A text that somebody saved as cat.png").contains("not an image"));
+    assert!(refused(b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf").contains("not supported"));
+}
+
+/// A PNG's signature and header.
+fn png_header(width: u32, height: u32) -> Vec<u8> {
+    let mut head = b"IHDR".to_vec();
+    head.extend(width.to_be_bytes());
+    head.extend(height.to_be_bytes());
+    head.extend([8, 2, 0, 0, 0]);
+    let mut bytes = b"\x89PNG\r\n\x1a\n\0\0\0\x0d".to_vec();
+    bytes.extend(&head);
+    bytes.extend(crc(&head).to_be_bytes());
+    // An empty data chunk: decoders look no further before they know the size.
+    bytes.extend(b"\0\0\0\0IDAT\x35\xaf\x06\x1e");
+    bytes
+}
+
+fn crc(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(u32::MAX, |crc, byte| {
+        (0..8).fold(crc ^ u32::from(*byte), |c, _| if c & 1 == 1 { c >> 1 ^ 0xEDB8_8320 } else { c >> 1 })
+    })
+}
+
+#[test]
+fn sizes_are_checked_before_anything_is_decoded() {
+    let message = refused(&png_header(100_000, 100_000));
+    assert!(message.contains("100000×100000") && message.contains("100 megapixels"), "{message}");
+    assert!(refused(&png_header(90_000_000, 1)).contains("too thin"));
+    refused(&png_header(0, 10));
+    refused(&png_header(i32::MAX as u32, i32::MAX as u32));
+
+    let mut jpeg = std::fs::read(source("grey.jpg")).unwrap();
+    let frame = jpeg.windows(2).position(|w| w == [0xFF, 0xC0]).unwrap();
+    jpeg[frame + 5..frame + 9].fill(0xFF);
+    assert!(refused(&jpeg).contains("65535×65535"));
+    let mut gif = std::fs::read(source("palette.gif")).unwrap();
+    gif[6..10].fill(0xFF);
+    assert!(refused(&gif).contains("65535×65535"));
+    gif[6..10].fill(0);
+    assert!(refused(&gif).contains("0×0"));
+
+    let small = DecodeOptions { max_pixels: 100, ..DecodeOptions::default() };
+    assert!(open(&source("rgb.png"), &small).unwrap_err().to_string().contains("rgb.png: 31×23"));
+}
+
+#[test]
+fn what_is_no_file_is_refused() {
+    let options = DecodeOptions::default();
+    assert!(open(&data(), &options).unwrap_err().to_string().contains("is not a file"));
+    assert!(open(&data().join("missing.png"), &options).unwrap_err().to_string().contains("no such file"));
 }

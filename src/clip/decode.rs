@@ -27,6 +27,9 @@ const MAX_FILE: u64 = 256 << 20;
 /// What decoders may use beside 16 bytes a pixel (the most that any pixel takes).
 const SLACK: u64 = 64 << 20;
 
+/// Thinner images would become too long when their short side is resized.
+const MAX_ASPECT: u64 = 1 << 16;
+
 /// How files become pixels.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct DecodeOptions {
@@ -164,6 +167,9 @@ fn check_size(place: &str, width: u64, height: u64, options: &DecodeOptions) -> 
         let limit = options.max_pixels as f64 / 1e6;
         return Err(Error::input(place, format!("{width}×{height} pixels, more than the limit of {limit} megapixels"))
             .hint("scale the image down; CLIP sees a few hundred pixels a side"));
+    }
+    if width.max(height) / width.min(height) > MAX_ASPECT {
+        return Err(Error::input(place, format!("{width}×{height} pixels: too thin to be resized")));
     }
     Ok(())
 }

@@ -120,7 +120,8 @@ impl Preprocess {
     /// # Errors
     /// When it does not.
     pub fn check(&self, place: &str, image_size: usize) -> Result<()> {
-        if !self.do_center_crop && !(self.do_resize && matches!(self.size, ResizeTo::Exact { .. })) {
+        let fixed = self.do_center_crop || (self.do_resize && matches!(self.size, ResizeTo::Exact { .. }));
+        if !fixed {
             return Err(Error::input(place, "without `do_center_crop`, images of different shapes come out in different sizes")
                 .hint("set `do_center_crop` to true, or `size` to {\"height\": …, \"width\": …}"));
         }

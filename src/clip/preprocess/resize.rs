@@ -11,7 +11,7 @@ use super::{Preprocess, Resample, ResizeTo, exact};
 use crate::error::{Error, Result};
 
 /// Longer resized sides come from broken images only.
-const MAX_RESIZED: u64 = 1 << 24;
+const MAX_RESIZED: u64 = 1 << 29;
 /// From here on `fast_image_resize` is used: its coarser coefficients now and then move a value by
 /// one in each pass, which adds up to two only where a result is mostly one pixel.
 const FAST_SCALE: f64 = 2.0;
