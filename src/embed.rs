@@ -92,7 +92,8 @@ pub fn list_images(path: &Path) -> Result<Vec<PathBuf>> {
         return Ok(read_lines(path)?.into_iter().map(PathBuf::from).collect());
     }
     let entries = walkdir::WalkDir::new(path).follow_links(true).sort_by_file_name().into_iter().filter_map(std::result::Result::ok);
-    let images: Vec<PathBuf> = entries.filter(|e| e.file_type().is_file() && is_image(e.path())).map(walkdir::DirEntry::into_path).collect();
+    let images: Vec<PathBuf> =
+        entries.filter(|e| e.file_type().is_file() && is_image(e.path())).map(walkdir::DirEntry::into_path).collect();
     match images.is_empty() {
         true => Err(Error::input(path.display(), "holds no image")),
         false => Ok(images),

@@ -102,10 +102,6 @@ impl Error {
 
 impl Problem {
     fn boxed(place: impl fmt::Display, message: impl fmt::Display) -> Box<Self> {
-        Box::new(Self {
-            place: place.to_string(),
-            message: message.to_string(),
-            hint: None,
-        })
+        Box::new(Self { place: place.to_string(), message: message.to_string(), hint: None })
     }
 }

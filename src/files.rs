@@ -15,10 +15,7 @@ use crate::error::{Error, Result};
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     let parent = parent(path);
     fs::create_dir_all(&parent).map_err(|e| Error::write(&parent, e))?;
-    let mut file = tempfile::Builder::new()
-        .prefix(".tmp-")
-        .tempfile_in(&parent)
-        .map_err(|e| Error::write(path, e))?;
+    let mut file = tempfile::Builder::new().prefix(".tmp-").tempfile_in(&parent).map_err(|e| Error::write(path, e))?;
     file.write_all(bytes).map_err(|e| Error::write(path, e))?;
     file.as_file().sync_all().map_err(|e| Error::write(path, e))?;
     readable(file.path());
@@ -60,10 +57,7 @@ pub fn replace_dir(target: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Res
     let parent = parent(target);
     fs::create_dir_all(&parent).map_err(|e| Error::write(&parent, e))?;
     recover_dir(target)?;
-    let fresh = tempfile::Builder::new()
-        .prefix(".tmp-")
-        .tempdir_in(&parent)
-        .map_err(|e| Error::write(target, e))?;
+    let fresh = tempfile::Builder::new().prefix(".tmp-").tempdir_in(&parent).map_err(|e| Error::write(target, e))?;
     fill(fresh.path())?;
     sync_tree(fresh.path());
     readable(fresh.path());

@@ -66,11 +66,7 @@ fn facts(pairs: &[(&str, Value)]) -> serde_json::Map<String, Value> {
 fn rows<'t>(tensors: impl Iterator<Item = (&'t str, &'t [usize])>) -> Vec<Row> {
     let mut all: Vec<Row> = Vec::new();
     for (name, shape) in tensors {
-        let name = name
-            .split('.')
-            .map(|p| if p.bytes().all(|b| b.is_ascii_digit()) { "{i}" } else { p })
-            .collect::<Vec<_>>()
-            .join(".");
+        let name = name.split('.').map(|p| if p.bytes().all(|b| b.is_ascii_digit()) { "{i}" } else { p }).collect::<Vec<_>>().join(".");
         match all.iter_mut().find(|r| r.name == name && r.shape == shape) {
             Some(row) => row.count += 1,
             None => all.push(Row { name, shape: shape.to_vec(), count: 1 }),
@@ -92,8 +88,24 @@ fn base(spec: &str) -> Result<Inspected> {
             ("dtype", json!(base.file_dtype.as_str())),
             ("digest", json!(base.digest)),
             ("tokenizer", json!(base.tokenizer.digest())),
-            ("vision", json!(format!("{}, {} px in patches of {}", tower(v.hidden_size, v.num_hidden_layers, v.num_attention_heads), v.image_size, v.patch_size))),
-            ("text", json!(format!("{}, {} tokens of {}", tower(t.hidden_size, t.num_hidden_layers, t.num_attention_heads), t.max_position_embeddings, t.vocab_size))),
+            (
+                "vision",
+                json!(format!(
+                    "{}, {} px in patches of {}",
+                    tower(v.hidden_size, v.num_hidden_layers, v.num_attention_heads),
+                    v.image_size,
+                    v.patch_size
+                )),
+            ),
+            (
+                "text",
+                json!(format!(
+                    "{}, {} tokens of {}",
+                    tower(t.hidden_size, t.num_hidden_layers, t.num_attention_heads),
+                    t.max_position_embeddings,
+                    t.vocab_size
+                )),
+            ),
             ("projection", json!(config.projection_dim)),
             ("linear_sites", json!(linear)),
         ]),

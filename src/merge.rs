@@ -78,7 +78,8 @@ pub fn merge(options: &MergeOptions) -> Result<Merged> {
     if relative.is_nan() || relative > tolerance {
         return Err(Error::Verdict(format!(
             "{}: the merged model's logits differ by {relative:.2e} (relative), more than {tolerance:.0e} for {}",
-            options.output.display(), dtype.as_str()
+            options.output.display(),
+            dtype.as_str()
         )));
     }
     Ok(Merged {
@@ -199,8 +200,7 @@ fn write(base: &Base, tensors: &[(String, Tensor)], dtype: DType, output: &Path)
 /// The base's own `config.json` with the dtype that is written.
 fn merged_config(base: &Base, dtype: DType) -> Result<serde_json::Value> {
     let place = base.source.place("config.json");
-    let mut config: serde_json::Value =
-        serde_json::from_slice(&base.source.require("config.json")?).map_err(|e| Error::input(place, e))?;
+    let mut config: serde_json::Value = serde_json::from_slice(&base.source.require("config.json")?).map_err(|e| Error::input(place, e))?;
     let name = match dtype {
         DType::F16 => "float16",
         DType::BF16 => "bfloat16",

@@ -11,8 +11,8 @@ use crate::clip::model::unit_rows;
 use crate::data::check_classes;
 use crate::delta::{Adapters, Delta, Manifest};
 use crate::error::{Error, Result};
-use crate::task::prompts::{self, Pad, Prompts};
 use crate::task::HEAD;
+use crate::task::prompts::{self, Pad, Prompts};
 
 /// Images that go through the tower at once.
 const BATCH: usize = 32;
@@ -121,7 +121,14 @@ impl Model {
         if weight.dims() != [classes, dim] || bias.dims() != [classes] {
             return Err(Error::input(
                 dir.join("task.safetensors").display(),
-                format!("expected {} {:?} and {} [{classes}], found {:?} and {:?}", HEAD[0], [classes, dim], HEAD[1], weight.dims(), bias.dims()),
+                format!(
+                    "expected {} {:?} and {} [{classes}], found {:?} and {:?}",
+                    HEAD[0],
+                    [classes, dim],
+                    HEAD[1],
+                    weight.dims(),
+                    bias.dims()
+                ),
             ));
         }
         Ok([weight.to_dtype(DType::F32)?, bias.to_dtype(DType::F32)?])
@@ -170,10 +177,8 @@ impl Model {
         let (height, width) = self.base.preprocess.output_size();
         let mut parts = Vec::new();
         for chunk in paths.chunks(BATCH) {
-            let pixels: Vec<Vec<f32>> = chunk
-                .par_iter()
-                .map(|p| self.base.preprocess.apply(&decode::open(p.as_ref(), &self.options)?))
-                .collect::<Result<_>>()?;
+            let pixels: Vec<Vec<f32>> =
+                chunk.par_iter().map(|p| self.base.preprocess.apply(&decode::open(p.as_ref(), &self.options)?)).collect::<Result<_>>()?;
             let pixels = Tensor::from_vec(pixels.concat(), (chunk.len(), 3, height, width), &Device::Cpu)?;
             parts.push(self.base.clip.image_features(&pixels, &self.patches)?.to_dtype(DType::F32)?);
         }
@@ -231,13 +236,15 @@ impl Model {
         let known = self.manifest.as_ref().map(|m| m.classes.clone()).unwrap_or_default();
         let labels = if labels.is_empty() { known.clone() } else { labels.to_vec() };
         if labels.is_empty() {
-            return Err(Error::input("--labels", "expected at least one label; the adapter stores no classes").hint("pass --labels a,b or a file with one label a line"));
+            return Err(Error::input("--labels", "expected at least one label; the adapter stores no classes")
+                .hint("pass --labels a,b or a file with one label a line"));
         }
         check_classes("--labels", &labels)?;
         if self.head.is_some() {
             return match labels == known {
                 true => Ok(Scorer { labels, classes: None }),
-                false => Err(Error::input("--labels", "this adapter has a linear head, which knows only its own classes").hint("leave the labels out")),
+                false => Err(Error::input("--labels", "this adapter has a linear head, which knows only its own classes")
+                    .hint("leave the labels out")),
             };
         }
         let own = self.manifest.as_ref().map(|m| m.templates.clone()).unwrap_or_default();

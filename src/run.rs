@@ -233,24 +233,21 @@ fn check_ours(path: &Path) -> Result<()> {
     };
     let foreign = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned());
     match foreign.into_iter().find(|n| !OURS.contains(&n.as_str()) && !n.starts_with('.') && n != "report.html") {
-        Some(name) => Err(Error::input(path.display(), format!("holds `{name}`, which is not part of a run")).hint("choose another directory with --output")),
+        Some(name) => Err(Error::input(path.display(), format!("holds `{name}`, which is not part of a run"))
+            .hint("choose another directory with --output")),
         None => Ok(()),
     }
 }
 
 fn lock(dir: &Path) -> Result<File> {
     let path = dir.join(LOCK);
-    let mut file = OpenOptions::new()
-        .create(true)
-        .read(true)
-        .write(true)
-        .truncate(false)
-        .open(&path)
-        .map_err(|e| Error::write(&path, e))?;
+    let mut file =
+        OpenOptions::new().create(true).read(true).write(true).truncate(false).open(&path).map_err(|e| Error::write(&path, e))?;
     if file.try_lock().is_err() {
         let mut owner = String::new();
         let _ = file.read_to_string(&mut owner);
-        return Err(Error::input(dir.display(), format!("is in use by process {}", owner.trim())).hint("wait for it, or choose another directory with --output"));
+        return Err(Error::input(dir.display(), format!("is in use by process {}", owner.trim()))
+            .hint("wait for it, or choose another directory with --output"));
     }
     let pid = std::process::id().to_string();
     let written = file.set_len(0).and_then(|()| file.seek(SeekFrom::Start(0))).and_then(|_| file.write_all(pid.as_bytes()));

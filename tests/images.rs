@@ -131,8 +131,17 @@ fn refused(bytes: &[u8]) -> String {
 #[test]
 fn truncated_files_of_every_format_are_refused() {
     for name in [
-        "rgb.png", "420.jpg", "progressive.jpg", "turned.jpg", "lossless.webp", "lossy.webp", "palette.gif", "rgb.bmp",
-        "raw.tiff", "palette.tif", "cmyk.tif",
+        "rgb.png",
+        "420.jpg",
+        "progressive.jpg",
+        "turned.jpg",
+        "lossless.webp",
+        "lossy.webp",
+        "palette.gif",
+        "rgb.bmp",
+        "raw.tiff",
+        "palette.tif",
+        "cmyk.tif",
     ] {
         let bytes = std::fs::read(source(name)).unwrap();
         for percent in [1, 10, 50, 90, 99] {
@@ -164,9 +173,9 @@ fn png_header(width: u32, height: u32) -> Vec<u8> {
 }
 
 fn crc(bytes: &[u8]) -> u32 {
-    !bytes.iter().fold(u32::MAX, |crc, byte| {
-        (0..8).fold(crc ^ u32::from(*byte), |c, _| if c & 1 == 1 { c >> 1 ^ 0xEDB8_8320 } else { c >> 1 })
-    })
+    !bytes
+        .iter()
+        .fold(u32::MAX, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), |c, _| if c & 1 == 1 { c >> 1 ^ 0xEDB8_8320 } else { c >> 1 }))
 }
 
 #[test]

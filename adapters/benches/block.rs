@@ -177,8 +177,25 @@ fn raw(dst: &mut [f32], x: &[f32], w: &[f32], [m, n, k]: [usize; 3], s: [usize; 
     // SAFETY: the lengths have just been checked.
     unsafe {
         gemm::gemm(
-            m, n, k, dst.as_mut_ptr(), 1, n as isize, false, x.as_ptr(), s[1], s[0], w.as_ptr(), s[3], s[2], 0.0, 1.0,
-            false, false, false, threads,
+            m,
+            n,
+            k,
+            dst.as_mut_ptr(),
+            1,
+            n as isize,
+            false,
+            x.as_ptr(),
+            s[1],
+            s[0],
+            w.as_ptr(),
+            s[3],
+            s[2],
+            0.0,
+            1.0,
+            false,
+            false,
+            false,
+            threads,
         );
     }
 }
@@ -198,9 +215,9 @@ type Run<'a> = (&'a str, Box<dyn FnMut() + 'a>);
 
 /// Median and minimum of each, taken in turns so that a busy machine slows all of them.
 fn table(title: &str, rounds: usize, runs: &mut [Run<'_>]) {
-    let wanted = |name: &str| std::env::args().skip(1).all(|a| {
-        a.starts_with("--") || a.parse::<usize>().is_ok() || title.contains(&a) || name.contains(&a)
-    });
+    let wanted = |name: &str| {
+        std::env::args().skip(1).all(|a| a.starts_with("--") || a.parse::<usize>().is_ok() || title.contains(&a) || name.contains(&a))
+    };
     let mut runs: Vec<_> = runs.iter_mut().filter(|(name, _)| wanted(name)).collect();
     if runs.is_empty() {
         return;
@@ -278,8 +295,17 @@ fn layers(title: &str, size: Size, rounds: usize) {
             ("quick_gelu of the wide layer", Box::new(|| step(|| ops::activation(&h, Activation::QuickGelu)))),
             ("gelu of the wide layer", Box::new(|| step(|| ops::activation(&h, Activation::Gelu)))),
             ("x + x", Box::new(|| step(|| &x + &x))),
-            ("layer_norm forward", Box::new(|| drop(ops::layer_norm(&x.detach(), &block.norms[0].w.detach(), &block.norms[0].b.detach(), 1e-5)))),
-            ("attention forward", Box::new(|| { let x = x.detach(); drop(ops::attention(&x, &x, &x, &shape, None)) })),
+            (
+                "layer_norm forward",
+                Box::new(|| drop(ops::layer_norm(&x.detach(), &block.norms[0].w.detach(), &block.norms[0].b.detach(), 1e-5))),
+            ),
+            (
+                "attention forward",
+                Box::new(|| {
+                    let x = x.detach();
+                    drop(ops::attention(&x, &x, &x, &shape, None))
+                }),
+            ),
             ("quick_gelu forward", Box::new(|| drop(ops::activation(&h.detach(), Activation::QuickGelu)))),
         ],
     );

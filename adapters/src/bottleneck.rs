@@ -52,14 +52,7 @@ pub enum Placement {
 
 impl Default for BottleneckConfig {
     fn default() -> Self {
-        Self {
-            placement: Placement::Pfeiffer,
-            reduction: 16,
-            activation: Activation::Relu,
-            scale: 1.0,
-            towers: Towers::Both,
-            layers: None,
-        }
+        Self { placement: Placement::Pfeiffer, reduction: 16, activation: Activation::Relu, scale: 1.0, towers: Towers::Both, layers: None }
     }
 }
 
@@ -77,7 +70,8 @@ struct BottleneckPatch {
 
 impl Method for Bottleneck {
     const NAME: &'static str = "bottleneck";
-    const SOURCE: &'static str = "Houlsby et al. 2019 (arXiv 1902.00751), h + s·U f(D h); parallel: He et al. 2021 (arXiv 2110.04366), h + s·U f(D x)";
+    const SOURCE: &'static str =
+        "Houlsby et al. 2019 (arXiv 1902.00751), h + s·U f(D h); parallel: He et al. 2021 (arXiv 2110.04366), h + s·U f(D x)";
     const INIT: Init = Init::Identity;
     type Config = BottleneckConfig;
 
@@ -114,10 +108,13 @@ impl Method for Bottleneck {
                 params.declare(Spec::new(format!("base_model.model.{}.{part}", site.path), shape, start))
             };
             let down = Start::KaimingUniform { fan_in: dim };
-            adapters.insert(id, Narrow {
-                down: (declare("adapter_down.weight", &[hidden, dim], down)?, declare("adapter_down.bias", &[hidden], Start::Zeros)?),
-                up: (declare("adapter_up.weight", &[dim, hidden], Start::Zeros)?, declare("adapter_up.bias", &[dim], Start::Zeros)?),
-            });
+            adapters.insert(
+                id,
+                Narrow {
+                    down: (declare("adapter_down.weight", &[hidden, dim], down)?, declare("adapter_down.bias", &[hidden], Start::Zeros)?),
+                    up: (declare("adapter_up.weight", &[dim, hidden], Start::Zeros)?, declare("adapter_up.bias", &[dim], Start::Zeros)?),
+                },
+            );
         }
         let parallel = config.placement == Placement::Parallel;
         Ok(Box::new(BottleneckPatch { adapters, parallel, activation: config.activation, scale: config.scale }))

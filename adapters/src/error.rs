@@ -32,9 +32,6 @@ pub enum Error {
 impl Error {
     /// A wrong value at `key`.
     pub fn config(key: impl Into<String>, message: impl Into<String>) -> Self {
-        Self::Config {
-            key: key.into(),
-            message: message.into(),
-        }
+        Self::Config { key: key.into(), message: message.into() }
     }
 }

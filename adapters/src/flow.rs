@@ -34,13 +34,7 @@ impl LinearOut {
     /// `x` [..., in], `weight` [out, in], `bias` [out].
     #[must_use]
     pub fn new(x: Tensor, weight: Tensor, bias: Option<Tensor>) -> Self {
-        Self {
-            x,
-            weight,
-            bias,
-            term: None,
-            value: None,
-        }
+        Self { x, weight, bias, term: None, value: None }
     }
 
     /// The layer's input, [..., in].
@@ -130,12 +124,7 @@ impl LinearOut {
         match &self.term {
             None => ops::linear(&self.x, &self.weight, self.bias.as_ref()),
             Some(t) => {
-                let lora = ops::LowRank {
-                    a: &t.a,
-                    b: &t.b,
-                    scale: t.scale,
-                    dropout: t.dropout.as_ref(),
-                };
+                let lora = ops::LowRank { a: &t.a, b: &t.b, scale: t.scale, dropout: t.dropout.as_ref() };
                 ops::lora_linear(&self.x, &self.weight, self.bias.as_ref(), &lora)
             }
         }

@@ -66,9 +66,7 @@ impl FullConfig {
 
 /// What follows the blocks on the way to the features.
 fn is_after_blocks(name: &str) -> bool {
-    ["post_layernorm", "final_layer_norm", "visual_projection", "text_projection", "logit_scale"]
-        .iter()
-        .any(|part| name.contains(part))
+    ["post_layernorm", "final_layer_norm", "visual_projection", "text_projection", "logit_scale"].iter().any(|part| name.contains(part))
 }
 
 fn module_of(name: &str) -> &str {

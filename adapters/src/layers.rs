@@ -32,9 +32,7 @@ impl Linear {
             Some((id, b)) => Some(patches.weight(*id, b)?),
             None => None,
         };
-        patches
-            .linear(self.site, LinearOut::new(x.clone(), weight, bias))?
-            .value()
+        patches.linear(self.site, LinearOut::new(x.clone(), weight, bias))?.value()
     }
 }
 

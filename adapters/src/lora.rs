@@ -106,11 +106,7 @@ impl LoraConfig {
     }
 
     fn targets<'s>(&self, sites: &'s Sites) -> Result<Vec<(SiteId, &'s Site)>> {
-        let selection = Selection {
-            targets: Some(&self.targets),
-            towers: self.towers,
-            layers: self.layers.as_ref(),
-        };
+        let selection = Selection { targets: Some(&self.targets), towers: self.towers, layers: self.layers.as_ref() };
         let mut found = selection.sites(sites, |k| matches!(k, SiteKind::Linear { .. }))?;
         if let Some(exclude) = &self.exclude {
             let excluded = exclude.matcher("exclude")?;
@@ -258,12 +254,33 @@ fn field<T: serde::de::DeserializeOwned>(object: &Map<String, Value>, key: &str)
 /// Fields that change the result and that are not implemented here.
 fn refuse_unimplemented(object: &Map<String, Value>) -> Result<()> {
     const HONOURED: &[&str] = &[
-        "r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform", "rank_pattern",
-        "alpha_pattern", "use_rslora", "modules_to_save", "exclude_modules", "peft_type",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "layers_to_transform",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "modules_to_save",
+        "exclude_modules",
+        "peft_type",
         // These describe provenance, initialisation or the runtime; they do not change the result.
-        "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
-        "peft_version", "init_lora_weights", "runtime_config", "ephemeral_gpu_offload", "loftq_config",
-        "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "inference_mode",
+        "peft_version",
+        "init_lora_weights",
+        "runtime_config",
+        "ephemeral_gpu_offload",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "megatron_core",
+        "qalora_group_size",
         "ensure_weight_tying",
     ];
     for (key, value) in object {
@@ -302,11 +319,7 @@ impl LoraPatch {
         for (id, weight) in sites.weights() {
             let owner = weight.name.rsplit_once('.').map_or("", |(owner, _)| owner);
             // A module above the owner counts too: `mlp` saves `mlp.fc1.weight`.
-            let inside = owner
-                .match_indices('.')
-                .map(|(at, _)| &owner[..at])
-                .chain([owner])
-                .any(|path| is_suffix(path, module));
+            let inside = owner.match_indices('.').map(|(at, _)| &owner[..at]).chain([owner]).any(|path| is_suffix(path, module));
             if inside && !self.saved.contains_key(&id) {
                 let name = format!("base_model.model.{}", weight.name);
                 let spec = Spec::new(name, weight.tensor.shape(), Start::Value(weight.tensor.clone()));
@@ -350,12 +363,7 @@ impl Patch for LoraPatch {
         let Some(term) = self.terms.get(&at) else { return Ok(y) };
         let dtype = y.x().dtype();
         let dropout = self.mask(at, y.x())?;
-        y.low_rank(LowRankTerm {
-            a: term.a.to_dtype(dtype)?,
-            b: term.b.to_dtype(dtype)?,
-            scale: term.scale,
-            dropout,
-        })
+        y.low_rank(LowRankTerm { a: term.a.to_dtype(dtype)?, b: term.b.to_dtype(dtype)?, scale: term.scale, dropout })
     }
 
     fn fold(&self, id: WeightId, value: &Tensor) -> TensorResult<Fold> {

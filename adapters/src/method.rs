@@ -5,10 +5,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::Result;
 use crate::flow::{Branch, ClassFeatures, LinearOut, Qkv, Sequence};
 use crate::params::Params;
 use crate::sites::{SiteId, Sites, WeightId};
-use crate::Result;
 
 /// What a method does to the model's output before the first step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -295,9 +295,7 @@ impl Patches {
     /// # Errors
     /// When a patch fails.
     pub fn branch(&self, at: SiteId, residual: &Tensor, input: &Tensor, output: Tensor) -> TensorResult<Tensor> {
-        self.iter().try_fold(output, |output, p| {
-            p.branch(at, Branch { residual, input, output })
-        })
+        self.iter().try_fold(output, |output, p| p.branch(at, Branch { residual, input, output }))
     }
 
     /// See [`Patch::features`].

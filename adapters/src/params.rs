@@ -56,13 +56,7 @@ pub struct Spec {
 impl Spec {
     /// A parameter with learning-rate factor 1 and the default decay.
     pub fn new(name: impl Into<String>, shape: impl Into<Shape>, start: Start) -> Self {
-        Self {
-            name: name.into(),
-            shape: shape.into(),
-            start,
-            lr_factor: 1.0,
-            decay: None,
-        }
+        Self { name: name.into(), shape: shape.into(), start, lr_factor: 1.0, decay: None }
     }
 }
 
@@ -87,26 +81,14 @@ impl Params {
     /// An empty set of another dtype; f64 serves finite-difference tests.
     #[must_use]
     pub fn with_dtype(seed: u64, dtype: DType, device: &Device) -> Self {
-        Self {
-            seed,
-            dtype,
-            device: device.clone(),
-            items: Vec::new(),
-            view: false,
-        }
+        Self { seed, dtype, device: device.clone(), items: Vec::new(), view: false }
     }
 
     /// The same parameters for evaluation: planning a method with it gives hooks that read the
     /// current values and record no graph.
     #[must_use]
     pub fn view(&self) -> Self {
-        Self {
-            seed: self.seed,
-            dtype: self.dtype,
-            device: self.device.clone(),
-            items: self.items.clone(),
-            view: true,
-        }
+        Self { seed: self.seed, dtype: self.dtype, device: self.device.clone(), items: self.items.clone(), view: true }
     }
 
     /// Declares a parameter and returns the tensor to compute with.
@@ -125,10 +107,7 @@ impl Params {
             };
         }
         if self.items.iter().any(|p| p.name == spec.name) {
-            return Err(Error::config(
-                spec.name,
-                "two methods of the recipe train this tensor; select disjoint targets",
-            ));
+            return Err(Error::config(spec.name, "two methods of the recipe train this tensor; select disjoint targets"));
         }
         let mut rng = rng::rng(self.seed, &[rng::name_key(&spec.name)]);
         let (dtype, device) = (self.dtype, &self.device);
@@ -143,20 +122,12 @@ impl Params {
             Start::Value(v) => v.to_dtype(dtype)?.to_device(device)?,
         };
         if value.shape() != &spec.shape {
-            return Err(Error::config(
-                spec.name,
-                format!("initial value has shape {:?}, expected {:?}", value.dims(), spec.shape.dims()),
-            ));
+            return Err(Error::config(spec.name, format!("initial value has shape {:?}, expected {:?}", value.dims(), spec.shape.dims())));
         }
         let decay = spec.decay.unwrap_or(spec.shape.rank() >= 2);
         let var = Var::from_tensor(&value)?;
         let tensor = var.as_tensor().clone();
-        self.items.push(Param {
-            name: spec.name,
-            var,
-            lr_factor: spec.lr_factor,
-            decay,
-        });
+        self.items.push(Param { name: spec.name, var, lr_factor: spec.lr_factor, decay });
         Ok(tensor)
     }
 

@@ -134,10 +134,18 @@ fn names(path: &str) -> [String; 2] {
 }
 
 impl Generator {
-    fn new(config: &PrefixConfig, hidden: usize, tower: Tower, dim: usize, sites: Vec<(SiteId, String)>, params: &mut Params) -> Result<Self> {
+    fn new(
+        config: &PrefixConfig,
+        hidden: usize,
+        tower: Tower,
+        dim: usize,
+        sites: Vec<(SiteId, String)>,
+        params: &mut Params,
+    ) -> Result<Self> {
         let tower = if tower == Tower::Text { "text_model" } else { "vision_model" };
         let out = sites.len() * 2 * dim;
-        let mut declare = |part: &str, shape: &[usize], start| params.declare(Spec::new(format!("prefix_mlp.{tower}.{part}"), shape, start));
+        let mut declare =
+            |part: &str, shape: &[usize], start| params.declare(Spec::new(format!("prefix_mlp.{tower}.{part}"), shape, start));
         let uniform = |fan_in| Start::KaimingUniform { fan_in };
         Ok(Self {
             embedding: declare("embedding", &[config.length, dim], Start::Normal { std: config.init_std })?,
@@ -174,12 +182,7 @@ impl Patch for PrefixPatch {
             let prefix = prefix.to_dtype(dtype)?.unsqueeze(0)?.broadcast_as((batch, length, dim))?;
             Tensor::cat(&[&prefix, tokens], 1)
         };
-        Ok(Qkv {
-            k: join(&pair.key, &qkv.k)?,
-            v: join(&pair.value, &qkv.v)?,
-            prefix: qkv.prefix + length,
-            q: qkv.q,
-        })
+        Ok(Qkv { k: join(&pair.key, &qkv.k)?, v: join(&pair.value, &qkv.v)?, prefix: qkv.prefix + length, q: qkv.q })
     }
 
     fn unfoldable(&self) -> Option<&'static str> {

@@ -84,10 +84,8 @@ pub struct Entry {
 /// # Errors
 /// When the type is unknown or a field cannot be honoured.
 pub fn from_adapter_config(value: &Value) -> Result<MethodConfig> {
-    let kind = value
-        .get("peft_type")
-        .and_then(Value::as_str)
-        .ok_or_else(|| Error::config("peft_type", "expected a string such as \"LORA\""))?;
+    let kind =
+        value.get("peft_type").and_then(Value::as_str).ok_or_else(|| Error::config("peft_type", "expected a string such as \"LORA\""))?;
     let entry = METHODS.iter().find(|e| e.name.eq_ignore_ascii_case(kind)).ok_or_else(|| {
         let known: Vec<_> = METHODS.iter().map(|e| e.name.to_uppercase()).collect();
         Error::config("peft_type", format!("\"{kind}\" is not implemented; known: {}", known.join(", ")))

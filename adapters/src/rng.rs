@@ -37,43 +37,24 @@ pub fn rng(seed: u64, stream: &[u64]) -> ChaCha8Rng {
 /// A stable number for a name, to be used as part of a stream (FNV-1a).
 #[must_use]
 pub fn name_key(name: &str) -> u64 {
-    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    })
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 /// Uniform values in `[low, high)`.
 ///
 /// # Errors
 /// When the tensor cannot be made on `device`.
-pub fn uniform(
-    rng: &mut ChaCha8Rng,
-    low: f64,
-    high: f64,
-    shape: impl Into<Shape>,
-    dtype: DType,
-    device: &Device,
-) -> Result<Tensor> {
+pub fn uniform(rng: &mut ChaCha8Rng, low: f64, high: f64, shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
     let shape = shape.into();
-    let values: Vec<f64> = (0..shape.elem_count())
-        .map(|_| low + (high - low) * rng.random::<f64>())
-        .collect();
-    Tensor::from_vec(values, shape, &Device::Cpu)?
-        .to_dtype(dtype)?
-        .to_device(device)
+    let values: Vec<f64> = (0..shape.elem_count()).map(|_| low + (high - low) * rng.random::<f64>()).collect();
+    Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
 }
 
 /// Normal values with mean 0 (Box–Muller, both halves used).
 ///
 /// # Errors
 /// When the tensor cannot be made on `device`.
-pub fn normal(
-    rng: &mut ChaCha8Rng,
-    std: f64,
-    shape: impl Into<Shape>,
-    dtype: DType,
-    device: &Device,
-) -> Result<Tensor> {
+pub fn normal(rng: &mut ChaCha8Rng, std: f64, shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
     let shape = shape.into();
     let count = shape.elem_count();
     let mut values = Vec::with_capacity(count + 1);
@@ -85,32 +66,20 @@ pub fn normal(
         values.push(radius * angle.sin());
     }
     values.truncate(count);
-    Tensor::from_vec(values, shape, &Device::Cpu)?
-        .to_dtype(dtype)?
-        .to_device(device)
+    Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
 }
 
 /// A dropout mask: 0 with probability `p`, otherwise `1 / (1 - p)`.
 ///
 /// # Errors
 /// When the tensor cannot be made on `device`.
-pub fn dropout_mask(
-    rng: &mut ChaCha8Rng,
-    p: f64,
-    shape: impl Into<Shape>,
-    dtype: DType,
-    device: &Device,
-) -> Result<Tensor> {
+pub fn dropout_mask(rng: &mut ChaCha8Rng, p: f64, shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
     let shape = shape.into();
     let keep = (1.0 / (1.0 - p)) as f32;
     // One 32-bit draw an element: enough for a probability, half the cost of a float.
     let threshold = (p * f64::from(u32::MAX)) as u32;
-    let values: Vec<f32> = (0..shape.elem_count())
-        .map(|_| if rng.random::<u32>() < threshold { 0.0 } else { keep })
-        .collect();
-    Tensor::from_vec(values, shape, &Device::Cpu)?
-        .to_dtype(dtype)?
-        .to_device(device)
+    let values: Vec<f32> = (0..shape.elem_count()).map(|_| if rng.random::<u32>() < threshold { 0.0 } else { keep }).collect();
+    Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
 }
 
 #[cfg(test)]

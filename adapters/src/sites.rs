@@ -131,12 +131,7 @@ impl Sites {
     pub fn add_weight(&mut self, name: &str, tower: Tower, layer: Option<usize>, tensor: Tensor) -> WeightId {
         let id = WeightId(self.weights.len() as u32);
         self.by_name.insert(name.to_string(), id);
-        self.weights.push(BaseWeight {
-            name: name.to_string(),
-            tower,
-            layer,
-            tensor,
-        });
+        self.weights.push(BaseWeight { name: name.to_string(), tower, layer, tensor });
         id
     }
 
@@ -144,35 +139,16 @@ impl Sites {
     ///
     /// # Errors
     /// When the weight is not a matrix.
-    pub fn linear(
-        &mut self,
-        path: &str,
-        tower: Tower,
-        layer: Option<usize>,
-        weight: Tensor,
-        bias: Option<Tensor>,
-    ) -> Result<Linear> {
+    pub fn linear(&mut self, path: &str, tower: Tower, layer: Option<usize>, weight: Tensor, bias: Option<Tensor>) -> Result<Linear> {
         let (output, input) = weight.dims2()?;
-        let site = self.add(Site {
-            path: path.to_string(),
-            tower,
-            layer,
-            kind: SiteKind::Linear { input, output },
-        });
+        let site = self.add(Site { path: path.to_string(), tower, layer, kind: SiteKind::Linear { input, output } });
         let weight = (self.add_weight(&format!("{path}.weight"), tower, layer, weight.clone()), weight);
         let bias = bias.map(|b| (self.add_weight(&format!("{path}.bias"), tower, layer, b.clone()), b));
         Ok(Linear { site, weight, bias })
     }
 
     /// Registers a layer norm with `<path>.weight` and `<path>.bias`, both `[dim]`.
-    pub fn layer_norm(
-        &mut self,
-        path: &str,
-        tower: Tower,
-        layer: Option<usize>,
-        (weight, bias): (Tensor, Tensor),
-        eps: f64,
-    ) -> LayerNorm {
+    pub fn layer_norm(&mut self, path: &str, tower: Tower, layer: Option<usize>, (weight, bias): (Tensor, Tensor), eps: f64) -> LayerNorm {
         LayerNorm {
             weight: (self.add_weight(&format!("{path}.weight"), tower, layer, weight.clone()), weight),
             bias: (self.add_weight(&format!("{path}.bias"), tower, layer, bias.clone()), bias),
@@ -182,9 +158,7 @@ impl Sites {
 
     /// Registers an embedding table `<path>.weight` [rows, dim].
     pub fn embedding(&mut self, path: &str, tower: Tower, table: Tensor) -> Embedding {
-        Embedding {
-            weight: (self.add_weight(&format!("{path}.weight"), tower, None, table.clone()), table),
-        }
+        Embedding { weight: (self.add_weight(&format!("{path}.weight"), tower, None, table.clone()), table) }
     }
 
     /// All sites with their ids, in model order.
@@ -216,12 +190,7 @@ impl Sites {
     /// The number of blocks of a tower.
     #[must_use]
     pub fn depth(&self, tower: Tower) -> usize {
-        self.sites
-            .iter()
-            .filter(|s| s.tower == tower)
-            .filter_map(|s| s.layer)
-            .max()
-            .map_or(0, |last| last + 1)
+        self.sites.iter().filter(|s| s.tower == tower).filter_map(|s| s.layer).max().map_or(0, |last| last + 1)
     }
 
     /// How many numbers the base holds.
@@ -247,17 +216,11 @@ impl Sites {
     /// # Errors
     /// When the model has no weights.
     pub fn dtype(&self) -> Result<DType> {
-        self.weights
-            .first()
-            .map(|w| w.tensor.dtype())
-            .ok_or_else(|| Error::config("model", "has no weights"))
+        self.weights.first().map(|w| w.tensor.dtype()).ok_or_else(|| Error::config("model", "has no weights"))
     }
 }
 
 /// `a.layers.11.b` becomes `a.layers.{i}.b`.
 fn collapse(path: &str) -> String {
-    path.split('.')
-        .map(|part| if part.bytes().all(|b| b.is_ascii_digit()) { "{i}" } else { part })
-        .collect::<Vec<_>>()
-        .join(".")
+    path.split('.').map(|part| if part.bytes().all(|b| b.is_ascii_digit()) { "{i}" } else { part }).collect::<Vec<_>>().join(".")
 }

@@ -45,8 +45,7 @@ impl Targets {
 /// Whether `path` is `name` or ends in `.name`.
 #[must_use]
 pub fn is_suffix(path: &str, name: &str) -> bool {
-    path.strip_suffix(name)
-        .is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+    path.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 
 /// A regex that matches whole strings only, as Python's `re.fullmatch`.
@@ -54,8 +53,7 @@ pub fn is_suffix(path: &str, name: &str) -> bool {
 /// # Errors
 /// When the pattern is not a regular expression.
 pub fn full_regex(key: &str, pattern: &str) -> Result<Regex> {
-    Regex::new(&format!("^(?:{pattern})$"))
-        .map_err(|e| Error::config(key, format!("`{pattern}` is not a regular expression: {e}")))
+    Regex::new(&format!("^(?:{pattern})$")).map_err(|e| Error::config(key, format!("`{pattern}` is not a regular expression: {e}")))
 }
 
 /// Which towers a method touches.
@@ -147,9 +145,8 @@ impl Selection<'_> {
             Some(t) => t.matcher("targets")?,
             None => Box::new(|_: &str| true) as Box<dyn Fn(&str) -> bool>,
         };
-        let keep = |tower: Tower| -> Result<Option<Vec<usize>>> {
-            self.layers.map(|l| l.resolve("layers", sites.depth(tower))).transpose()
-        };
+        let keep =
+            |tower: Tower| -> Result<Option<Vec<usize>>> { self.layers.map(|l| l.resolve("layers", sites.depth(tower))).transpose() };
         let (vision, text) = (keep(Tower::Vision)?, keep(Tower::Text)?);
         self.check_layers(sites, &vision, &text)?;
         let in_layers = |site: &Site| {
@@ -159,10 +156,8 @@ impl Selection<'_> {
                 Some(list) => site.layer.is_some_and(|l| list.contains(&l)),
             }
         };
-        let found: Vec<_> = sites
-            .iter()
-            .filter(|(_, s)| kind(&s.kind) && self.towers.contains(s.tower) && in_layers(s) && matches(&s.path))
-            .collect();
+        let found: Vec<_> =
+            sites.iter().filter(|(_, s)| kind(&s.kind) && self.towers.contains(s.tower) && in_layers(s) && matches(&s.path)).collect();
         if found.is_empty() {
             let asked = self.targets.map_or("nothing".to_string(), |t| format!("{t:?}"));
             return Err(Error::NoSites {

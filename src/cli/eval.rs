@@ -36,7 +36,8 @@ pub(super) struct EvalArgs {
 }
 
 pub(super) fn run(args: EvalArgs, context: &Context) -> Result<()> {
-    let split = Split::parse(&args.split).ok_or_else(|| Error::input("--split", format!("expected train, val or test, found `{}`", args.split)))?;
+    let split =
+        Split::parse(&args.split).ok_or_else(|| Error::input("--split", format!("expected train, val or test, found `{}`", args.split)))?;
     let is_run = args.target.is_dir();
     let file = if is_run { args.target.join("recipe.yaml") } else { args.target.clone() };
     if is_run && !file.exists() {
@@ -52,7 +53,8 @@ pub(super) fn run(args: EvalArgs, context: &Context) -> Result<()> {
     if let Some(path) = &args.predictions {
         run::write_predictions(path, &found.predictions)?;
     }
-    let mut document = json!({ "split": args.split, "examples": found.examples, "loss": found.loss, "classification": found.classification });
+    let mut document =
+        json!({ "split": args.split, "examples": found.examples, "loss": found.loss, "classification": found.classification });
     if let Some(map) = document.as_object_mut() {
         map.extend(found.metrics.iter().map(|(k, v)| (k.clone(), json!(v))));
     }

@@ -64,7 +64,12 @@ pub(super) fn run(args: MergeArgs, context: &Context) -> Result<()> {
     context.print(&done, || {
         format!(
             "{}: {} tensors changed, {}; logits differ from base + adapter by at most {:.1e} ({:.1e} relative, {:.0e} allowed)\n",
-            done.output.display(), done.changed_tensors, done.dtype, done.max_abs_diff, done.relative_diff, done.tolerance
+            done.output.display(),
+            done.changed_tensors,
+            done.dtype,
+            done.max_abs_diff,
+            done.relative_diff,
+            done.tolerance
         )
     })
 }

@@ -74,7 +74,12 @@ impl Progress {
             let left = (self.total - record.step) as f64 * self.since.elapsed().as_secs_f64() / record.step.max(1) as f64;
             self.say(&format!(
                 "step {}/{}  epoch {}  loss {:.4}  lr {:.2e}  {speed:.0} images/s  {} left",
-                record.step, self.total, record.epoch, record.loss, record.lr, duration(left)
+                record.step,
+                self.total,
+                record.epoch,
+                record.loss,
+                record.lr,
+                duration(left)
             ));
         }
     }

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::progress::{duration, summary};
 use super::Context;
+use super::progress::{duration, summary};
 use crate::error::Result;
 use crate::recipe::Recipe;
 use crate::report::{Evaluation, TrainReport};
@@ -69,18 +69,26 @@ fn check_text(checked: &session::Checked, yaml: &str) -> String {
         "{yaml}\n# {train} training, {val} validation and {test} test examples; {} classes\n\
          # {} of {} parameters are trained, {} steps\n\
          # about {:.0} MiB: {:.0} for the base, {:.0} for what is trained, {:.0} for activations\n",
-        checked.classes.len(), checked.trainable_parameters, checked.total_parameters, checked.steps,
-        mib(m.total()), mib(m.base), mib(m.trained), mib(m.activations),
+        checked.classes.len(),
+        checked.trainable_parameters,
+        checked.total_parameters,
+        checked.steps,
+        mib(m.total()),
+        mib(m.base),
+        mib(m.trained),
+        mib(m.activations),
     )
 }
 
 fn document(report: &TrainReport) -> Value {
-    let numbers = |e: &Option<Evaluation>| e.as_ref().map(|e| {
-        let mut all = serde_json::Map::from_iter(e.metrics.iter().map(|(k, v)| (k.clone(), json!(v))));
-        all.insert("loss".into(), json!(e.loss));
-        all.insert("examples".into(), json!(e.examples));
-        Value::Object(all)
-    });
+    let numbers = |e: &Option<Evaluation>| {
+        e.as_ref().map(|e| {
+            let mut all = serde_json::Map::from_iter(e.metrics.iter().map(|(k, v)| (k.clone(), json!(v))));
+            all.insert("loss".into(), json!(e.loss));
+            all.insert("examples".into(), json!(e.examples));
+            Value::Object(all)
+        })
+    };
     json!({
         "before": numbers(&report.before),
         "after": numbers(&report.after),

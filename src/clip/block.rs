@@ -25,9 +25,7 @@ impl Tensors {
     /// # Errors
     /// When it is missing.
     pub fn take(&mut self, name: &str) -> Result<Tensor> {
-        self.0
-            .remove(name)
-            .ok_or_else(|| Error::input("base weights", format!("tensor `{name}` is missing")))
+        self.0.remove(name).ok_or_else(|| Error::input("base weights", format!("tensor `{name}` is missing")))
     }
 
     /// Takes `<path>.weight` and `<path>.bias`.
@@ -179,12 +177,7 @@ impl Block {
         causal: bool,
         patches: &Patches,
     ) -> TensorResult<Tensor> {
-        let qkv = Qkv {
-            q: self.q.forward(query, patches)?,
-            k: self.k.forward(h, patches)?,
-            v: self.v.forward(h, patches)?,
-            prefix: 0,
-        };
+        let qkv = Qkv { q: self.q.forward(query, patches)?, k: self.k.forward(h, patches)?, v: self.v.forward(h, patches)?, prefix: 0 };
         let Qkv { q, k, v, prefix } = patches.attention(self.attention, qkv)?;
         let shape = AttentionShape { heads: self.shape.heads, causal, prefix };
         let key_mask = extend_mask(key_mask, prefix)?;
@@ -215,9 +208,7 @@ fn extend_mask(mask: Option<&Tensor>, prefix: usize) -> TensorResult<Option<Tens
 /// One token of each row: `x` [B, T, D] → [B, 1, D]; the first token where `pool` is empty.
 pub(super) fn pick(x: &Tensor, pool: &[u32]) -> TensorResult<Tensor> {
     let (batch, len, dim) = x.dims3()?;
-    let rows: Vec<u32> = (0..batch)
-        .map(|b| (b * len) as u32 + pool.get(b).copied().unwrap_or(0))
-        .collect();
+    let rows: Vec<u32> = (0..batch).map(|b| (b * len) as u32 + pool.get(b).copied().unwrap_or(0)).collect();
     let rows = Tensor::from_vec(rows, batch, x.device())?;
     ops::embedding(&x.reshape((batch * len, dim))?, &rows)?.reshape((batch, 1, dim))
 }

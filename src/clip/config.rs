@@ -93,18 +93,12 @@ impl Section<'_> {
 
     fn id(&self, key: &str, default: u32) -> Result<u32> {
         let Some(value) = self.get(key) else { return Ok(default) };
-        value
-            .as_u64()
-            .and_then(|n| u32::try_from(n).ok())
-            .ok_or_else(|| self.wrong(key, "a token id", value))
+        value.as_u64().and_then(|n| u32::try_from(n).ok()).ok_or_else(|| self.wrong(key, "a token id", value))
     }
 
     fn number(&self, key: &str, default: f64) -> Result<f64> {
         let Some(value) = self.get(key) else { return Ok(default) };
-        value
-            .as_f64()
-            .filter(|x| x.is_finite())
-            .ok_or_else(|| self.wrong(key, "a number", value))
+        value.as_f64().filter(|x| x.is_finite()).ok_or_else(|| self.wrong(key, "a number", value))
     }
 
     fn eps(&self) -> Result<f64> {
@@ -153,9 +147,7 @@ impl ClipConfig {
         let section = |name: &str| Section {
             place: format!("{place}: {name}"),
             // transformers once wrote `<name>_dict`, which then overrides.
-            map: [format!("{name}_dict"), name.to_string()]
-                .iter()
-                .find_map(|key| root.get(key).and_then(Value::as_object)),
+            map: [format!("{name}_dict"), name.to_string()].iter().find_map(|key| root.get(key).and_then(Value::as_object)),
         };
         let (text, vision) = (section("text_config"), section("vision_config"));
         let config = Self {
@@ -170,10 +162,9 @@ impl ClipConfig {
 
     fn check(&self, place: &str) -> Result<()> {
         let (t, v) = (&self.text, &self.vision);
-        for (name, dim, heads) in [
-            ("text_config", t.hidden_size, t.num_attention_heads),
-            ("vision_config", v.hidden_size, v.num_attention_heads),
-        ] {
+        for (name, dim, heads) in
+            [("text_config", t.hidden_size, t.num_attention_heads), ("vision_config", v.hidden_size, v.num_attention_heads)]
+        {
             if dim % heads != 0 {
                 return Err(Error::input(
                     format!("{place}: {name}"),
@@ -199,9 +190,7 @@ impl ClipConfig {
         let total = self
             .tensors()
             .iter()
-            .try_fold(0usize, |sum, (_, shape)| {
-                shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d)).and_then(|n| sum.checked_add(n))
-            })
+            .try_fold(0usize, |sum, (_, shape)| shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d)).and_then(|n| sum.checked_add(n)))
             .filter(|n| *n <= MAX_PARAMETERS);
         match total {
             Some(_) => Ok(()),
@@ -218,10 +207,7 @@ impl ClipConfig {
         let mut all = vec![
             ("logit_scale".to_string(), vec![]),
             (format!("{vision}.embeddings.class_embedding"), vec![v.hidden_size]),
-            (
-                format!("{vision}.embeddings.patch_embedding.weight"),
-                vec![v.hidden_size, v.num_channels, v.patch_size, v.patch_size],
-            ),
+            (format!("{vision}.embeddings.patch_embedding.weight"), vec![v.hidden_size, v.num_channels, v.patch_size, v.patch_size]),
             (format!("{vision}.embeddings.position_embedding.weight"), vec![side * side + 1, v.hidden_size]),
         ];
         // The misspelling is transformers'.
@@ -231,10 +217,7 @@ impl ClipConfig {
         all.push(("visual_projection.weight".into(), vec![self.projection_dim, v.hidden_size]));
         let text = "text_model";
         all.push((format!("{text}.embeddings.token_embedding.weight"), vec![t.vocab_size, t.hidden_size]));
-        all.push((
-            format!("{text}.embeddings.position_embedding.weight"),
-            vec![t.max_position_embeddings, t.hidden_size],
-        ));
+        all.push((format!("{text}.embeddings.position_embedding.weight"), vec![t.max_position_embeddings, t.hidden_size]));
         blocks(&mut all, text, t.num_hidden_layers, t.hidden_size, t.intermediate_size);
         norm(&mut all, "text_model.final_layer_norm", t.hidden_size);
         all.push(("text_projection.weight".into(), vec![self.projection_dim, t.hidden_size]));

@@ -19,8 +19,7 @@ use super::preprocess::Background;
 use crate::error::{Error, Result};
 
 /// All extensions (lower-case) that a directory scan takes as images.
-pub const EXTENSIONS: &[&str] =
-    &["png", "apng", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "dib", "tif", "tiff"];
+pub const EXTENSIONS: &[&str] = &["png", "apng", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "dib", "tif", "tiff"];
 
 /// Larger files are refused unread.
 const MAX_FILE: u64 = 256 << 20;
@@ -179,8 +178,7 @@ fn failed(place: &str, error: &image::ImageError) -> Error {
     let truncated = |e: &std::io::Error| e.kind() == std::io::ErrorKind::UnexpectedEof;
     match error {
         E::IoError(e) if truncated(e) => Error::input(place, "the image is truncated"),
-        E::Unsupported(e) => Error::input(place, format!("this kind of image is not supported: {e}"))
-            .hint("convert it to PNG"),
+        E::Unsupported(e) => Error::input(place, format!("this kind of image is not supported: {e}")).hint("convert it to PNG"),
         E::Limits(_) => Error::input(place, format!("decoding would take too much memory: {error}")),
         _ => Error::input(place, format!("the image is truncated or damaged: {error}")),
     }

@@ -39,15 +39,7 @@ impl Clip {
         let text = TextTower::new(config, &mut tensors, &mut sites)?;
         let scale = tensors.take("logit_scale")?.flatten_all()?.squeeze(0)?;
         let logit_scale = (sites.add_weight("logit_scale", Tower::Shared, None, scale.clone()), scale);
-        Ok(Self {
-            config: config.clone(),
-            vision,
-            text,
-            logit_scale,
-            sites,
-            device: device.clone(),
-            dtype,
-        })
+        Ok(Self { config: config.clone(), vision, text, logit_scale, sites, device: device.clone(), dtype })
     }
 
     /// The configuration.

@@ -130,10 +130,7 @@ impl Preprocess {
             return Ok(());
         }
         let key = if self.do_center_crop { "crop_size" } else { "size" };
-        Err(Error::input(
-            place,
-            format!("`{key}`: gives {height}×{width} pixels, but the model's `image_size` is {image_size}"),
-        ))
+        Err(Error::input(place, format!("`{key}`: gives {height}×{width} pixels, but the model's `image_size` is {image_size}")))
     }
 
     /// Resize and centre crop only, in 8-bit RGB.

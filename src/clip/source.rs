@@ -32,8 +32,9 @@ impl Source {
             return Ok(Self::Dir(path));
         }
         let found = if path.exists() { "is a file, not a directory" } else { "no such directory" };
-        Err(Error::input(spec, found)
-            .hint("a base is a directory with config.json, model.safetensors, tokenizer.json and preprocessor_config.json, or builtin:tiny"))
+        Err(Error::input(spec, found).hint(
+            "a base is a directory with config.json, model.safetensors, tokenizer.json and preprocessor_config.json, or builtin:tiny",
+        ))
     }
 
     /// The content of a file, or nothing where there is no such file.

@@ -31,15 +31,9 @@ impl TextBatch {
         let longest = ids.iter().map(Vec::len).max().unwrap_or(0);
         let len = to.unwrap_or(longest).max(longest).max(1);
         let pool = ids.iter().map(|row| pooled_position(row, config)).collect();
-        let flat: Vec<u32> = ids
-            .iter()
-            .flat_map(|row| row.iter().copied().chain(std::iter::repeat(config.pad_token_id)).take(len))
-            .collect();
-        Ok(Self {
-            ids: Tensor::from_vec(flat, (ids.len(), len), device)?,
-            mask: None,
-            pool,
-        })
+        let flat: Vec<u32> =
+            ids.iter().flat_map(|row| row.iter().copied().chain(std::iter::repeat(config.pad_token_id)).take(len)).collect();
+        Ok(Self { ids: Tensor::from_vec(flat, (ids.len(), len), device)?, mask: None, pool })
     }
 
     /// Rows with an attention mask of the caller's, [N, T] with 1 for tokens.
@@ -117,15 +111,9 @@ impl TextTower {
         let pair = tensors.pair("text_model.final_layer_norm")?;
         let final_norm = sites.layer_norm("text_model.final_layer_norm", tower, None, pair, text.layer_norm_eps);
         let weight = tensors.take("text_projection.weight")?;
-        let projection = sites
-            .linear("text_projection", tower, None, weight, None)
-            .map_err(super::method_error)?;
-        let features = sites.add(Site {
-            path: "text_model".into(),
-            tower,
-            layer: None,
-            kind: SiteKind::Features { dim: config.projection_dim },
-        });
+        let projection = sites.linear("text_projection", tower, None, weight, None).map_err(super::method_error)?;
+        let features =
+            sites.add(Site { path: "text_model".into(), tower, layer: None, kind: SiteKind::Features { dim: config.projection_dim } });
         Ok(Self { token, position, blocks, final_norm, projection, features })
     }
 

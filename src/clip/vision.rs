@@ -55,15 +55,9 @@ impl VisionTower {
             .collect::<Result<_>>()?;
         let post_norm = norm(sites, tensors, "vision_model.post_layernorm")?;
         let weight = tensors.take("visual_projection.weight")?;
-        let projection = sites
-            .linear("visual_projection", tower, None, weight, None)
-            .map_err(super::method_error)?;
-        let features = sites.add(Site {
-            path: "vision_model".into(),
-            tower,
-            layer: None,
-            kind: SiteKind::Features { dim: config.projection_dim },
-        });
+        let projection = sites.linear("visual_projection", tower, None, weight, None).map_err(super::method_error)?;
+        let features =
+            sites.add(Site { path: "vision_model".into(), tower, layer: None, kind: SiteKind::Features { dim: config.projection_dim } });
         Ok(Self { config: vision.clone(), class, patch, position, pre_norm, blocks, post_norm, projection, features })
     }
 
@@ -126,9 +120,7 @@ impl VisionTower {
         let positions = match keep {
             None => table.narrow(0, 1, count)?.unsqueeze(0)?,
             Some(keep) => {
-                let offsets = Tensor::arange(0u32, batch as u32, pixels.device())?
-                    .affine(count as f64, 0.0)?
-                    .unsqueeze(1)?;
+                let offsets = Tensor::arange(0u32, batch as u32, pixels.device())?.affine(count as f64, 0.0)?.unsqueeze(1)?;
                 let rows = keep.broadcast_add(&offsets)?;
                 cells = ops::embedding(&cells.reshape((batch * count, width))?, &rows)?;
                 ops::embedding(&table, &(keep + 1.0)?)?
@@ -153,11 +145,10 @@ impl VisionTower {
             candle_core::bail!("images have {height}×{width} pixels, the model takes {side}×{side}");
         }
         let n = side / p;
-        pixels
-            .narrow(2, 0, n * p)?
-            .narrow(3, 0, n * p)?
-            .reshape((batch, channels, n, p, n, p))?
-            .permute((0, 2, 4, 1, 3, 5))?
-            .reshape((batch, n * n, channels * p * p))
+        pixels.narrow(2, 0, n * p)?.narrow(3, 0, n * p)?.reshape((batch, channels, n, p, n, p))?.permute((0, 2, 4, 1, 3, 5))?.reshape((
+            batch,
+            n * n,
+            channels * p * p,
+        ))
     }
 }

@@ -73,9 +73,7 @@ fn read_classes(root: &Path, dir: &Path, split: Option<Split>, raw: &mut Raw) ->
 /// Whether the extension is one of an image; hidden files are not.
 pub(crate) fn is_image(path: &Path) -> bool {
     let hidden = path.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.'));
-    let known = path
-        .extension()
-        .is_some_and(|e| decode::EXTENSIONS.contains(&e.to_string_lossy().to_ascii_lowercase().as_str()));
+    let known = path.extension().is_some_and(|e| decode::EXTENSIONS.contains(&e.to_string_lossy().to_ascii_lowercase().as_str()));
     known && !hidden
 }
 

@@ -98,11 +98,7 @@ impl Images {
     /// The indices of unreadable images, each with the reason.
     #[must_use]
     pub fn verify(&self, examples: &[Example]) -> Vec<(usize, Error)> {
-        examples
-            .par_iter()
-            .enumerate()
-            .filter_map(|(i, e)| self.read(e, decode::decode).err().map(|error| (i, error)))
-            .collect()
+        examples.par_iter().enumerate().filter_map(|(i, e)| self.read(e, decode::decode).err().map(|error| (i, error))).collect()
     }
 
     /// Writes one image, normalised, into `out` [3, H, W].
@@ -152,12 +148,9 @@ impl Images {
     fn crop(&self, image: &RgbImage, (left, top, width, height): super::augment::Region) -> Result<RgbImage> {
         let (out_height, out_width) = self.size();
         let mut out = RgbImage::new(out_width as u32, out_height as u32);
-        let options = fir::ResizeOptions::new()
-            .resize_alg(fir::ResizeAlg::Convolution(fir::FilterType::CatmullRom))
-            .crop(left, top, width, height);
-        fir::Resizer::new()
-            .resize(image, &mut out, &options)
-            .map_err(|e| Error::fault("random crop", e))?;
+        let options =
+            fir::ResizeOptions::new().resize_alg(fir::ResizeAlg::Convolution(fir::FilterType::CatmullRom)).crop(left, top, width, height);
+        fir::Resizer::new().resize(image, &mut out, &options).map_err(|e| Error::fault("random crop", e))?;
         Ok(out)
     }
 }

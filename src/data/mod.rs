@@ -128,11 +128,10 @@ impl DataConfig {
         let mut given: Vec<_> = sources.into_iter().flatten().collect();
         match (given.pop(), given.is_empty()) {
             (Some(one), true) => Ok(one),
-            (found, _) => Err(Error::input(
-                "data",
-                format!("expected exactly one source, found {}", given.len() + usize::from(found.is_some())),
-            )
-            .hint("give one of `folder: { root: DIR }`, `table: { path: FILE }`, `builtin: emoji`")),
+            (found, _) => {
+                Err(Error::input("data", format!("expected exactly one source, found {}", given.len() + usize::from(found.is_some())))
+                    .hint("give one of `folder: { root: DIR }`, `table: { path: FILE }`, `builtin: emoji`"))
+            }
         }
     }
 
@@ -194,8 +193,7 @@ pub fn check_classes(place: &str, names: &[String]) -> Result<()> {
             return Err(Error::input(place, "a class name is empty"));
         }
         if let Some(other) = seen.insert(key, name) {
-            return Err(Error::input(place, format!("classes `{other}` and `{name}` give the same prompt"))
-                .hint("rename one of them"));
+            return Err(Error::input(place, format!("classes `{other}` and `{name}` give the same prompt")).hint("rename one of them"));
         }
     }
     Ok(())

@@ -177,9 +177,7 @@ fn carve(examples: Examples, fraction: f64, seed: u64, what: &str) -> (Examples,
     for (class, mut list) in units {
         list.shuffle(&mut rng::rng(seed, &[rng::name_key(what), u64::from(class)]));
         // At least one of a class stays; at least one goes where the class has two.
-        let count = ((list.len() as f64 * fraction).round() as usize)
-            .max(usize::from(fraction > 0.0))
-            .min(list.len() - 1);
+        let count = ((list.len() as f64 * fraction).round() as usize).max(usize::from(fraction > 0.0)).min(list.len() - 1);
         list.iter().take(count).flatten().for_each(|&i| taken[i] = true);
     }
     let (mut rest, mut out) = (Vec::new(), Vec::new());

@@ -81,8 +81,11 @@ impl TableConfig {
             Some("csv") => delimited(path, b',', &mut each),
             Some("tsv" | "tab") => delimited(path, b'\t', &mut each),
             Some("jsonl" | "ndjson") => json_lines(path, &mut each),
-            other => Err(Error::input(path.display(), format!("expected a .csv, .tsv or .jsonl file, found {}", other.unwrap_or("no extension")))
-                .hint("rename the file after its format")),
+            other => Err(Error::input(
+                path.display(),
+                format!("expected a .csv, .tsv or .jsonl file, found {}", other.unwrap_or("no extension")),
+            )
+            .hint("rename the file after its format")),
         }
     }
 
@@ -107,15 +110,16 @@ impl TableConfig {
         let text = column("text", &self.text, "text")?;
         let cell = |v: Option<Value>| v.map(|v| plain(&v)).filter(|s| !s.is_empty());
         let split = match cell(column("split", &self.split, "split")?) {
-            Some(name) if split.is_none() => Some(Split::parse(&name).ok_or_else(|| {
-                Error::input(place(), format!("split `{name}`: expected train, val or test"))
-            })?),
+            Some(name) if split.is_none() => {
+                Some(Split::parse(&name).ok_or_else(|| Error::input(place(), format!("split `{name}`: expected train, val or test")))?)
+            }
             _ => split,
         };
         Ok(RawExample {
             id: image.to_string(),
             image: ImageRef::File(path.parent().unwrap_or(Path::new(".")).join(image)),
-            texts: texts(text.as_ref()).map_err(|found| Error::input(place(), format!("text: expected a string or a list of strings, found {found}")))?,
+            texts: texts(text.as_ref())
+                .map_err(|found| Error::input(place(), format!("text: expected a string or a list of strings, found {found}")))?,
             label: cell(column("label", &self.label, "label")?),
             group: cell(column("group", &self.group, "group")?),
             split,
@@ -158,10 +162,7 @@ fn texts(value: Option<&Value>) -> std::result::Result<Vec<String>, String> {
     match value {
         None => Ok(Vec::new()),
         Some(Value::String(s)) => Ok(Some(s.trim()).filter(|s| !s.is_empty()).map(str::to_string).into_iter().collect()),
-        Some(Value::Array(items)) => items
-            .iter()
-            .map(|i| i.as_str().map(|s| s.trim().to_string()).ok_or_else(|| i.to_string()))
-            .collect(),
+        Some(Value::Array(items)) => items.iter().map(|i| i.as_str().map(|s| s.trim().to_string()).ok_or_else(|| i.to_string())).collect(),
         Some(other) => Err(other.to_string()),
     }
 }
@@ -175,7 +176,8 @@ fn delimited(path: &Path, delimiter: u8, each: Each<'_>) -> Result<()> {
         let line = e.position().map(|p| format!(":{}", p.line())).unwrap_or_default();
         Error::input(format!("{}{line}", path.display()), e)
     };
-    let header: Vec<String> = reader.headers().map_err(wrong)?.iter().map(|h| h.trim_start_matches('\u{feff}').trim().to_string()).collect();
+    let header: Vec<String> =
+        reader.headers().map_err(wrong)?.iter().map(|h| h.trim_start_matches('\u{feff}').trim().to_string()).collect();
     for record in reader.records() {
         let record = record.map_err(wrong)?;
         let line = record.position().map_or(0, |p| p.line() as usize);

@@ -74,7 +74,10 @@ impl Delta {
         }
         let message = format!(
             "was made for {} ({}), this base is {} ({})",
-            manifest.base.name, short(&manifest.base.digest), base.source, short(&base.digest)
+            manifest.base.name,
+            short(&manifest.base.digest),
+            base.source,
+            short(&base.digest)
         );
         match allow {
             true => Ok(vec![format!("{place}: {message}")]),

@@ -47,7 +47,14 @@ fn cpu(t: &Tensor) -> Result<Tensor> {
     Ok(t.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?)
 }
 
-fn write_method(dir: &Path, method: &MethodConfig, patch: &dyn Patch, params: &[&Param], sites: &Sites, manifest: &Manifest) -> Result<String> {
+fn write_method(
+    dir: &Path,
+    method: &MethodConfig,
+    patch: &dyn Patch,
+    params: &[&Param],
+    sites: &Sites,
+    manifest: &Manifest,
+) -> Result<String> {
     let tensors = match patch.export()? {
         Some(exported) => exported.into_iter().map(|(n, t)| Ok((n, cpu(&t)?))).collect::<Result<_>>()?,
         None => values(params)?,

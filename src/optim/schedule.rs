@@ -72,7 +72,10 @@ impl ScheduleConfig {
     pub fn validate(&self, place: &str, lr: f64) -> Result<()> {
         let (warmup, floor) = self.warmup_and_floor();
         if !(0.0..=1.0).contains(&warmup) {
-            return Err(Error::input(format!("{place}: train.schedule"), format!("warmup: expected a fraction from 0 to 1, found {warmup}")));
+            return Err(Error::input(
+                format!("{place}: train.schedule"),
+                format!("warmup: expected a fraction from 0 to 1, found {warmup}"),
+            ));
         }
         match floor {
             Some(f) if !(0.0..=lr).contains(&f) => {

@@ -71,9 +71,9 @@ fn prune(value: &mut Value) {
 fn apply(place: &str, text: &str, sets: &[String], unset: Option<serde_saphyr::Error>) -> Result<Recipe> {
     let mut value: Value = serde_saphyr::from_str(text).map_err(|e| explain(place, &e))?;
     for set in sets {
-        let (key, raw) = set.split_once('=').ok_or_else(|| {
-            Error::input("--set", format!("expected KEY=VALUE, found `{set}`")).hint("for example --set train.lr=1e-3")
-        })?;
+        let (key, raw) = set
+            .split_once('=')
+            .ok_or_else(|| Error::input("--set", format!("expected KEY=VALUE, found `{set}`")).hint("for example --set train.lr=1e-3"))?;
         let new: Value = serde_saphyr::from_str(raw).map_err(|e| explain(&format!("--set {key}"), &e))?;
         assign(&mut value, key, new)?;
     }
@@ -140,15 +140,8 @@ fn nearest(message: &str) -> Option<String> {
     let (_, rest) = message.split_once("unknown ")?;
     let found = rest.split('`').nth(1)?;
     let (_, expected) = rest.split_once("expected ")?;
-    let known: Vec<&str> = expected
-        .trim_start_matches("one of ")
-        .split([',', '`'])
-        .map(str::trim)
-        .filter(|s| !s.is_empty() && *s != "or")
-        .collect();
-    let best = known
-        .iter()
-        .map(|k| (strsim::jaro_winkler(found, k), k))
-        .max_by(|a, b| a.0.total_cmp(&b.0))?;
+    let known: Vec<&str> =
+        expected.trim_start_matches("one of ").split([',', '`']).map(str::trim).filter(|s| !s.is_empty() && *s != "or").collect();
+    let best = known.iter().map(|k| (strsim::jaro_winkler(found, k), k)).max_by(|a, b| a.0.total_cmp(&b.0))?;
     (best.0 > 0.7).then(|| format!("did you mean `{}`?", best.1))
 }

@@ -134,7 +134,14 @@ impl Task for Retrieve {
 
 impl Retrieve {
     /// The training loss over chunks of at most 256 examples, with each example's first text.
-    fn evaluation_loss(&self, on: &Forward<'_>, features: &Tensor, examples: &[Example], found: &Candidates, texts: &Tensor) -> Result<f64> {
+    fn evaluation_loss(
+        &self,
+        on: &Forward<'_>,
+        features: &Tensor,
+        examples: &[Example],
+        found: &Candidates,
+        texts: &Tensor,
+    ) -> Result<f64> {
         const CHUNK: usize = 256;
         let (mut sum, mut from) = (0.0, 0);
         for chunk in examples.chunks(CHUNK) {

@@ -69,8 +69,9 @@ pub fn load(dir: &Path) -> Result<Option<(HashMap<String, Tensor>, State)>> {
     };
     let place = path.display().to_string();
     let (tensors, metadata) = weights::read_safetensors(&place, &bytes)?;
-    let state = metadata.get(KEY).and_then(|json| serde_json::from_str(json).ok()).ok_or_else(|| {
-        Error::input(&place, "is not a checkpoint of this program").hint("start anew with --force")
-    })?;
+    let state = metadata
+        .get(KEY)
+        .and_then(|json| serde_json::from_str(json).ok())
+        .ok_or_else(|| Error::input(&place, "is not a checkpoint of this program").hint("start anew with --force"))?;
     Ok(Some((tensors.into_iter().collect(), state)))
 }

@@ -46,7 +46,14 @@ impl Features {
     ///
     /// # Errors
     /// When an image cannot be read or a tensor operation fails.
-    pub fn of(&mut self, split: Split, examples: &[Example], clip: &Clip, view: &mut Patches, observer: &mut dyn Observer) -> Result<Tensor> {
+    pub fn of(
+        &mut self,
+        split: Split,
+        examples: &[Example],
+        clip: &Clip,
+        view: &mut Patches,
+        observer: &mut dyn Observer,
+    ) -> Result<Tensor> {
         if let Some(bank) = self.banks.get(&split) {
             return Ok(bank.clone());
         }

@@ -118,9 +118,9 @@ impl<'a> Trainer<'a> {
     pub fn resume(&self, run: &mut Run, dir: &Path) -> Result<()> {
         let Some((mut tensors, state)) = checkpoint::load(dir)? else { return Ok(()) };
         let mut take = |name: &str| {
-            tensors.remove(name).ok_or_else(|| {
-                Error::input(dir.display(), format!("the checkpoint lacks `{name}`")).hint("start anew with --force")
-            })
+            tensors
+                .remove(name)
+                .ok_or_else(|| Error::input(dir.display(), format!("the checkpoint lacks `{name}`")).hint("start anew with --force"))
         };
         let params = &self.adapters.params;
         let mut named = |prefix: &str| -> Result<Vec<Tensor>> {

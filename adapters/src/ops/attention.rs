@@ -17,27 +17,14 @@ use super::kernels::{View, by_float, fused, result, slice, tensor};
 use super::{AttentionShape, portable};
 
 /// See [`super::attention`].
-pub(super) fn attention(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    shape: &AttentionShape,
-    key_mask: Option<&Tensor>,
-) -> Result<Tensor> {
+pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, shape: &AttentionShape, key_mask: Option<&Tensor>) -> Result<Tensor> {
     if !fused([q, k, v]) {
         return portable::attention(q, k, v, shape, key_mask);
     }
     let geometry = Geometry::new(q, k, v, shape)?;
-    let op = Op {
-        mask: mask(key_mask, &geometry)?,
-        geometry,
-    };
+    let op = Op { mask: mask(key_mask, &geometry)?, geometry };
     let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
-    if q.track_op() || k.track_op() || v.track_op() {
-        q.apply_op3(&k, &v, op)
-    } else {
-        q.apply_op3_no_bwd(&k, &v, &op)
-    }
+    if q.track_op() || k.track_op() || v.track_op() { q.apply_op3(&k, &v, op) } else { q.apply_op3_no_bwd(&k, &v, &op) }
 }
 
 /// The visible keys, or nothing where all are.
@@ -73,15 +60,7 @@ impl Geometry {
         if shape.heads == 0 || width % shape.heads != 0 {
             bail!("a width of {width} does not split into {} heads", shape.heads);
         }
-        Ok(Self {
-            batch,
-            queries,
-            keys,
-            heads: shape.heads,
-            head: width / shape.heads,
-            causal: shape.causal,
-            prefix: shape.prefix,
-        })
+        Ok(Self { batch, queries, keys, heads: shape.heads, head: width / shape.heads, causal: shape.causal, prefix: shape.prefix })
     }
 
     fn width(&self) -> usize {
@@ -137,14 +116,7 @@ impl CustomOp3 for Op {
         })
     }
 
-    fn bwd(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    fn bwd(&self, q: &Tensor, k: &Tensor, v: &Tensor, _: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
         let views = [View::new(q), View::new(k), View::new(v)];
         let dys = View::new(&dy);

@@ -17,10 +17,7 @@ pub(super) fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
         return portable::embedding(table, ids);
     }
     let (rows, _) = table.dims2()?;
-    let op = Op {
-        ids: ids.flatten_all()?.to_vec1()?,
-        dims: ids.dims().to_vec(),
-    };
+    let op = Op { ids: ids.flatten_all()?.to_vec1()?, dims: ids.dims().to_vec() };
     if let Some(id) = op.ids.iter().find(|id| **id as usize >= rows) {
         bail!("id {id} is outside a table of {rows} rows");
     }

@@ -67,10 +67,7 @@ impl Float for f32 {
         let n = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
         let whole = shifted - ROUND;
         let r = (x - whole * 0.693_359_375) - whole * -2.121_944_4e-4;
-        let p = polynomial!(
-            r,
-            [1.987_569_15e-4, 1.398_199_95e-3, 8.333_451_9e-3, 4.166_579_6e-2, 1.666_666_55e-1, 0.5, 1.0, 1.0],
-        );
+        let p = polynomial!(r, [1.987_569_15e-4, 1.398_199_95e-3, 8.333_451_9e-3, 4.166_579_6e-2, 1.666_666_55e-1, 0.5, 1.0, 1.0],);
         // 2ⁿ in two factors, because n reaches below and above the exponents of f32.
         let half = n >> 1;
         p * power_of_two(half) * power_of_two(n.wrapping_sub(half))
@@ -81,12 +78,9 @@ impl Float for f32 {
     fn hyperbolic_tangent(self) -> Self {
         let size = self.abs();
         let square = self * self;
-        let small = polynomial!(
-            square,
-            [-5.704_988_7e-3, 2.063_908_9e-2, -5.373_971_6e-2, 1.333_144_22e-1, -3.333_328_19e-1],
-        ) * square
-            * self
-            + self;
+        let small =
+            polynomial!(square, [-5.704_988_7e-3, 2.063_908_9e-2, -5.373_971_6e-2, 1.333_144_22e-1, -3.333_328_19e-1],) * square * self
+                + self;
         let large = 1.0 - 2.0 / ((size + size).exponential() + 1.0);
         let large = if self < 0.0 { -large } else { large };
         choose(size > 0.625, large, small)
@@ -98,22 +92,13 @@ impl Float for f32 {
     fn error_function(self) -> Self {
         let size = self.abs();
         let square = self * self;
-        let small = polynomial!(
-            square,
-            [-5.967_617_03e-4, 4.991_194_23e-3, -2.676_813_49e-2, 1.128_199_25e-1, -3.761_253_36e-1, 1.283_791_66e-1],
-        ) * self
-            + self;
+        let small =
+            polynomial!(square, [-5.967_617_03e-4, 4.991_194_23e-3, -2.676_813_49e-2, 1.128_199_25e-1, -3.761_253_36e-1, 1.283_791_66e-1],)
+                * self
+                + self;
         let exponent = polynomial!(
             size,
-            [
-                -1.728_534_7e-5,
-                3.831_971_26e-4,
-                -3.883_964_38e-3,
-                2.425_462_19e-2,
-                -1.067_778_77e-1,
-                -6.348_466_87e-1,
-                -1.287_175_12e-1,
-            ],
+            [-1.728_534_7e-5, 3.831_971_26e-4, -3.883_964_38e-3, 2.425_462_19e-2, -1.067_778_77e-1, -6.348_466_87e-1, -1.287_175_12e-1,],
         ) * size
             - size;
         let large = 1.0 - exponent.exponential();
@@ -157,9 +142,7 @@ mod tests {
 
     #[test]
     fn exponential_is_within_two_ulp() {
-        let worst = grid(-103.0, 88.7)
-            .map(|x| ulps(x.exponential(), f64::from(x).exp()))
-            .fold(0.0, f64::max);
+        let worst = grid(-103.0, 88.7).map(|x| ulps(x.exponential(), f64::from(x).exp())).fold(0.0, f64::max);
         assert!(worst < 2.0, "{worst}");
     }
 
@@ -175,9 +158,7 @@ mod tests {
 
     #[test]
     fn error_function_is_exact_to_a_unit_of_f32() {
-        let worst = grid(-6.0, 6.0)
-            .map(|x| (f64::from(x.error_function()) - libm::erf(f64::from(x))).abs())
-            .fold(0.0, f64::max);
+        let worst = grid(-6.0, 6.0).map(|x| (f64::from(x.error_function()) - libm::erf(f64::from(x))).abs()).fold(0.0, f64::max);
         assert!(worst < 1e-7, "{worst}");
         assert_eq!(f32::INFINITY.error_function(), 1.0);
         assert_eq!(f32::NEG_INFINITY.error_function(), -1.0);
@@ -186,9 +167,7 @@ mod tests {
 
     #[test]
     fn tangent_is_within_three_ulp() {
-        let worst = grid(-12.0, 12.0)
-            .map(|x| ulps(x.hyperbolic_tangent(), f64::from(x).tanh()))
-            .fold(0.0, f64::max);
+        let worst = grid(-12.0, 12.0).map(|x| ulps(x.hyperbolic_tangent(), f64::from(x).tanh())).fold(0.0, f64::max);
         assert!(worst < 3.0, "{worst}");
         assert_eq!(f32::INFINITY.hyperbolic_tangent(), 1.0);
         assert!(f32::NAN.hyperbolic_tangent().is_nan());

@@ -25,24 +25,12 @@ impl<'a, T> Mat<'a, T> {
     /// Row by row, `stride` apart.
     pub(super) fn strided(data: &'a [T], rows: usize, cols: usize, stride: usize) -> Self {
         assert!(fits(data.len(), rows, cols, stride), "matrix outside its memory");
-        Self {
-            data,
-            rows,
-            cols,
-            row_stride: stride,
-            col_stride: 1,
-        }
+        Self { data, rows, cols, row_stride: stride, col_stride: 1 }
     }
 
     /// Transposed.
     pub(super) fn t(self) -> Self {
-        Self {
-            rows: self.cols,
-            cols: self.rows,
-            row_stride: self.col_stride,
-            col_stride: self.row_stride,
-            ..self
-        }
+        Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
     }
 }
 
@@ -69,13 +57,7 @@ impl<'a, T> MatMut<'a, T> {
     /// Row by row, `stride` apart.
     pub(super) fn strided(data: &'a mut [T], rows: usize, cols: usize, stride: usize) -> Self {
         assert!(fits(data.len(), rows, cols, stride), "matrix outside its memory");
-        Self {
-            data: data.as_mut_ptr(),
-            rows,
-            cols,
-            stride,
-            memory: PhantomData,
-        }
+        Self { data: data.as_mut_ptr(), rows, cols, stride, memory: PhantomData }
     }
 }
 
@@ -91,11 +73,7 @@ unsafe impl<T: Send> Sync for Shared<'_, T> {}
 
 impl<'a, T> Shared<'a, T> {
     pub(super) fn new(data: &'a mut [T]) -> Self {
-        Self {
-            data: data.as_mut_ptr(),
-            len: data.len(),
-            memory: PhantomData,
-        }
+        Self { data: data.as_mut_ptr(), len: data.len(), memory: PhantomData }
     }
 
     /// `rows` of `cols` elements, `stride` apart, the first at `offset`.
@@ -145,10 +123,7 @@ pub(super) enum Threads {
 
 /// `dst = scale · lhs · rhs`, or that added to what `dst` holds.
 pub(super) fn gemm<T: Float>(dst: MatMut<'_, T>, old: Old, scale: T, lhs: Mat<'_, T>, rhs: Mat<'_, T>, threads: Threads) {
-    assert!(
-        dst.rows == lhs.rows && dst.cols == rhs.cols && lhs.cols == rhs.rows,
-        "matrices do not fit"
-    );
+    assert!(dst.rows == lhs.rows && dst.cols == rhs.cols && lhs.cols == rhs.rows, "matrices do not fit");
     let parallelism = match threads {
         Threads::One => Parallelism::None,
         Threads::All => Parallelism::Rayon(0),

@@ -31,11 +31,9 @@ pub(super) use by_float;
 /// Whether the fused operations can run on these: on CPU, all f32 or all f64.
 pub(super) fn fused<'a>(operands: impl IntoIterator<Item = &'a Tensor>) -> bool {
     let mut dtype = None;
-    let fits = operands.into_iter().all(|t| {
-        t.device().is_cpu()
-            && matches!(t.dtype(), DType::F32 | DType::F64)
-            && *dtype.get_or_insert(t.dtype()) == t.dtype()
-    });
+    let fits = operands
+        .into_iter()
+        .all(|t| t.device().is_cpu() && matches!(t.dtype(), DType::F32 | DType::F64) && *dtype.get_or_insert(t.dtype()) == t.dtype());
     fits && !super::portable()
 }
 
@@ -110,9 +108,7 @@ pub(super) fn for_rows<T: Float>(out: &mut [T], width: usize, f: impl Fn(usize, 
         return f(0, out);
     }
     let step = rows_per_task(out.len(), width);
-    out.par_chunks_mut(step * width)
-        .enumerate()
-        .for_each(|(i, piece)| f(i * step, piece));
+    out.par_chunks_mut(step * width).enumerate().for_each(|(i, piece)| f(i * step, piece));
 }
 
 /// Sums of columns over rows, in pieces that do not depend on the number of threads.

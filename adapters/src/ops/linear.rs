@@ -62,11 +62,7 @@ pub(super) struct Size {
 
 impl Size {
     pub(super) fn new(x: &[usize], w: &[usize]) -> Self {
-        Self {
-            rows: leading(x),
-            out: w[0],
-            input: w[1],
-        }
+        Self { rows: leading(x), out: w[0], input: w[1] }
     }
 }
 
@@ -203,14 +199,7 @@ impl CustomOp3 for Trained {
         })
     }
 
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        b: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    fn bwd(&self, x: &Tensor, w: &Tensor, b: &Tensor, _: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let [dx, dw, db] = self.gradients(x, w, Some(b), dy)?;
         Ok((dx, dw, db))
     }
@@ -250,11 +239,7 @@ mod tests {
 
     #[test]
     fn takes_strided_operands() {
-        let t = [
-            random(&[6, 3, 10], 7).transpose(0, 1).unwrap(),
-            random(&[10, 8], 8).t().unwrap(),
-            random(&[8], 9),
-        ];
+        let t = [random(&[6, 3, 10], 7).transpose(0, 1).unwrap(), random(&[10, 8], 8).t().unwrap(), random(&[8], 9)];
         check_same(&t, run, reference);
     }
 

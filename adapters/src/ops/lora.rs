@@ -29,11 +29,7 @@ pub(super) fn lora_linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, lora: &
         scale: lora.scale,
     };
     let (x, a, b) = (x.contiguous()?, lora.a.contiguous()?, lora.b.contiguous()?);
-    if x.track_op() || a.track_op() || b.track_op() {
-        x.apply_op3(&a, &b, op)
-    } else {
-        x.apply_op3_no_bwd(&a, &b, &op)
-    }
+    if x.track_op() || a.track_op() || b.track_op() { x.apply_op3(&a, &b, op) } else { x.apply_op3_no_bwd(&a, &b, &op) }
 }
 
 /// That the shapes fit.
@@ -201,19 +197,10 @@ struct Captured<'a> {
 
 impl Op {
     fn captured(&self) -> Captured<'_> {
-        Captured {
-            weight: View::new(&self.weight),
-            bias: self.bias.as_ref().map(View::new),
-            mask: self.mask.as_ref().map(View::new),
-        }
+        Captured { weight: View::new(&self.weight), bias: self.bias.as_ref().map(View::new), mask: self.mask.as_ref().map(View::new) }
     }
 
-    fn values<'a, T: Float>(
-        &self,
-        captured: &'a Captured<'_>,
-        [x, a, b]: [&'a [T]; 3],
-        dims: &[usize],
-    ) -> Result<Values<'a, T>> {
+    fn values<'a, T: Float>(&self, captured: &'a Captured<'_>, [x, a, b]: [&'a [T]; 3], dims: &[usize]) -> Result<Values<'a, T>> {
         Ok(Values {
             x,
             w: captured.weight.slice()?,
@@ -249,14 +236,7 @@ impl CustomOp3 for Op {
         })
     }
 
-    fn bwd(
-        &self,
-        x: &Tensor,
-        a: &Tensor,
-        b: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    fn bwd(&self, x: &Tensor, a: &Tensor, b: &Tensor, _: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
         let captured = self.captured();
         let [xs, as_, bs, dys] = [x, a, b, &dy].map(View::new);

@@ -172,14 +172,7 @@ impl CustomOp3 for Trained {
         by_float!(s1.dtype(), T => forward::<T>(s1, l1, slice(s2, l2)?, slice(s3, l3)?, self.eps))
     }
 
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        b: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    fn bwd(&self, x: &Tensor, w: &Tensor, b: &Tensor, _: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
         let (xs, ws, dy) = (View::new(x), View::new(w), View::new(&dy));
         by_float!(x.dtype(), T => {

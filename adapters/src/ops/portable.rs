@@ -52,13 +52,7 @@ fn split_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
 }
 
 /// See [`super::attention`].
-pub(super) fn attention(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    shape: &AttentionShape,
-    key_mask: Option<&Tensor>,
-) -> Result<Tensor> {
+pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, shape: &AttentionShape, key_mask: Option<&Tensor>) -> Result<Tensor> {
     let (batch, queries, dim) = q.dims3()?;
     let keys = k.dim(1)?;
     let scale = ((dim / shape.heads.max(1)) as f64).powf(-0.5);
@@ -85,13 +79,7 @@ fn softmax(x: &Tensor) -> Result<Tensor> {
 }
 
 /// [B or 1, 1, Tq or 1, Tk] of 0 and 1 (u8), or nothing where all keys are visible.
-fn visible(
-    batch: usize,
-    queries: usize,
-    keys: usize,
-    shape: &AttentionShape,
-    key_mask: Option<&Tensor>,
-) -> Result<Option<Tensor>> {
+fn visible(batch: usize, queries: usize, keys: usize, shape: &AttentionShape, key_mask: Option<&Tensor>) -> Result<Option<Tensor>> {
     let cpu = candle_core::Device::Cpu;
     let mask = match key_mask {
         Some(m) => Some(m.to_device(&cpu)?.reshape((batch, 1, 1, keys))?),
@@ -100,9 +88,7 @@ fn visible(
     if !shape.causal {
         return Ok(mask);
     }
-    let causal: Vec<u8> = (0..queries)
-        .flat_map(|i| (0..keys).map(move |j| u8::from(j <= i + shape.prefix)))
-        .collect();
+    let causal: Vec<u8> = (0..queries).flat_map(|i| (0..keys).map(move |j| u8::from(j <= i + shape.prefix))).collect();
     let causal = Tensor::from_vec(causal, (1, 1, queries, keys), &cpu)?;
     Ok(Some(match mask {
         Some(m) => m.broadcast_mul(&causal)?,

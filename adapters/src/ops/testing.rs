@@ -88,11 +88,7 @@ pub(super) fn close(found: &[f64], expected: &[f64], tolerance: f64) {
 }
 
 /// That results and gradients equal the portable composition's in f32, and repeat bit for bit.
-pub(super) fn check_same(
-    operands: &[Tensor],
-    fused: impl Fn(&[Tensor]) -> Result<Tensor>,
-    portable: impl Fn(&[Tensor]) -> Result<Tensor>,
-) {
+pub(super) fn check_same(operands: &[Tensor], fused: impl Fn(&[Tensor]) -> Result<Tensor>, portable: impl Fn(&[Tensor]) -> Result<Tensor>) {
     let all = (1 << operands.len()) - 1;
     for tracked in [0, 1, all] {
         let leaves = leaves(operands, DType::F32, tracked);

@@ -12,9 +12,7 @@ pub(super) fn rgb(image: DynamicImage) -> RgbImage {
         DynamicImage::ImageLuma16(i) => collect(i.width(), i.height(), i.as_raw(), |&[l]| [high(l); 3]),
         DynamicImage::ImageLumaA16(i) => collect(i.width(), i.height(), i.as_raw(), |&[l, _]| [high(l); 3]),
         DynamicImage::ImageRgb16(i) => collect(i.width(), i.height(), i.as_raw(), |p: &[u16; 3]| p.map(high)),
-        DynamicImage::ImageRgba16(i) => {
-            collect(i.width(), i.height(), i.as_raw(), |&[r, g, b, _]| [high(r), high(g), high(b)])
-        }
+        DynamicImage::ImageRgba16(i) => collect(i.width(), i.height(), i.as_raw(), |&[r, g, b, _]| [high(r), high(g), high(b)]),
         other => other.into_rgb8(),
     }
 }
@@ -23,12 +21,8 @@ pub(super) fn rgb(image: DynamicImage) -> RgbImage {
 pub(super) fn rgba(image: DynamicImage) -> RgbaImage {
     match image {
         DynamicImage::ImageLuma16(_) | DynamicImage::ImageRgb16(_) => DynamicImage::from(rgb(image)).into_rgba8(),
-        DynamicImage::ImageLumaA16(i) => {
-            collect_rgba(i.width(), i.height(), i.as_raw(), |&[l, a]| [high(l), high(l), high(l), high(a)])
-        }
-        DynamicImage::ImageRgba16(i) => {
-            collect_rgba(i.width(), i.height(), i.as_raw(), |p: &[u16; 4]| p.map(high))
-        }
+        DynamicImage::ImageLumaA16(i) => collect_rgba(i.width(), i.height(), i.as_raw(), |&[l, a]| [high(l), high(l), high(l), high(a)]),
+        DynamicImage::ImageRgba16(i) => collect_rgba(i.width(), i.height(), i.as_raw(), |p: &[u16; 4]| p.map(high)),
         other => other.into_rgba8(),
     }
 }

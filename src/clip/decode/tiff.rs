@@ -47,9 +47,7 @@ fn decode(place: &str, bytes: &[u8], options: &DecodeOptions) -> Result<Option<D
     limits.decoding_buffer_size = usize::try_from(options.max_pixels.saturating_mul(4)).unwrap_or(usize::MAX);
     let mut decoder = decoder.with_limits(limits);
     let kind = decoder.colortype().map_err(failed)?;
-    if !matches!(kind, ColorType::Gray(1 | 2 | 4 | 8) | ColorType::CMYK(8))
-        || decoder.image_buffer_layout().map_err(failed)?.planes > 1
-    {
+    if !matches!(kind, ColorType::Gray(1 | 2 | 4 | 8) | ColorType::CMYK(8)) || decoder.image_buffer_layout().map_err(failed)?.planes > 1 {
         return Ok(None);
     }
     let orientation = decoder.find_tag_unsigned::<u8>(Tag::Orientation).ok().flatten().and_then(Orientation::from_exif);

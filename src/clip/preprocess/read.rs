@@ -56,9 +56,7 @@ impl Keys<'_> {
 
     fn resize_to(&self) -> Result<Option<ResizeTo>> {
         let Some(value) = self.get("size") else { return Ok(None) };
-        let expected = format!(
-            "a length from 1 to {MAX_SIDE}, {{\"shortest_edge\": …}} or {{\"height\": …, \"width\": …}}"
-        );
+        let expected = format!("a length from 1 to {MAX_SIDE}, {{\"shortest_edge\": …}} or {{\"height\": …, \"width\": …}}");
         if let Some(edge) = side(value) {
             return Ok(Some(ResizeTo::ShortestEdge(edge)));
         }
@@ -72,9 +70,11 @@ impl Keys<'_> {
 
     fn crop(&self) -> Result<Option<(usize, usize)>> {
         let Some(value) = self.get("crop_size") else { return Ok(None) };
-        side(value).map(|n| (n, n)).or_else(|| pair(value)).map(Some).ok_or_else(|| {
-            self.wrong("crop_size", &format!("a length from 1 to {MAX_SIDE} or {{\"height\": …, \"width\": …}}"), value)
-        })
+        side(value)
+            .map(|n| (n, n))
+            .or_else(|| pair(value))
+            .map(Some)
+            .ok_or_else(|| self.wrong("crop_size", &format!("a length from 1 to {MAX_SIDE} or {{\"height\": …, \"width\": …}}"), value))
     }
 
     fn resample(&self) -> Result<Option<Resample>> {
@@ -93,9 +93,7 @@ impl Keys<'_> {
         all.into_iter()
             .find(|(r, n)| name.as_deref() == Some(n) || code == Some(u64::from(r.code())))
             .map(|(r, _)| Some(r))
-            .ok_or_else(|| {
-                self.wrong("resample", "0 nearest, 1 lanczos, 2 bilinear, 3 bicubic, 4 box or 5 hamming", value)
-            })
+            .ok_or_else(|| self.wrong("resample", "0 nearest, 1 lanczos, 2 bilinear, 3 bicubic, 4 box or 5 hamming", value))
     }
 
     fn factor(&self) -> Result<Option<f64>> {

@@ -187,6 +187,5 @@ fn pass(image: &RgbImage, part: Window, width: usize, height: usize, filter: Fil
     let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter));
     let options = options.crop(part.left, part.top, part.width, part.height);
     Resizer::new().resize(&source, &mut result, &options).map_err(|e| failed(&e))?;
-    RgbImage::from_raw(width as u32, height as u32, result.into_vec())
-        .ok_or_else(|| failed(&"the result has the wrong size"))
+    RgbImage::from_raw(width as u32, height as u32, result.into_vec()).ok_or_else(|| failed(&"the result has the wrong size"))
 }

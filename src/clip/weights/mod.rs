@@ -13,8 +13,8 @@ mod names;
 mod pickle;
 mod safetensors;
 
-pub use safetensors::{read_safetensors, save};
 pub(crate) use safetensors::save_with;
+pub use safetensors::{read_safetensors, save};
 
 /// A complete set of weights.
 #[derive(Debug)]
@@ -96,7 +96,8 @@ fn read_shards(source: &Source, place: &str, bytes: &[u8]) -> Result<Named> {
         if file.contains(['/', '\\']) || file.starts_with('.') {
             return Err(Error::input(place, format!("`{file}` is not a file name beside it")));
         }
-        let tensors = read_file(source, file)?.ok_or_else(|| Error::input(source.place(file), format!("no such file, but {place} names it")))?;
+        let tensors =
+            read_file(source, file)?.ok_or_else(|| Error::input(source.place(file), format!("no such file, but {place} names it")))?;
         all.extend(tensors);
     }
     let found: BTreeSet<&String> = all.iter().map(|(n, _)| n).collect();
@@ -240,7 +241,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let named: Named = weights().into_iter().collect();
         let (first, second) = named.split_at(10);
-        let map = |f: &str, part: &[(String, Tensor)]| part.iter().map(|(n, _)| (n.clone(), f.into())).collect::<Vec<(String, serde_json::Value)>>();
+        let map = |f: &str, part: &[(String, Tensor)]| {
+            part.iter().map(|(n, _)| (n.clone(), f.into())).collect::<Vec<(String, serde_json::Value)>>()
+        };
         let write = |second_name: &str| {
             save(&dir.path().join("a.safetensors"), first).unwrap();
             save(&dir.path().join("b.safetensors"), second).unwrap();

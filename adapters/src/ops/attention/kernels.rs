@@ -121,13 +121,7 @@ pub(super) fn forward<T: Float>(g: &Geometry, [q, k, v]: [&[T]; 3], mask: Option
 }
 
 /// The gradients of queries, keys and values that are wanted.
-pub(super) fn backward<T: Float>(
-    g: &Geometry,
-    qkv: [&[T]; 3],
-    dy: &[T],
-    mask: Option<&[u8]>,
-    wanted: [bool; 3],
-) -> [Option<Vec<T>>; 3] {
+pub(super) fn backward<T: Float>(g: &Geometry, qkv: [&[T]; 3], dy: &[T], mask: Option<&[u8]>, wanted: [bool; 3]) -> [Option<Vec<T>>; 3] {
     if g.is_empty() {
         return [0, 1, 2].map(|i| wanted[i].then(|| vec![T::zero(); qkv[i].len()]));
     }

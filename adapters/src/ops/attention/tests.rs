@@ -11,11 +11,7 @@ const CAUSAL: AttentionShape = AttentionShape { heads: 2, causal: true, prefix: 
 
 fn operands(batch: usize, queries: usize, keys: usize, width: usize) -> [Tensor; 3] {
     let wide = |t: Tensor| (t * 3.0).unwrap();
-    [
-        wide(random(&[batch, queries, width], 1)),
-        wide(random(&[batch, keys, width], 2)),
-        random(&[batch, keys, width], 3),
-    ]
+    [wide(random(&[batch, queries, width], 1)), wide(random(&[batch, keys, width], 2)), random(&[batch, keys, width], 3)]
 }
 
 /// A mask that hides different keys of each example; the last example's are all hidden.
@@ -67,8 +63,7 @@ fn matches_the_portable_composition() {
 
 #[test]
 fn takes_strided_operands_and_keys_of_another_length() {
-    let t = [(2, 5, 1), (2, 9, 2), (2, 9, 3)]
-        .map(|(batch, len, seed)| random(&[len, batch, 16], seed).transpose(0, 1).unwrap());
+    let t = [(2, 5, 1), (2, 9, 2), (2, 9, 3)].map(|(batch, len, seed)| random(&[len, batch, 16], seed).transpose(0, 1).unwrap());
     check_same(&t, run(PLAIN, None), reference(PLAIN, None));
     // Causal: the last keys are seen by nobody and get zeros.
     check_same(&t, run(CAUSAL, None), reference(CAUSAL, None));
