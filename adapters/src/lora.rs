@@ -112,8 +112,11 @@ impl LoraConfig {
             let excluded = exclude.matcher("exclude")?;
             found.retain(|(_, s)| !excluded(&s.path));
         }
-        // A module that is trained whole needs no update as well; HF PEFT does the same.
-        found.retain(|(_, s)| !self.modules_to_save.iter().any(|m| is_suffix(&s.path, m)));
+        // A module that is trained whole needs no update as well, nor what is inside it; HF PEFT does the same.
+        found.retain(|(_, s)| !self.modules_to_save.iter().any(|m| is_inside(&s.path, m)));
+        if found.is_empty() {
+            return Err(Error::config("exclude", "`exclude` and `modules_to_save` leave no target"));
+        }
         Ok(found)
     }
 }
@@ -239,6 +242,11 @@ fn names_select(names: &[String], sites: &Sites, chosen: &[String]) -> bool {
         .all(|(_, s)| names.iter().any(|n| is_suffix(&s.path, n)) == chosen.contains(&s.path))
 }
 
+/// Whether `path` is the module or lies inside it.
+fn is_inside(path: &str, module: &str) -> bool {
+    path.match_indices('.').map(|(at, _)| &path[..at]).chain([path]).any(|p| is_suffix(p, module))
+}
+
 /// Whole numbers are written without a fraction, as HF PEFT does.
 fn number(x: f64) -> Value {
     if x.fract() == 0.0 && x.abs() < 1e15 { json!(x as i64) } else { json!(x) }
@@ -319,7 +327,7 @@ impl LoraPatch {
         for (id, weight) in sites.weights() {
             let owner = weight.name.rsplit_once('.').map_or("", |(owner, _)| owner);
             // A module above the owner counts too: `mlp` saves `mlp.fc1.weight`.
-            let inside = owner.match_indices('.').map(|(at, _)| &owner[..at]).chain([owner]).any(|path| is_suffix(path, module));
+            let inside = is_inside(owner, module);
             if inside && !self.saved.contains_key(&id) {
                 let name = format!("base_model.model.{}", weight.name);
                 let spec = Spec::new(name, weight.tensor.shape(), Start::Value(weight.tensor.clone()));

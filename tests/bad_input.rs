@@ -1,0 +1,107 @@
+//! What is wrong is said with its place, and nothing is written.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::World;
+
+#[test]
+fn malformed_recipes() {
+    let w = World::new();
+    let good = w.recipe("lora: { rank: 2 }");
+    let cases: Vec<(String, &str)> = vec![
+        (good.replace("epochs", "epochz"), "did you mean `epochs`?"),
+        (good.replace("train:", "trian:"), "trian"),
+        (good.replace("epochs: 4", "epochs: 4, steps: 3"), "exclude each other"),
+        (good.replace("epochs: 4", "epochs: -1"), "epochs"),
+        (good.replace("epochs: 4", "epochs: 0"), "expected 1 to"),
+        (good.replace("batch: 8", "batch: many"), "recipe.yaml:8"),
+        (good.replace("lr: 1.0e-2", "lr: 0"), "train.lr"),
+        (good.replace("lr: 1.0e-2", "lr: .nan"), "train.lr"),
+        (good.replace("seed: 3", "label_smoothing: 1.5"), "label_smoothing"),
+        (good.replace("seed: 3", "optimizer: adam"), "adamw"),
+        (good.replace("seed: 3", "optimizer: { adamw: { betas: [0.9, 1.0] } }"), "betas"),
+        (good.replace("seed: 3", "schedule: { cosine: { warmup: 2 } }"), "warmup"),
+        (good.replace("seed: 3", "clip_norm: 0"), "clip_norm"),
+        (good.replace("seed: 3", "ema: 1"), "train.ema"),
+        (good.replace("seed: 3", "augment: { crop: [0.9, 0.1] }"), "train.augment.crop"),
+        (good.replace("seed: 3", "dtype: f8"), "dtype"),
+        (good.replace("seed: 3", "early_stopping: { metric: beauty }"), "beauty"),
+        (good.replace("seed: 3", "init_adapter: nowhere"), "nowhere"),
+        (good.replace("lora: { rank: 2 }", "lorra: { rank: 2 }"), "did you mean `lora`?"),
+        (good.replace("rank: 2", "rnk: 2"), "did you mean `rank`?"),
+        (good.replace("rank: 2", "rank: 1000"), "found 1000"),
+        (good.replace("rank: 2", "targets: [nothing]"), "self_attn.q_proj"),
+        (good.replace("{ lora: { rank: 2 } }", "none"), "trains nothing"),
+        (good.replace("{ lora: { rank: 2 } }", "[lora, lora]"), "same tensor"),
+        (good.replace("a {} thing", "a thing"), "`{}`"),
+        (good.replace("[\"a {} thing\"]", "[]"), "at least one template"),
+        (good.replace("classify", "clasify"), "clasify"),
+        (good.replace("model: base", "model: nowhere"), "no such directory"),
+        (good.replace("model: base", "model: builtin:huge"), "builtin:tiny"),
+        (good.replace("model: base", "model: { init: { config: base } }"), "method: full"),
+        (good.replace("model: base\n", ""), "model"),
+        (good.replace("root: data", "root: nowhere"), "nowhere"),
+        (good.replace("root: data", "root: base"), "no image"),
+        (good.replace("folder: { root: data }", "builtin: emoticons"), "emoji"),
+        (good.replace("folder: { root: data }", "folder: { root: data }\n  builtin: emoji"), "exactly one source"),
+        (good.replace("folder: { root: data }", "shots: 2"), "exactly one source"),
+        (good.replace("folder: { root: data }", "folder: { root: data }\n  shots: 0"), "data.shots"),
+        (good.replace("folder: { root: data }", "folder: { root: data }\n  split: { train: 0.9, val: 0.2, test: 0.2 }"), "add up to 1"),
+        (good.replace("folder: { root: data }", "table: { path: nowhere.csv }"), "nowhere.csv"),
+        (good.replace("model:", "model: base\nmodel:"), "duplicate"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n".into(), "recipe"),
+        ("[1, 2".into(), "recipe.yaml"),
+        (String::new(), "recipe.yaml"),
+        ("\u{0}\u{1}".into(), "recipe.yaml"),
+        (format!("{}1{}", "[".repeat(5000), "]".repeat(5000)), "recipe.yaml"),
+    ];
+    for (yaml, part) in cases {
+        w.write("recipe.yaml", &yaml);
+        let message = w.fails(&["train", "recipe.yaml"], 2);
+        assert!(message.contains(part), "{yaml}\n→ {message}");
+        assert!(!w.path("run").exists(), "{yaml} left a run directory behind");
+    }
+}
+
+#[test]
+fn wrong_flags_and_files() {
+    let w = World::new();
+    let predict = |args: &[&str]| w.fails(&[&["predict", "--model", "base"], args].concat(), 2);
+    assert!(predict(&["--labels", "a,a", "data/red/0.png"]).contains("same prompt"));
+    assert!(predict(&["--labels", "a,,b", "data/red/0.png"]).contains("empty"));
+    assert!(predict(&["data/red/0.png"]).contains("--labels"));
+    assert!(predict(&["--labels", "a,b", "nothing.png"]).contains("nothing.png"));
+    assert!(predict(&["--labels", "a,b", "data/*/*.jpg"]).contains("matches no file"));
+    assert!(predict(&["--labels", "a,b", "--template", "x", "data/red/0.png"]).contains("`{}`"));
+    assert!(w.fails(&["train", "nothing.yaml"], 2).contains("nothing.yaml"));
+    assert!(w.fails(&["train", "recipe.yaml", "--set", "train.lr"], 2).contains("KEY=VALUE"));
+    assert!(w.fails(&["train", "recipe.yaml", "--device", "tpu"], 2).contains("tpu"));
+    assert!(w.fails(&["eval", "recipe.yaml", "--split", "dev2"], 2).contains("--split"));
+    assert!(w.fails(&["inspect", "data"], 2).contains("neither"));
+    assert!(w.fails(&["embed", "--model", "base", "--output", "x"], 2).contains("nothing to embed"));
+    assert!(w.fails(&["merge", "--model", "base", "--adapter", "nowhere", "--output", "m"], 2).contains("nowhere"));
+    assert!(w.fails(&["merge", "--model", "base", "--output", "data"], 2).contains("no merged model"));
+}
+
+#[test]
+fn damaged_bases() {
+    let w = World::new();
+    let original = |name: &str| std::fs::read(w.path("base").join(name)).unwrap();
+    let refuse = |name: &str, bytes: &[u8], part: &str| {
+        let before = original(name);
+        std::fs::write(w.path("base").join(name), bytes).unwrap();
+        let message = w.fails(&["inspect", "base"], 2);
+        assert!(message.contains(part) && message.contains(name), "{name}: {message}");
+        std::fs::write(w.path("base").join(name), before).unwrap();
+    };
+    refuse("config.json", b"{", "JSON");
+    refuse("config.json", br#"{"text_config": {"hidden_size": 0}}"#, "hidden_size");
+    refuse("preprocessor_config.json", br#"{"size": "big"}"#, "size");
+    refuse("preprocessor_config.json", br#"{"size": 32, "crop_size": 32}"#, "16");
+    refuse("tokenizer.json", b"{}", "tokeniser");
+    refuse("model.safetensors", b"", "intact");
+    refuse("model.safetensors", &original("model.safetensors")[..1000], "intact");
+    std::fs::remove_file(w.path("base/model.safetensors")).unwrap();
+    assert!(w.fails(&["inspect", "base"], 2).contains("no weights"));
+}

@@ -1,0 +1,192 @@
+//! The way of a newcomer through the real binary.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{World, read};
+
+fn number(v: &serde_json::Value) -> f64 {
+    v.as_f64().unwrap_or_else(|| panic!("{v} is no number"))
+}
+
+#[test]
+fn train_eval_predict_merge_inspect() {
+    let w = World::new();
+    let checked = w.json(&["train", "recipe.yaml", "--check"]);
+    assert_eq!(checked["classes"], serde_json::json!(["blue", "green", "red"]));
+    assert!(!w.path("run").exists(), "--check writes nothing");
+
+    let report = w.json(&["train", "recipe.yaml"]);
+    let (before, after) = (number(&report["before"]["accuracy"]), number(&report["after"]["accuracy"]));
+    assert!(after > before && after > 0.9, "{before} → {after}");
+    assert!(number(&report["adapter_bytes"]) > 1000.0 && number(&report["seconds"]) > 0.0);
+    assert!(number(&report["total_parameters"]) > number(&report["trainable_parameters"]));
+    for file in ["recipe.yaml", "report.json", "metrics.jsonl", "predictions.jsonl", "adapter/adapter_config.json", "adapter/peft.json"] {
+        assert!(w.path("run").join(file).exists(), "{file}");
+    }
+
+    let evaluated = w.json(&["eval", "run"]);
+    assert_eq!(number(&evaluated["accuracy"]), after);
+    let base = w.json(&["eval", "recipe.yaml", "--predictions", "p.jsonl"]);
+    assert_eq!(number(&base["accuracy"]), before);
+    assert_eq!(read(&w.path("p.jsonl")).split(|b| *b == b'\n').count(), 6 + 1);
+
+    let ranked = w.json(&["predict", "--model", "base", "--adapter", "run/adapter", "data/red/*.png"]);
+    assert_eq!(ranked.as_array().unwrap().len(), 10);
+    assert_eq!(ranked[0]["predictions"][0]["label"], "red");
+
+    let merged = w.json(&["merge", "--model", "base", "--adapter", "run/adapter", "--output", "merged"]);
+    assert!(number(&merged["max_abs_diff"]) < 1e-3);
+    let plain = w.json(&["predict", "--model", "merged", "--labels", "red,green,blue", "--template", "a {} thing", "data/red/0.png"]);
+    let (a, b) = (number(&plain[0]["predictions"][0]["probability"]), number(&ranked[0]["predictions"][0]["probability"]));
+    assert!((a - b).abs() < 1e-4, "{a} {b}");
+
+    assert_eq!(w.json(&["inspect", "base"])["kind"], "base");
+    let adapter = w.json(&["inspect", "run/adapter"]);
+    assert_eq!(adapter["facts"]["parameters"], report["trainable_parameters"]);
+    assert_eq!(w.json(&["inspect", "run"])["facts"]["state"], "finished");
+    assert_eq!(w.json(&["inspect", "recipe.yaml"])["kind"], "recipe");
+}
+
+#[test]
+fn finished_runs_are_kept() {
+    let w = World::new();
+    let first = w.json(&["train", "recipe.yaml"]);
+    let adapter = read(&w.path("run/adapter/adapter_model.safetensors"));
+    assert!(w.fails(&["train", "recipe.yaml"], 2).contains("--force"));
+    assert_eq!(w.json(&["train", "recipe.yaml", "--resume"]), first);
+    let other = w.fails(&["train", "recipe.yaml", "--resume", "--set", "train.lr=0.5"], 2);
+    assert!(other.contains("another recipe"), "{other}");
+    w.json(&["train", "recipe.yaml", "--force"]);
+    // One seed, one machine: the same bits.
+    assert_eq!(read(&w.path("run/adapter/adapter_model.safetensors")), adapter);
+    w.json(&["train", "recipe.yaml", "--output", "other", "--set", "train.seed=4"]);
+    assert_ne!(read(&w.path("other/adapter/adapter_model.safetensors")), adapter);
+}
+
+#[test]
+fn every_method_trains_and_only_linear_ones_merge() {
+    let w = World::new();
+    let methods = [
+        ("prefix: { length: 4, reparameterise: 8 }", false),
+        ("bottleneck: { reduction: 4, placement: houlsby }", false),
+        ("full: { layers: { last: 1 } }", true),
+        ("lora: { rank: 2, dropout: 0.1, modules_to_save: [visual_projection] }", true),
+    ];
+    for (method, folds) in methods {
+        let name = method.split(':').next().unwrap();
+        w.write("m.yaml", &w.recipe(method).replace("lr: 1.0e-2", "lr: 5.0e-3"));
+        let report = w.json(&["train", "m.yaml", "--output", name]);
+        assert!(number(&report["after"]["accuracy"]) > 0.5, "{method}: {report}");
+        let adapter = format!("{name}/adapter");
+        assert_eq!(w.json(&["eval", name])["accuracy"], report["after"]["accuracy"]);
+        let merge = ["merge", "--model", "base", "--adapter", &adapter, "--output", "m"];
+        match folds {
+            true => {
+                w.json(&[&merge[..], &["--force"]].concat());
+            }
+            false => {
+                let message = w.fails(&merge, 2);
+                assert!(message.contains("does not fold") && !w.path("m").exists(), "{message}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_linear_probe_trains_on_frozen_features() {
+    let w = World::new();
+    let recipe = w.recipe("x").replace("{ x }", "none").replace("templates: [\"a {} thing\"]", "head: linear");
+    w.write("probe.yaml", &recipe.replace("lr: 1.0e-2", "lr: 0.1"));
+    let report = w.json(&["train", "probe.yaml"]);
+    assert!(number(&report["after"]["accuracy"]) > 0.9, "{report}");
+    assert_eq!(number(&report["trainable_parameters"]), 3.0 * 17.0);
+    assert!(w.path("run/adapter/task.safetensors").exists() && !w.path("run/adapter/adapter_config.json").exists());
+    let ranked = w.json(&["predict", "--model", "base", "--adapter", "run/adapter", "data/blue/3.png"]);
+    assert_eq!(ranked[0]["predictions"][0]["label"], "blue");
+    assert!(w.fails(&["merge", "--model", "base", "--adapter", "run/adapter", "--output", "m"], 2).contains("head"));
+}
+
+#[test]
+fn retrieval_from_a_table_with_several_texts() {
+    let w = World::new();
+    let mut rows = String::new();
+    for class in ["red", "green", "blue"] {
+        for i in 0..10 {
+            rows += &format!("{{\"image\": \"data/{class}/{i}.png\", \"text\": [\"a {class} thing\", \"{class}\"], \"group\": \"{class}{}\"}}\n", i / 2);
+        }
+    }
+    w.write("pairs.jsonl", &rows);
+    w.write(
+        "r.yaml",
+        "model: base\nmethod: { lora: { rank: 4 } }\ndata: { table: { path: pairs.jsonl } }\ntask: retrieve\n\
+         train: { epochs: 6, batch: 8, lr: 1.0e-2, augment: { crop: [0.8, 1.0], flip: true } }\noutput: run\n",
+    );
+    let report = w.json(&["train", "r.yaml"]);
+    let key = "image_to_text_recall_at_1";
+    assert!(number(&report["after"][key]) > number(&report["before"][key]), "{report}");
+}
+
+#[test]
+fn embeddings_come_in_input_order() {
+    let w = World::new();
+    w.write("texts.txt", "a red thing\nblue\n");
+    w.write("list.txt", "data/red/1.png\ndata/blue/2.png\ndata/red/0.png\n");
+    let done = w.json(&["embed", "--model", "base", "--images", "list.txt", "--texts", "texts.txt", "--output", "e.safetensors"]);
+    assert_eq!((&done["images"], &done["texts"], &done["dim"]), (&3.into(), &2.into(), &16.into()));
+    let bytes = read(&w.path("e.safetensors"));
+    let (tensors, metadata) = peft::clip::weights::read_safetensors("e", &bytes).unwrap();
+    let shape = |name: &str| tensors.iter().find(|(n, _)| n == name).unwrap().1.dims().to_vec();
+    assert_eq!((shape("image_embeds"), shape("text_embeds")), (vec![3, 16], vec![2, 16]));
+    assert_eq!(metadata["texts"], "[\"a red thing\",\"blue\"]");
+    assert!(metadata["images"].starts_with("[\"data/red/1.png\""));
+}
+
+#[test]
+fn unreadable_images_are_listed_together_or_skipped() {
+    let w = World::new();
+    std::fs::write(w.path("data/red/3.png"), b"no image").unwrap();
+    std::fs::write(w.path("data/blue/4.png"), &read(&w.path("data/blue/5.png"))[..40]).unwrap();
+    let message = w.fails(&["train", "recipe.yaml"], 2);
+    assert!(message.contains("data/red/3.png") && message.contains("data/blue/4.png") && message.contains("skip_bad"), "{message}");
+    assert!(!w.path("run").exists());
+    w.json(&["train", "recipe.yaml", "--set", "data.skip_bad=true"]);
+}
+
+#[test]
+fn a_directory_in_use_or_of_others_is_left_alone() {
+    let w = World::new();
+    std::fs::create_dir(w.path("run")).unwrap();
+    std::fs::write(w.path("run/lock"), "4711").unwrap();
+    let held = std::fs::File::open(w.path("run/lock")).unwrap();
+    held.lock().unwrap();
+    assert!(w.fails(&["train", "recipe.yaml"], 2).contains("4711"));
+    drop(held);
+    // The owner is gone: the lock is taken over.
+    w.json(&["train", "recipe.yaml"]);
+    std::fs::create_dir(w.path("mine")).unwrap();
+    std::fs::write(w.path("mine/thesis.txt"), "x").unwrap();
+    assert!(w.fails(&["train", "recipe.yaml", "--output", "mine", "--force"], 2).contains("thesis.txt"));
+}
+
+#[test]
+fn bench_measures_full_batches() {
+    let w = World::new();
+    let found = w.json(&["bench", "recipe.yaml", "--steps", "3"]);
+    assert_eq!((&found["steps"], &found["batch"]), (&3.into(), &8.into()));
+    assert!(number(&found["step_seconds"]["median"]) >= number(&found["step_seconds"]["min"]));
+    assert!(number(&found["images_per_second"]) > 0.0 && number(&found["trainable_parameters"]) > 0.0);
+}
+
+#[test]
+fn the_embedded_recipes_are_valid() {
+    let w = World::new();
+    let all = w.json(&["recipes"]);
+    for recipe in all.as_array().unwrap() {
+        let name = recipe["name"].as_str().unwrap();
+        let text = w.json(&["recipes", name])["text"].as_str().unwrap().to_string();
+        w.write("r.yaml", &text);
+        w.json(&["inspect", "r.yaml"]);
+    }
+    assert!(w.fails(&["recipes", "nothing"], 2).contains("quickstart"));
+}

@@ -1,0 +1,80 @@
+//! A run that was stopped and resumed ends in the same bits as one that was not.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use candle_core::Device;
+use common::{World, read};
+use peft::recipe::Recipe;
+use peft::run::Existing;
+use peft::session;
+use peft::train::{Event, Observer};
+
+/// Asks for a stop after some steps.
+struct StopAfter(usize);
+
+impl Observer for StopAfter {
+    fn event(&mut self, event: Event<'_>) {
+        if matches!(event, Event::Step(_)) {
+            self.0 = self.0.saturating_sub(1);
+        }
+    }
+
+    fn stop(&self) -> Option<i32> {
+        (self.0 == 0).then_some(2)
+    }
+}
+
+fn recipe(w: &World, output: &str) -> Recipe {
+    let text = w
+        .recipe("lora: { rank: 2, dropout: 0.2 }")
+        .replace("model: base", &format!("model: {}", w.path("base").display()))
+        .replace("root: data", &format!("root: {}", w.path("data").display()))
+        .replace("seed: 3", "seed: 3, accumulate: 2, ema: 0.9, augment: { crop: [0.7, 1.0], flip: true }, patch_dropout: { fraction: 0.5, until: 0.5 }")
+        .replace("output: run", &format!("output: {}", w.path(output).display()));
+    Recipe::parse("recipe", &text, "recipe", &[]).unwrap()
+}
+
+fn train(w: &World, output: &str, existing: Existing, steps: usize) -> peft::Result<(peft::report::TrainReport, bool)> {
+    session::train(recipe(w, output), existing, &Device::Cpu, &mut StopAfter(steps))
+}
+
+#[test]
+fn stopped_anywhere_and_resumed_gives_the_same_bits() {
+    let w = World::new();
+    let (whole, _) = train(&w, "whole", Existing::Refuse, usize::MAX).unwrap();
+    let adapter = read(&w.path("whole/adapter/adapter_model.safetensors"));
+    for stop in [1, 3, 4, whole.steps - 1] {
+        let name = format!("stopped{stop}");
+        let error = train(&w, &name, Existing::Refuse, stop).unwrap_err();
+        assert_eq!(error.exit_code(), 130, "{error}");
+        assert!(error.to_string().contains("--resume"));
+        let refused = train(&w, &name, Existing::Refuse, usize::MAX).unwrap_err();
+        assert!(refused.to_string().contains("unfinished"));
+        let (resumed, _) = train(&w, &name, Existing::Resume, usize::MAX).unwrap();
+        assert_eq!(read(&w.path(&name).join("adapter/adapter_model.safetensors")), adapter, "stopped after {stop}");
+        assert_eq!(resumed.epochs, whole.epochs);
+        for file in ["metrics.jsonl", "predictions.jsonl"] {
+            assert_eq!(read(&w.path(&name).join(file)), read(&w.path("whole").join(file)), "{file}");
+        }
+    }
+}
+
+#[test]
+fn resuming_what_never_began_begins() {
+    let w = World::new();
+    let (report, finished_before) = train(&w, "new", Existing::Resume, usize::MAX).unwrap();
+    assert!(!finished_before && report.steps > 0);
+    assert!(train(&w, "new", Existing::Resume, usize::MAX).unwrap().1);
+}
+
+#[test]
+fn training_that_diverges_stops_with_step_and_files() {
+    let w = World::new();
+    let mut recipe = recipe(&w, "diverged");
+    recipe.train.lr = 1e30;
+    let error = session::train(recipe, Existing::Refuse, &Device::Cpu, &mut peft::train::Silent).unwrap_err();
+    assert_eq!(error.exit_code(), 3);
+    let message = error.to_string();
+    assert!(message.contains("not finite") && message.contains("step") && message.contains(".png"), "{message}");
+}
