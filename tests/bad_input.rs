@@ -100,8 +100,8 @@ fn damaged_bases() {
     refuse("preprocessor_config.json", br#"{"size": "big"}"#, "size");
     refuse("preprocessor_config.json", br#"{"size": 32, "crop_size": 32}"#, "16");
     refuse("tokenizer.json", b"{}", "tokeniser");
-    refuse("model.safetensors", b"", "intact");
-    refuse("model.safetensors", &original("model.safetensors")[..1000], "intact");
+    refuse("model.safetensors", b"", "safetensors file");
+    refuse("model.safetensors", &original("model.safetensors")[..1000], "safetensors file");
     std::fs::remove_file(w.path("base/model.safetensors")).unwrap();
     assert!(w.fails(&["inspect", "base"], 2).contains("no weights"));
 }

@@ -113,7 +113,10 @@ fn retrieval_from_a_table_with_several_texts() {
     let mut rows = String::new();
     for class in ["red", "green", "blue"] {
         for i in 0..10 {
-            rows += &format!("{{\"image\": \"data/{class}/{i}.png\", \"text\": [\"a {class} thing\", \"{class}\"], \"group\": \"{class}{}\"}}\n", i / 2);
+            rows += &format!(
+                "{{\"image\": \"data/{class}/{i}.png\", \"text\": [\"a {class} thing\", \"{class}\"], \"group\": \"{class}{}\"}}\n",
+                i / 2
+            );
         }
     }
     w.write("pairs.jsonl", &rows);

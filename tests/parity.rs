@@ -103,3 +103,22 @@ fn candle_transformers_agrees_where_it_applies() {
     assert!(relative(&clip.image_features(&golden["pixels"], &none).unwrap(), &images) < 1e-4);
     assert!(relative(&clip.text_features(&batch, &none).unwrap(), &texts) < 1e-4);
 }
+
+#[test]
+fn random_weights_are_drawn_as_transformers_draws_them() {
+    let config = ClipConfig::from_json("init", &std::fs::read(dir("init").join("config.json")).unwrap()).unwrap();
+    let theirs: std::collections::HashMap<String, [f64; 2]> =
+        serde_json::from_slice(&std::fs::read(dir("init").join("init.json")).unwrap()).unwrap();
+    let ours = peft::clip::model::random_weights(&config, 1, &Device::Cpu).unwrap();
+    assert_eq!(ours.len(), theirs.len());
+    for (name, tensor) in ours {
+        let values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let mean = values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len() as f64;
+        let std = (values.iter().map(|v| (f64::from(*v) - mean).powi(2)).sum::<f64>() / values.len() as f64).sqrt();
+        let [their_mean, their_std] = theirs[&name];
+        // Sampling noise of the smallest tensors, and the golden's four decimals.
+        let slack = 0.3 * their_std + 1e-4;
+        assert!((mean - their_mean).abs() < slack, "{name}: mean {mean} for {their_mean}");
+        assert!((std - their_std).abs() < slack, "{name}: deviation {std} for {their_std}");
+    }
+}

@@ -56,7 +56,8 @@ fn adapters_of_hf_peft_give_its_features() {
 #[test]
 fn our_adapters_have_the_features_that_hf_peft_computes() {
     let clip = base();
-    let ours: Vec<PathBuf> = std::fs::read_dir(dir("")).unwrap().map(|e| e.unwrap().path()).filter(|p| p.display().to_string().contains("/ours-")).collect();
+    let ours: Vec<PathBuf> =
+        std::fs::read_dir(dir("")).unwrap().map(|e| e.unwrap().path()).filter(|p| p.display().to_string().contains("/ours-")).collect();
     assert!(ours.len() >= 3, "{ours:?}");
     for adapter in ours {
         check(&clip, &adapter);
@@ -71,7 +72,10 @@ fn write_ours() {
     let recipes = [
         ("ours-towers", "lora: { rank: 3, alpha: 5, targets: [q_proj, fc1], towers: vision }"),
         ("ours-layers", "lora: { rank: 2, alpha: 4, targets: [v_proj, out_proj], layers: { last: 1 }, rslora: true }"),
-        ("ours-patterns", "lora: { rank: 4, targets: [k_proj, fc2, visual_projection], rank_pattern: { fc2: 2, layers.0.self_attn.k_proj: 3 }, alpha_pattern: { k_proj: 7 }, modules_to_save: [final_layer_norm] }"),
+        (
+            "ours-patterns",
+            "lora: { rank: 4, targets: [k_proj, fc2, visual_projection], rank_pattern: { fc2: 2, layers.0.self_attn.k_proj: 3 }, alpha_pattern: { k_proj: 7 }, modules_to_save: [final_layer_norm] }",
+        ),
     ];
     for (name, yaml) in recipes {
         let method = serde_saphyr::from_str(yaml).unwrap();
@@ -125,6 +129,6 @@ fn adapters_that_do_not_fit_are_refused_in_one_error() {
     holds(broken(&tensors(|t| drop(t.pop()))), "missing: ");
     holds(broken(&tensors(|t| t[0].1 = (&t[0].1 * f64::NAN).unwrap())), "not finite");
     holds(broken(&tensors(|t| t[0].1 = t[0].1.to_dtype(DType::I64).unwrap())), "expected floats");
-    holds(broken(&|d| std::fs::write(d.join("adapter_model.safetensors"), b"short").unwrap()), "intact");
+    holds(broken(&|d| std::fs::write(d.join("adapter_model.safetensors"), b"short").unwrap()), "safetensors file");
     holds(broken(&|d| std::fs::write(d.join("adapter_config.json"), b"{").unwrap()), "adapter_config.json");
 }

@@ -30,7 +30,10 @@ fn recipe(w: &World, output: &str) -> Recipe {
         .recipe("lora: { rank: 2, dropout: 0.2 }")
         .replace("model: base", &format!("model: {}", w.path("base").display()))
         .replace("root: data", &format!("root: {}", w.path("data").display()))
-        .replace("seed: 3", "seed: 3, accumulate: 2, ema: 0.9, augment: { crop: [0.7, 1.0], flip: true }, patch_dropout: { fraction: 0.5, until: 0.5 }")
+        .replace(
+            "seed: 3",
+            "seed: 3, accumulate: 2, ema: 0.9, augment: { crop: [0.7, 1.0], flip: true }, patch_dropout: { fraction: 0.5, until: 0.5 }",
+        )
         .replace("output: run", &format!("output: {}", w.path(output).display()));
     Recipe::parse("recipe", &text, "recipe", &[]).unwrap()
 }

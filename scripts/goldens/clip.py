@@ -86,7 +86,23 @@ def build(name, text, vision, projection, container, seed):
     )
 
 
+def initialisation():
+    """Mean and deviation of each tensor of a fresh model, for our random initialisation."""
+    torch.manual_seed(99)
+    config = CLIPConfig(
+        text_config={**BASE["text"], "hidden_size": 64, "intermediate_size": 160, "vocab_size": 90},
+        vision_config={**BASE["vision"], "hidden_size": 96, "intermediate_size": 128}, projection_dim=80,
+    )
+    model = CLIPModel(config)
+    out = OUT / "init"
+    out.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(out)
+    stats = {n: [round(p.mean().item(), 4), round(p.std(correction=0).item(), 4)] for n, p in model.named_parameters()}
+    (out / "init.json").write_text(json.dumps(stats, indent=0, sort_keys=True) + "\n")
+
+
 if __name__ == "__main__":
+    initialisation()
     for seed, (name, case) in enumerate(CASES.items()):
         build(name, *case, seed)
     total = sum(f.stat().st_size for f in OUT.rglob("*") if f.is_file())

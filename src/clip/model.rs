@@ -101,15 +101,16 @@ impl Clip {
         self.text.forward(texts, patches)
     }
 
-    /// exp of the learnt logit scale, a scalar f32.
+    /// exp of the learnt logit scale, a scalar f32 (f64 for an f64 model).
     ///
     /// # Errors
     /// When a patch fails.
     pub fn logit_scale(&self, patches: &Patches) -> TensorResult<Tensor> {
-        patches.weight(self.logit_scale.0, &self.logit_scale.1)?.to_dtype(DType::F32)?.exp()
+        let scale = patches.weight(self.logit_scale.0, &self.logit_scale.1)?;
+        widen(&scale)?.exp()
     }
 
-    /// Scaled cosine similarities of unnormalised features, f32.
+    /// Scaled cosine similarities of unnormalised features, f32 (f64 for an f64 model).
     ///
     /// # Shapes
     /// `images` [B, P], `texts` [N, P] → [B, N]
@@ -130,9 +131,14 @@ impl Clip {
 /// # Errors
 /// When the tensor has no dimension.
 pub fn unit_rows(x: &Tensor) -> TensorResult<Tensor> {
-    let x = if x.dtype() == DType::F64 { x.clone() } else { x.to_dtype(DType::F32)? };
+    let x = widen(x)?;
     let norm = (x.sqr()?.sum_keepdim(candle_core::D::Minus1)? + 1e-24)?.sqrt()?;
     x.broadcast_div(&norm)
+}
+
+/// f32 at least.
+fn widen(x: &Tensor) -> TensorResult<Tensor> {
+    if x.dtype() == DType::F64 { Ok(x.clone()) } else { x.to_dtype(DType::F32) }
 }
 
 /// Random weights as transformers' `CLIPPreTrainedModel._init_weights` draws them.

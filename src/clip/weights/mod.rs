@@ -1,270 +1,225 @@
-//! Checkpoint files in HF layout: safetensors or pickle, whole or in shards.
+//! Checkpoint files: what HF transformers saves, in any of its containers, under its names.
 
-use std::collections::{BTreeSet, HashMap};
+mod check;
+mod container;
+mod names;
+mod pickle;
+mod safetensors;
+mod torch;
 
-use candle_core::{DType, Tensor};
-use serde::Deserialize;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::Path;
+
+use ::safetensors::tensor::View;
+use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+use serde_json::Value;
 
 use super::config::ClipConfig;
 use super::source::Source;
 use crate::error::{Error, Result};
+use crate::files::write_atomic;
+use check::Chosen;
+use container::{Bytes, Container};
+pub use safetensors::read_safetensors;
 
-mod names;
-mod pickle;
-mod safetensors;
-
-pub(crate) use safetensors::save_with;
-pub use safetensors::{read_safetensors, save};
-
-/// A complete set of weights.
-#[derive(Debug)]
+/// The tensors of a base.
+#[derive(Debug, Clone)]
 pub struct Weights {
-    /// By HF name, in the file's dtype, on the CPU.
+    /// By HF name, in the file's type, on the CPU.
     pub tensors: HashMap<String, Tensor>,
-    /// The dtype that most numbers have.
+    /// The floating type that most tensors have.
     pub dtype: DType,
-    /// blake3 over names, dtypes, shapes and bytes.
+    /// `blake3:<hex>`, see [`digest`].
     pub digest: String,
 }
 
-type Named = Vec<(String, Tensor)>;
+/// Where weights may be, in transformers' order of preference.
+const FILES: [&str; 4] = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"];
 
-/// Whole files in the order in which transformers looks for them.
-const WHOLE: [&str; 2] = ["model.safetensors", "pytorch_model.bin"];
-
-/// Loads the weights of a base and checks them against its configuration.
+/// Reads a base's weights: one file or shards, safetensors or PyTorch's own format.
+///
+/// The set must be complete: exactly the tensors of `config`, in floating types, all finite.
+/// Buffers such as `position_ids` are left out.
 ///
 /// # Errors
-/// When no weights are found, a file is malformed, or tensors are missing, unexpected, misshapen or not
-/// finite; all of these are listed in one error.
+/// When no weights are there, a file is damaged, or tensors are missing, unexpected, misshapen,
+/// of another type or not finite; all such tensors are listed in one error.
 pub fn load(source: &Source, config: &ClipConfig) -> Result<Weights> {
-    let (place, found) = read(source)?;
-    let mut tensors = HashMap::with_capacity(found.len());
-    let mut wrong = Vec::new();
-    for (name, tensor) in found {
-        let Some(name) = names::canonical(&name) else { continue };
-        let tensor = if name == "logit_scale" { tensor.flatten_all()?.squeeze(0).unwrap_or(tensor) } else { tensor };
-        if tensors.insert(name.clone(), tensor).is_some() {
-            wrong.push(format!("twice: {name}"));
+    let containers = open(source)?;
+    let chosen = check::choose(source, &containers, config)?;
+    let read = chosen.par_iter().map(read).collect::<Result<Vec<_>>>()?;
+    check::finite(source, chosen.iter().zip(&read).filter(|(_, r)| !r.finite).map(|(c, _)| c.name.as_str()))?;
+    let mut parts: Vec<_> = chosen.iter().zip(&read).map(|(c, r)| (c.name.as_str(), &r.tensor, r.hash)).collect();
+    let digest = combine(&mut parts)?;
+    let dtype = common_dtype(read.iter().map(|r| r.tensor.dtype()));
+    let tensors = chosen.into_iter().zip(read).map(|(c, r)| (c.name, r.tensor)).collect();
+    Ok(Weights { tensors, dtype, digest })
+}
+
+struct Read {
+    tensor: Tensor,
+    hash: blake3::Hash,
+    finite: bool,
+}
+
+fn read(chosen: &Chosen<'_>) -> Result<Read> {
+    let bytes = chosen.container.data(chosen.entry)?;
+    let finite = !container::non_finite(&bytes, chosen.dtype);
+    let tensor = Tensor::from_raw_buffer(&bytes, chosen.dtype, &chosen.shape, &Device::Cpu)?;
+    Ok(Read { tensor, hash: blake3::hash(&bytes), finite })
+}
+
+fn common_dtype(dtypes: impl Iterator<Item = DType>) -> DType {
+    let mut counts = BTreeMap::new();
+    for dtype in dtypes {
+        counts.entry(dtype.as_str()).or_insert((0usize, dtype)).0 += 1;
+    }
+    counts.into_values().max_by_key(|(n, _)| *n).map_or(DType::F32, |(_, dtype)| dtype)
+}
+
+/// Opens the first kind of weights that is there.
+fn open(source: &Source) -> Result<Vec<Container<'static>>> {
+    for name in FILES {
+        if !exists(source, name)? {
+            continue;
         }
+        return if name.ends_with(".index.json") { open_shards(source, name) } else { Ok(vec![open_file(source, name)?]) };
     }
-    wrong.extend(misfits(&tensors, config));
-    if !wrong.is_empty() {
-        return Err(listed(&place, wrong));
-    }
-    let broken = not_finite(&tensors)?;
-    if !broken.is_empty() {
-        return Err(listed(&place, broken));
-    }
-    Ok(Weights { dtype: main_dtype(&tensors), digest: digest(&tensors)?, tensors })
+    Err(Error::input(source, format!("holds no weights: expected one of {}", FILES.join(", ")))
+        .hint("a base is a directory as transformers' save_pretrained writes it"))
 }
 
-/// The tensors of the first kind of file that is there.
-fn read(source: &Source) -> Result<(String, Named)> {
-    for name in WHOLE {
-        if let Some(tensors) = read_file(source, name)? {
-            return Ok((source.place(name), tensors));
-        }
-        let index = format!("{name}.index.json");
-        if let Some(bytes) = source.read(&index)? {
-            let place = source.place(&index);
-            return Ok((place.clone(), read_shards(source, &place, &bytes)?));
-        }
-    }
-    Err(Error::input(source, format!("has no weights; expected {} or {}, whole or with an index", WHOLE[0], WHOLE[1])))
-}
-
-fn read_file(source: &Source, name: &str) -> Result<Option<Named>> {
-    let place = source.place(name);
-    if name.ends_with(".bin") {
-        return source.path(name).map(|path| pickle::read(&place, &path)).transpose();
-    }
-    let Some(bytes) = source.read(name)? else { return Ok(None) };
-    Ok(Some(read_safetensors(&place, &bytes)?.0))
-}
-
-#[derive(Deserialize)]
-struct Index {
-    weight_map: HashMap<String, String>,
-}
-
-fn read_shards(source: &Source, place: &str, bytes: &[u8]) -> Result<Named> {
-    let index: Index = serde_json::from_slice(bytes).map_err(|e| Error::input(place, format!("not a weight index: {e}")))?;
-    let files: BTreeSet<&String> = index.weight_map.values().collect();
-    let mut all = Vec::new();
-    for file in files {
-        if file.contains(['/', '\\']) || file.starts_with('.') {
-            return Err(Error::input(place, format!("`{file}` is not a file name beside it")));
-        }
-        let tensors =
-            read_file(source, file)?.ok_or_else(|| Error::input(source.place(file), format!("no such file, but {place} names it")))?;
-        all.extend(tensors);
-    }
-    let found: BTreeSet<&String> = all.iter().map(|(n, _)| n).collect();
-    match index.weight_map.keys().find(|n| !found.contains(n)) {
-        Some(name) => Err(Error::input(place, format!("`{name}` is in none of the files"))),
-        None => Ok(all),
+fn exists(source: &Source, name: &str) -> Result<bool> {
+    match source {
+        Source::Builtin(_) => Ok(source.read(name)?.is_some()),
+        Source::Dir(_) => Ok(source.path(name).is_some()),
     }
 }
 
-/// Missing, unexpected, misshapen and non-float tensors.
-fn misfits(tensors: &HashMap<String, Tensor>, config: &ClipConfig) -> Vec<String> {
-    let expected = config.tensors();
-    let mut wrong = Vec::new();
-    for (name, shape) in &expected {
-        match tensors.get(name) {
-            None => wrong.push(format!("missing: {name} {shape:?}")),
-            Some(t) if t.dims() != shape.as_slice() => wrong.push(format!("{name}: expected {shape:?}, found {:?}", t.dims())),
-            Some(t) if !t.dtype().is_float() => wrong.push(format!("{name}: expected floats, found {}", t.dtype().as_str())),
-            Some(_) => {}
-        }
-    }
-    let known: BTreeSet<&String> = expected.iter().map(|(n, _)| n).collect();
-    let mut extra: Vec<&String> = tensors.keys().filter(|n| !known.contains(n)).collect();
-    extra.sort();
-    wrong.extend(extra.iter().map(|n| format!("unexpected: {n}")));
-    wrong
-}
-
-fn not_finite(tensors: &HashMap<String, Tensor>) -> Result<Vec<String>> {
-    use rayon::prelude::*;
-    let check = |(name, t): (&String, &Tensor)| -> Result<Option<String>> {
-        Ok((!finite(t)?).then(|| format!("{name}: holds values that are not finite")))
+fn open_file(source: &Source, name: &str) -> Result<Container<'static>> {
+    let bytes = match source.path(name) {
+        Some(path) => Bytes::open(&path)?,
+        None => Bytes::Memory(source.require(name)?),
     };
-    let mut wrong = tensors.par_iter().map(check).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect::<Vec<_>>();
-    wrong.sort();
-    Ok(wrong)
+    let place = source.place(name);
+    if name.ends_with(".safetensors") { safetensors::open(&place, bytes).map(|(c, _)| c) } else { torch::open(&place, bytes) }
 }
 
-fn finite(t: &Tensor) -> Result<bool> {
-    let flat = t.flatten_all()?;
-    Ok(match t.dtype() {
-        DType::F32 => flat.to_vec1::<f32>()?.iter().all(|v| v.is_finite()),
-        _ => flat.to_dtype(DType::F64)?.to_vec1::<f64>()?.iter().all(|v| v.is_finite()),
-    })
-}
-
-fn listed(place: &str, wrong: Vec<String>) -> Error {
-    const SHOWN: usize = 20;
-    let mut lines: Vec<String> = wrong.iter().take(SHOWN).map(|w| format!("  {w}")).collect();
-    if wrong.len() > SHOWN {
-        lines.push(format!("  and {} more", wrong.len() - SHOWN));
+/// Opens the shards that an index names and checks that each holds what it should.
+fn open_shards(source: &Source, index: &str) -> Result<Vec<Container<'static>>> {
+    let place = source.place(index);
+    let json: Value = serde_json::from_slice(&source.require(index)?).map_err(|e| Error::input(&place, format!("not valid JSON: {e}")))?;
+    let Some(map) = json.get("weight_map").and_then(Value::as_object).filter(|m| !m.is_empty()) else {
+        return Err(Error::input(&place, "expected an object `weight_map` of tensors and their files"));
+    };
+    let mut shards: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    for (tensor, file) in map {
+        let file = file.as_str().ok_or_else(|| Error::input(&place, format!("the file of `{tensor}` is no string")))?;
+        shards.entry(shard_name(&place, file)?).or_default().insert(tensor);
     }
-    Error::input(place, format!("{} tensors are not as config.json says:\n{}", wrong.len(), lines.join("\n")))
-        .hint("the weights and config.json may belong to different models")
-}
-
-fn main_dtype(tensors: &HashMap<String, Tensor>) -> DType {
-    let mut counts: HashMap<&'static str, (usize, DType)> = HashMap::new();
-    for t in tensors.values() {
-        counts.entry(t.dtype().as_str()).or_insert((0, t.dtype())).0 += t.elem_count();
+    let extension = if index.starts_with("model.") { ".safetensors" } else { ".bin" };
+    let mut containers = Vec::with_capacity(shards.len());
+    for (file, tensors) in shards {
+        if !file.ends_with(extension) {
+            return Err(Error::input(&place, format!("names the shard `{file}`, expected a {extension} file")));
+        }
+        if !exists(source, file)? {
+            return Err(Error::input(source.place(file), format!("this shard is missing; {index} names it for {} tensors", tensors.len()))
+                .hint("fetch the base again, with all its files"));
+        }
+        let container = open_file(source, file)?;
+        let held: BTreeSet<&str> = container.entries.iter().map(|e| e.name.as_str()).collect();
+        let lacking: Vec<&str> = tensors.difference(&held).copied().collect();
+        if !lacking.is_empty() {
+            return Err(Error::input(source.place(file), format!("lacks what {index} promises: {}", check::list(&lacking))));
+        }
+        containers.push(container);
     }
-    counts.into_values().max_by_key(|(count, dtype)| (*count, dtype.as_str())).map_or(DType::F32, |(_, dtype)| dtype)
+    Ok(containers)
 }
 
-/// blake3 over the sorted (name, dtype, shape, bytes): the same weights in another container have the
-/// same digest.
+/// Shards lie beside their index, nowhere else.
+fn shard_name<'a>(place: &str, file: &'a str) -> Result<&'a str> {
+    if file.is_empty() || file.starts_with('.') || file.contains(['/', '\\', ':', '\0']) {
+        return Err(Error::input(place, format!("names the shard `{file}`, expected a file beside the index")));
+    }
+    Ok(file)
+}
+
+/// What identifies a set of weights, whatever file it came from: `blake3:<hex>`.
+///
+/// blake3 over the tensors sorted by name; each contributes its name, a zero byte, its type and
+/// shape as safetensors writes them (`F32[64,32]`), a zero byte, and the blake3 of its
+/// little-endian bytes. Hashing each tensor by itself lets threads share the work.
 ///
 /// # Errors
-/// When a tensor has a dtype that no file holds.
+/// When a tensor's type cannot be saved.
 pub fn digest(tensors: &HashMap<String, Tensor>) -> Result<String> {
-    let mut names: Vec<&String> = tensors.keys().collect();
-    names.sort();
+    let mut parts = tensors
+        .par_iter()
+        .map(|(name, tensor)| {
+            let tensor = plain("digest", name, tensor)?;
+            Ok((name.as_str(), tensor.clone(), blake3::hash(&tensor.data())))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let mut parts: Vec<_> = parts.iter_mut().map(|(name, tensor, hash)| (*name, &*tensor, *hash)).collect();
+    combine(&mut parts)
+}
+
+fn combine(parts: &mut [(&str, &Tensor, blake3::Hash)]) -> Result<String> {
+    parts.sort_by_key(|(name, ..)| *name);
     let mut hasher = blake3::Hasher::new();
-    for name in names {
-        let tensor = &tensors[name];
-        hasher.update(format!("{name}\0{}\0{:?}\0", tensor.dtype().as_str(), tensor.dims()).as_bytes());
-        hasher.update_rayon(&safetensors::bytes(tensor)?);
+    for (name, tensor, hash) in parts {
+        let shape: Vec<String> = tensor.dims().iter().map(ToString::to_string).collect();
+        hasher.update(format!("{name}\0{}[{}]\0", type_name("digest", name, tensor)?, shape.join(",")).as_bytes());
+        hasher.update(hash.as_bytes());
     }
     Ok(format!("blake3:{}", hasher.finalize().to_hex()))
 }
 
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-    use crate::clip::model::random_weights;
-    use candle_core::Device;
-
-    fn config() -> ClipConfig {
-        let json = br#"{"projection_dim": 8,
-            "text_config": {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20},
-            "vision_config": {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}}"#;
-        ClipConfig::from_json("config.json", json).unwrap()
-    }
-
-    fn weights() -> HashMap<String, Tensor> {
-        random_weights(&config(), 0, &Device::Cpu).unwrap()
-    }
-
-    fn written(change: impl FnOnce(&mut HashMap<String, Tensor>)) -> Result<Weights> {
-        let mut tensors = weights();
-        change(&mut tensors);
-        let dir = tempfile::tempdir().unwrap();
-        let named: Named = tensors.into_iter().collect();
-        save(&dir.path().join("model.safetensors"), &named).unwrap();
-        load(&Source::Dir(dir.path().to_path_buf()), &config())
-    }
-
-    #[test]
-    fn what_is_written_is_read_with_the_same_digest() {
-        let read = written(|t| {
-            t.insert("text_model.embeddings.position_ids".into(), Tensor::zeros((1, 77), DType::I64, &Device::Cpu).unwrap());
-        });
-        assert_eq!(read.unwrap().digest, digest(&weights()).unwrap());
-    }
-
-    #[test]
-    fn everything_wrong_is_listed_at_once() {
-        let message = written(|t| {
-            t.remove("visual_projection.weight");
-            t.insert("extra".into(), Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap());
-            t.insert("text_projection.weight".into(), Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap());
-        });
-        let message = message.unwrap_err().to_string();
-        for part in ["missing: visual_projection.weight", "unexpected: extra", "text_projection.weight: expected [8, 8]"] {
-            assert!(message.contains(part), "{message}");
-        }
-    }
-
-    #[test]
-    fn non_finite_weights_are_named() {
-        let message = written(|t| {
-            let bad = Tensor::full(f32::NAN, 8, &Device::Cpu).unwrap();
-            t.insert("text_model.final_layer_norm.bias".into(), bad);
-        });
-        assert!(message.unwrap_err().to_string().contains("text_model.final_layer_norm.bias: holds"));
-    }
-
-    #[test]
-    fn shards_are_joined_and_may_not_lie_elsewhere() {
-        let dir = tempfile::tempdir().unwrap();
-        let named: Named = weights().into_iter().collect();
-        let (first, second) = named.split_at(10);
-        let map = |f: &str, part: &[(String, Tensor)]| {
-            part.iter().map(|(n, _)| (n.clone(), f.into())).collect::<Vec<(String, serde_json::Value)>>()
-        };
-        let write = |second_name: &str| {
-            save(&dir.path().join("a.safetensors"), first).unwrap();
-            save(&dir.path().join("b.safetensors"), second).unwrap();
-            let all: serde_json::Map<_, _> = map("a.safetensors", first).into_iter().chain(map(second_name, second)).collect();
-            std::fs::write(dir.path().join("model.safetensors.index.json"), serde_json::json!({ "weight_map": all }).to_string()).unwrap();
-            load(&Source::Dir(dir.path().to_path_buf()), &config())
-        };
-        assert_eq!(write("b.safetensors").unwrap().digest, digest(&weights()).unwrap());
-        assert!(write("../b.safetensors").unwrap_err().to_string().contains("beside it"));
-        assert!(write("c.safetensors").unwrap_err().to_string().contains("no such file"));
-    }
-
-    #[test]
-    fn damaged_files_are_refused() {
-        for bytes in [&b""[..], b"12345678", b"\xff\xff\xff\xff\xff\xff\xff\x7f{}", b"\x02\0\0\0\0\0\0\0[]"] {
-            let dir = tempfile::tempdir().unwrap();
-            for name in WHOLE {
-                std::fs::write(dir.path().join(name), bytes).unwrap();
-                assert_eq!(load(&Source::Dir(dir.path().to_path_buf()), &config()).unwrap_err().exit_code(), 2);
-                std::fs::remove_file(dir.path().join(name)).unwrap();
-            }
-        }
-    }
+/// The format's name of a type, for those that both candle and the format have.
+fn type_name(place: &str, name: &str, tensor: &Tensor) -> Result<&'static str> {
+    Ok(match tensor.dtype() {
+        DType::F64 => "F64",
+        DType::F32 => "F32",
+        DType::F16 => "F16",
+        DType::BF16 => "BF16",
+        DType::I64 => "I64",
+        DType::I32 => "I32",
+        DType::I16 => "I16",
+        DType::U32 => "U32",
+        DType::U8 => "U8",
+        other => return Err(Error::fault(place, format!("tensor `{name}` has the type {}, which cannot be saved", other.as_str()))),
+    })
 }
+
+/// On the CPU, and of a type that candle's serialisation knows (it panics on others).
+fn plain(place: &str, name: &str, tensor: &Tensor) -> Result<Tensor> {
+    type_name(place, name, tensor)?;
+    Ok(tensor.to_device(&Device::Cpu)?)
+}
+
+/// Writes tensors as safetensors with the metadata `{"format": "pt"}`, atomically.
+///
+/// # Errors
+/// When two tensors have one name, a type cannot be saved, or the file cannot be written.
+pub fn save(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
+    save_with(path, tensors, HashMap::from([("format".to_string(), "pt".to_string())]))
+}
+
+/// [`save`] with other metadata.
+pub(crate) fn save_with(path: &Path, tensors: &[(String, Tensor)], metadata: HashMap<String, String>) -> Result<()> {
+    let place = path.display().to_string();
+    let mut sorted = BTreeMap::new();
+    for (name, tensor) in tensors {
+        if sorted.insert(name.as_str(), plain(&place, name, tensor)?).is_some() {
+            return Err(Error::fault(&place, format!("two tensors are named `{name}`")));
+        }
+    }
+    let bytes = ::safetensors::serialize(sorted, Some(metadata)).map_err(|e| Error::fault(&place, e))?;
+    write_atomic(path, &bytes)
+}
+
+#[cfg(test)]
+mod tests;

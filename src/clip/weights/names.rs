@@ -1,38 +1,68 @@
-//! The names that checkpoints of CLIP go by.
+//! Tensor names of the many CLIP checkpoints, brought to transformers' names.
 
-/// Wrappers that put a prefix before every name.
-const PREFIXES: [&str; 3] = ["module.", "clip.", "model."];
+/// Wrappers that training code puts around the model: `nn.DataParallel`, `torch.compile`, a
+/// surrounding module.
+const PREFIXES: &[&str] = &["module.", "_orig_mod.", "model.", "clip.", "clip_model.", "base_model."];
 
-/// The HF name of a tensor, or nothing for buffers that are no weights.
+/// What a name of the model itself begins with.
+const ROOTS: &[&str] = &["text_model.", "vision_model.", "visual_projection.", "text_projection.", "logit_scale"];
+
+/// Constants that older releases saved among the weights.
+const BUFFERS: &[&str] = &["position_ids", "attn_mask", "causal_attention_mask"];
+
+/// The HF name of a tensor, or nothing where it is a buffer that the configuration determines.
 pub(super) fn canonical(name: &str) -> Option<String> {
-    let mut name = name;
-    while let Some(rest) = PREFIXES.iter().find_map(|p| name.strip_prefix(p)) {
-        name = rest;
-    }
-    // transformers before 4.31 saved these; later ones count positions anew.
-    if name.ends_with("position_ids") {
+    let last = name.rsplit('.').next().unwrap_or(name);
+    if BUFFERS.contains(&last) {
         return None;
     }
-    // TensorFlow's names, which old conversions kept.
-    let name = match (name.strip_suffix(".gamma"), name.strip_suffix(".beta")) {
-        (Some(path), _) => format!("{path}.weight"),
-        (_, Some(path)) => format!("{path}.bias"),
-        _ => name.to_string(),
-    };
-    // The misspelling is transformers'; some have put it right.
-    Some(name.replace("vision_model.pre_layernorm.", "vision_model.pre_layrnorm."))
+    let mut name = unwrapped(name).to_string();
+    for tower in ["text_model.", "vision_model."] {
+        // A tower that was saved as a model of its own has the tower's name twice.
+        while name.strip_prefix(tower).is_some_and(|rest| rest.starts_with(tower)) {
+            name.drain(..tower.len());
+        }
+    }
+    // Layer norms as TensorFlow names them; transformers renames them on load, too.
+    for (old, new) in [(".gamma", ".weight"), (".beta", ".bias")] {
+        if let Some(stem) = name.strip_suffix(old) {
+            return Some(format!("{stem}{new}"));
+        }
+    }
+    Some(name)
+}
+
+/// Without wrappers, where a name of the model is left.
+fn unwrapped(name: &str) -> &str {
+    let mut rest = name;
+    loop {
+        if ROOTS.iter().any(|root| rest.starts_with(root)) {
+            return rest;
+        }
+        match PREFIXES.iter().find_map(|prefix| rest.strip_prefix(prefix)) {
+            Some(inner) => rest = inner,
+            None => return name,
+        }
+    }
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
-    use super::canonical;
+    use super::*;
 
     #[test]
-    fn wrappers_and_old_names_are_undone() {
-        let is = |from: &str, to: &str| assert_eq!(canonical(from).as_deref(), Some(to));
-        is("module.clip.logit_scale", "logit_scale");
-        is("text_model.final_layer_norm.gamma", "text_model.final_layer_norm.weight");
-        is("vision_model.pre_layernorm.bias", "vision_model.pre_layrnorm.bias");
+    fn old_and_wrapped_names_are_understood() {
+        for (from, to) in [
+            ("logit_scale", "logit_scale"),
+            ("module.clip.logit_scale", "logit_scale"),
+            ("model.text_model.final_layer_norm.gamma", "text_model.final_layer_norm.weight"),
+            ("vision_model.pre_layrnorm.beta", "vision_model.pre_layrnorm.bias"),
+            ("_orig_mod.vision_model.vision_model.post_layernorm.bias", "vision_model.post_layernorm.bias"),
+            ("model.classifier.weight", "model.classifier.weight"),
+        ] {
+            assert_eq!(canonical(from).as_deref(), Some(to));
+        }
         assert_eq!(canonical("text_model.embeddings.position_ids"), None);
     }
 }

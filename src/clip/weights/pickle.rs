@@ -1,37 +1,367 @@
-//! `pytorch_model.bin`: candle's reader rebuilds tensors and runs nothing.
+//! A pickle machine that can rebuild tensors and nothing else.
+//!
+//! A pickle is a program; Python runs whatever it names. This machine knows the opcodes of plain
+//! data and four names of PyTorch; anything else is refused. Values live in arenas, so hostile
+//! nesting cannot exhaust the stack, and no opcode makes more than it was given bytes for.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
+use std::collections::HashMap;
+use std::rc::Rc;
 
-use candle_core::pickle::PthTensors;
+use candle_core::DType;
 
-use super::Named;
-use crate::error::{Error, Result};
+/// Why a pickle was refused.
+pub(super) type Refusal = String;
 
-/// All tensors of a torch file.
-///
-/// # Errors
-/// When the file is no torch file of plain tensors.
-pub(super) fn read(place: &str, path: &Path) -> Result<Named> {
-    let wrong = |message: String| {
-        Error::input(place, format!("is no torch file of plain tensors: {message}"))
-            .hint("save it as safetensors: model.save_pretrained(DIR, safe_serialization=True)")
-    };
-    // The reader indexes into what the file claims; whatever it trips over is the file's fault.
-    let read = || -> candle_core::Result<Named> {
-        let file = PthTensors::new(path, None)?;
-        let mut all = Vec::new();
-        for name in file.tensor_infos().keys() {
-            if let Some(tensor) = file.get(name)? {
-                all.push((name.clone(), tensor));
+type Outcome<T> = std::result::Result<T, Refusal>;
+
+/// A tensor as the pickle describes it.
+#[derive(Debug, Clone)]
+pub(super) struct Rebuilt {
+    pub(super) name: String,
+    /// The name of the storage's record.
+    pub(super) key: Rc<str>,
+    pub(super) dtype: std::result::Result<DType, String>,
+    /// In elements.
+    pub(super) offset: usize,
+    pub(super) shape: Vec<usize>,
+    pub(super) strides: Vec<usize>,
+}
+
+#[derive(Debug, Clone)]
+struct Storage {
+    kind: Rc<str>,
+    key: Rc<str>,
+}
+
+#[derive(Debug, Clone)]
+struct Strided {
+    storage: Storage,
+    offset: usize,
+    shape: Vec<usize>,
+    strides: Vec<usize>,
+}
+
+/// Containers are indices into the machine's arenas.
+#[derive(Debug, Clone)]
+enum Value {
+    None,
+    Bool,
+    Int(i64),
+    Float,
+    Text(Rc<str>),
+    Tuple(Rc<Vec<Value>>, usize),
+    List,
+    Dict(usize),
+    Global(Callable),
+    Storage(Rc<Storage>),
+    Tensor(Rc<Strided>),
+}
+
+#[derive(Debug, Clone)]
+enum Callable {
+    RebuildTensor,
+    RebuildParameter,
+    OrderedDict,
+    StorageType(Rc<str>),
+}
+
+/// Tuples deeper than any that PyTorch writes.
+const MAX_DEPTH: usize = 16;
+
+#[derive(Default)]
+struct Machine<'a> {
+    rest: &'a [u8],
+    stack: Vec<Value>,
+    marks: Vec<usize>,
+    memo: HashMap<u32, Value>,
+    dicts: Vec<Vec<(Value, Value)>>,
+}
+
+/// The tensors of a pickled state dict.
+pub(super) fn state_dict(pickle: &[u8]) -> Outcome<Vec<Rebuilt>> {
+    let mut machine = Machine { rest: pickle, ..Machine::default() };
+    while machine.step()? {}
+    let top = machine.pop()?;
+    machine.tensors(&top)
+}
+
+impl Machine<'_> {
+    /// One opcode; false after the last.
+    fn step(&mut self) -> Outcome<bool> {
+        let op = self.take::<1>()?[0];
+        match op {
+            // The protocol's number and a frame's length.
+            0x80 => _ = self.take::<1>()?,
+            0x95 => _ = self.take::<8>()?,
+            b'.' => return Ok(false),
+            b'(' => self.marks.push(self.stack.len()),
+            b'0' => drop(self.pop()?),
+            b'}' => self.new_dict(),
+            b']' => self.stack.push(Value::List),
+            b')' => self.tuple(Vec::new())?,
+            b't' => {
+                let items = self.since_mark()?;
+                self.tuple(items)?;
             }
+            0x85..=0x87 => {
+                let items = self.pop_many(usize::from(op - 0x84))?;
+                self.tuple(items)?;
+            }
+            b'q' | b'r' | 0x94 | b'h' | b'j' => self.memo(op)?,
+            b'c' | 0x93 => self.global(op)?,
+            b'Q' => self.persistent()?,
+            b'R' => self.reduce()?,
+            b'b' => self.build()?,
+            b's' | b'u' | b'a' | b'e' => self.fill(op)?,
+            _ => self.scalar(op)?,
         }
-        Ok(all)
-    };
-    match catch_unwind(AssertUnwindSafe(read)) {
-        Ok(Ok(tensors)) if !tensors.is_empty() => Ok(tensors),
-        Ok(Ok(_)) => Err(wrong("it holds none".into())),
-        Ok(Err(e)) => Err(wrong(e.to_string())),
-        Err(_) => Err(wrong("it is damaged".into())),
+        Ok(true)
     }
+
+    fn take<const N: usize>(&mut self) -> Outcome<[u8; N]> {
+        let (head, rest) = self.rest.split_first_chunk::<N>().ok_or("it ends too early")?;
+        self.rest = rest;
+        Ok(*head)
+    }
+
+    fn take_slice(&mut self, len: u64) -> Outcome<&[u8]> {
+        let len = usize::try_from(len).ok().filter(|n| *n <= self.rest.len()).ok_or("it ends too early")?;
+        let (head, rest) = self.rest.split_at(len);
+        self.rest = rest;
+        Ok(head)
+    }
+
+    fn pop(&mut self) -> Outcome<Value> {
+        let floor = self.marks.last().copied().unwrap_or(0);
+        if self.stack.len() <= floor {
+            return Err("an opcode lacks its operand".into());
+        }
+        self.stack.pop().ok_or_else(|| "an opcode lacks its operand".into())
+    }
+
+    fn pop_many(&mut self, count: usize) -> Outcome<Vec<Value>> {
+        let mut items = (0..count).map(|_| self.pop()).collect::<Outcome<Vec<_>>>()?;
+        items.reverse();
+        Ok(items)
+    }
+
+    fn since_mark(&mut self) -> Outcome<Vec<Value>> {
+        let mark = self.marks.pop().ok_or("a mark is missing")?;
+        Ok(self.stack.split_off(mark.min(self.stack.len())))
+    }
+
+    fn tuple(&mut self, items: Vec<Value>) -> Outcome<()> {
+        let depth = items.iter().map(|v| if let Value::Tuple(_, d) = v { d + 1 } else { 0 }).max().unwrap_or(0);
+        if depth > MAX_DEPTH {
+            return Err("tuples are nested too deeply".into());
+        }
+        self.stack.push(Value::Tuple(Rc::new(items), depth));
+        Ok(())
+    }
+
+    fn new_dict(&mut self) {
+        self.stack.push(Value::Dict(self.dicts.len()));
+        self.dicts.push(Vec::new());
+    }
+
+    fn memo(&mut self, op: u8) -> Outcome<()> {
+        let index = match op {
+            b'q' | b'h' => u32::from(self.take::<1>()?[0]),
+            b'r' | b'j' => u32::from_le_bytes(self.take()?),
+            _ => self.memo.len() as u32,
+        };
+        if matches!(op, b'h' | b'j') {
+            let value = self.memo.get(&index).ok_or("it recalls what it never stored")?;
+            self.stack.push(value.clone());
+        } else {
+            let value = self.stack.last().ok_or("an opcode lacks its operand")?;
+            self.memo.insert(index, value.clone());
+        }
+        Ok(())
+    }
+
+    fn scalar(&mut self, op: u8) -> Outcome<()> {
+        let value = match op {
+            b'N' => Value::None,
+            0x88 | 0x89 => Value::Bool,
+            b'K' => Value::Int(i64::from(self.take::<1>()?[0])),
+            b'M' => Value::Int(i64::from(u16::from_le_bytes(self.take()?))),
+            b'J' => Value::Int(i64::from(i32::from_le_bytes(self.take()?))),
+            0x8a => Value::Int(self.long()?),
+            b'G' => {
+                self.take::<8>()?;
+                Value::Float
+            }
+            0x8c | b'U' | b'X' | 0x8d => self.text(op)?,
+            _ => return Err(format!("it uses opcode 0x{op:02x}, which no saved state dict needs")),
+        };
+        self.stack.push(value);
+        Ok(())
+    }
+
+    fn text(&mut self, op: u8) -> Outcome<Value> {
+        let len = match op {
+            b'X' => u64::from(u32::from_le_bytes(self.take()?)),
+            0x8d => u64::from_le_bytes(self.take()?),
+            _ => u64::from(self.take::<1>()?[0]),
+        };
+        let bytes = self.take_slice(len)?;
+        let text = std::str::from_utf8(bytes).map_err(|_| "a string is not UTF-8")?;
+        Ok(Value::Text(text.into()))
+    }
+
+    fn long(&mut self) -> Outcome<i64> {
+        let len = self.take::<1>()?[0];
+        let bytes = self.take_slice(u64::from(len))?;
+        if bytes.len() > 8 {
+            return Err("a number is too large".into());
+        }
+        let fill = if bytes.last().is_some_and(|b| b & 0x80 != 0) { 0xff } else { 0 };
+        let mut wide = [fill; 8];
+        wide[..bytes.len()].copy_from_slice(bytes);
+        Ok(i64::from_le_bytes(wide))
+    }
+
+    fn global(&mut self, op: u8) -> Outcome<()> {
+        let (module, name) = if op == b'c' {
+            (self.line()?, self.line()?)
+        } else {
+            let [module, name] = [self.pop()?, self.pop()?];
+            match (name, module) {
+                (Value::Text(m), Value::Text(n)) => (m.to_string(), n.to_string()),
+                _ => return Err("it names a function by something that is no string".into()),
+            }
+        };
+        let callable = match (module.as_str(), name.as_str()) {
+            ("torch._utils", "_rebuild_tensor_v2") => Callable::RebuildTensor,
+            ("torch._utils", "_rebuild_parameter") => Callable::RebuildParameter,
+            ("collections", "OrderedDict") => Callable::OrderedDict,
+            ("torch" | "torch.storage", kind) if kind.ends_with("Storage") => Callable::StorageType(kind.into()),
+            _ => return Err(format!("it would call `{module}.{name}`, which has nothing to do with tensors")),
+        };
+        self.stack.push(Value::Global(callable));
+        Ok(())
+    }
+
+    fn line(&mut self) -> Outcome<String> {
+        let end = self.rest.iter().position(|b| *b == b'\n').ok_or("it ends too early")?;
+        let (line, rest) = self.rest.split_at(end);
+        self.rest = rest.get(1..).unwrap_or_default();
+        Ok(String::from_utf8_lossy(line).into_owned())
+    }
+
+    /// `("storage", type, key, device, elements)`.
+    fn persistent(&mut self) -> Outcome<()> {
+        let Value::Tuple(items, _) = self.pop()? else {
+            return Err("a storage reference is malformed".into());
+        };
+        match items.as_slice() {
+            [Value::Text(tag), Value::Global(Callable::StorageType(kind)), Value::Text(key), ..] if &**tag == "storage" => {
+                let storage = Storage { kind: kind.clone(), key: key.clone() };
+                self.stack.push(Value::Storage(Rc::new(storage)));
+                Ok(())
+            }
+            _ => Err("a storage reference is malformed".into()),
+        }
+    }
+
+    fn reduce(&mut self) -> Outcome<()> {
+        let args = self.pop()?;
+        let (Value::Global(callable), Value::Tuple(args, _)) = (self.pop()?, args) else {
+            return Err("it calls something that is no function".into());
+        };
+        match (callable, args.as_slice()) {
+            (Callable::OrderedDict, []) => self.new_dict(),
+            (Callable::RebuildParameter, [Value::Tensor(tensor), ..]) => self.stack.push(Value::Tensor(tensor.clone())),
+            (Callable::RebuildTensor, [Value::Storage(storage), Value::Int(offset), shape, strides, ..]) => {
+                let offset = usize::try_from(*offset).map_err(|_| "a tensor has a negative offset")?;
+                let (shape, strides) = (sizes(shape)?, sizes(strides)?);
+                if shape.len() != strides.len() {
+                    return Err("a tensor has more dimensions than strides".into());
+                }
+                let tensor = Strided { storage: (**storage).clone(), offset, shape, strides };
+                self.stack.push(Value::Tensor(Rc::new(tensor)));
+            }
+            (callable, _) => return Err(format!("it calls {callable:?} with unexpected arguments")),
+        }
+        Ok(())
+    }
+
+    /// Attributes of a dict (`_metadata`) say nothing about tensors.
+    fn build(&mut self) -> Outcome<()> {
+        self.pop()?;
+        match self.stack.last() {
+            Some(Value::Dict(_)) => Ok(()),
+            _ => Err("it sets the state of something that is no dict".into()),
+        }
+    }
+
+    fn fill(&mut self, op: u8) -> Outcome<()> {
+        let items = match op {
+            b's' => self.pop_many(2)?,
+            b'a' => self.pop_many(1)?,
+            _ => self.since_mark()?,
+        };
+        match (op, self.stack.last()) {
+            (b'a' | b'e', Some(Value::List)) => Ok(()),
+            (b's' | b'u', Some(Value::Dict(at))) if items.len() % 2 == 0 => {
+                let dict = self.dicts.get_mut(*at).ok_or("a dict is missing")?;
+                let mut items = items.into_iter();
+                while let (Some(key), Some(value)) = (items.next(), items.next()) {
+                    dict.push((key, value));
+                }
+                Ok(())
+            }
+            _ => Err("it fills something that is no container".into()),
+        }
+    }
+
+    /// The top dict's tensors; training scripts put it under `state_dict`.
+    fn tensors(&self, top: &Value) -> Outcome<Vec<Rebuilt>> {
+        let Value::Dict(at) = top else { return Err("it holds no state dict".into()) };
+        let dict = self.dicts.get(*at).ok_or("a dict is missing")?;
+        let inner = dict.iter().find_map(|(key, value)| match (key, value) {
+            (Value::Text(k), Value::Dict(at)) if &**k == "state_dict" => self.dicts.get(*at),
+            _ => None,
+        });
+        inner.unwrap_or(dict).iter().map(|(key, value)| rebuilt(key, value)).collect()
+    }
+}
+
+fn rebuilt(key: &Value, value: &Value) -> Outcome<Rebuilt> {
+    let Value::Text(name) = key else { return Err("a tensor's name is no string".into()) };
+    let Value::Tensor(tensor) = value else { return Err(format!("`{name}` is no tensor")) };
+    Ok(Rebuilt {
+        name: name.to_string(),
+        key: tensor.storage.key.clone(),
+        dtype: dtype(&tensor.storage.kind),
+        offset: tensor.offset,
+        shape: tensor.shape.clone(),
+        strides: tensor.strides.clone(),
+    })
+}
+
+fn sizes(value: &Value) -> Outcome<Vec<usize>> {
+    let Value::Tuple(items, _) = value else { return Err("a tensor's shape is no tuple".into()) };
+    items
+        .iter()
+        .map(|v| match v {
+            Value::Int(n) => usize::try_from(*n).map_err(|_| "a tensor has a negative size".into()),
+            _ => Err("a tensor's size is no number".into()),
+        })
+        .collect()
+}
+
+fn dtype(storage: &str) -> std::result::Result<DType, String> {
+    Ok(match storage {
+        "DoubleStorage" => DType::F64,
+        "FloatStorage" => DType::F32,
+        "HalfStorage" => DType::F16,
+        "BFloat16Storage" => DType::BF16,
+        "LongStorage" => DType::I64,
+        "IntStorage" => DType::I32,
+        "ShortStorage" => DType::I16,
+        "ByteStorage" | "BoolStorage" => DType::U8,
+        other => return Err(other.to_string()),
+    })
 }

@@ -1,0 +1,128 @@
+//! Texts to ids, as transformers' `CLIPTokenizer` makes them.
+
+mod definition;
+
+use rayon::prelude::*;
+
+use super::config::TextConfig;
+use super::source::Source;
+use crate::error::{Error, Result};
+use definition::Definition;
+
+/// Below this many texts threads cost more than they save.
+const PARALLEL: usize = 32;
+
+/// A base's tokeniser. Truncation and padding that its files ask for are ignored: texts are cut
+/// to the model's context here, and padded where batches are made.
+#[derive(Debug, Clone)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    bos: u32,
+    eos: u32,
+    context: usize,
+    digest: String,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json`, or else `vocab.json` and `merges.txt`.
+    ///
+    /// # Errors
+    /// When there is no tokeniser, it is damaged, lacks its begin or end token, or knows ids that
+    /// the model's token table has not.
+    pub fn load(source: &Source, config: &TextConfig) -> Result<Self> {
+        let Definition { place, json, bos, eos } = Definition::read(source)?;
+        let bytes = serde_json::to_vec(&json).map_err(|e| Error::fault(&place, e))?;
+        let inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::input(&place, format!("is not a valid tokeniser: {e}")))?;
+        definition::check_added(&place, &json, &inner)?;
+        check_vocabulary(&place, &inner, config)?;
+        let id = |role: &str, token: &str| {
+            inner.token_to_id(token).ok_or_else(|| {
+                Error::input(&place, format!("the {role} token `{token}` is not in the vocabulary"))
+                    .hint("name it in special_tokens_map.json or tokenizer_config.json")
+            })
+        };
+        let (bos_id, eos_id) = (id("begin", &bos)?, id("end", &eos)?);
+        let context = config.max_position_embeddings;
+        if context < 2 {
+            return Err(Error::input(&place, format!("a context of {context} tokens leaves no room for the begin and end tokens")));
+        }
+        let digest = definition::digest(&place, &inner, bos_id, eos_id)?;
+        let tokenizer = Self { inner, bos: bos_id, eos: eos_id, context, digest };
+        // A vocabulary without the pieces or the unknown token it needs shows on the first text.
+        tokenizer.encode("a photo of a \u{1f427}.").map_err(|e| Error::input(&place, format!("cannot encode a text: {e}")))?;
+        Ok(tokenizer)
+    }
+
+    /// The ids of a text between begin and end token, without padding, and whether it was cut.
+    ///
+    /// A text that is too long loses its end, never its end token.
+    ///
+    /// # Errors
+    /// When the vocabulary has neither a character nor an unknown token.
+    pub fn encode(&self, text: &str) -> Result<(Vec<u32>, bool)> {
+        let encoding = self.inner.encode_fast(text, false).map_err(|e| Error::input("tokeniser", format!("`{text}`: {e}")))?;
+        let room = self.context - 2;
+        let ids = encoding.get_ids();
+        let mut all = Vec::with_capacity(ids.len().min(room) + 2);
+        all.push(self.bos);
+        all.extend_from_slice(&ids[..ids.len().min(room)]);
+        all.push(self.eos);
+        Ok((all, ids.len() > room))
+    }
+
+    /// The ids of many texts, and how many were cut. For the caller to warn about.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_all(&self, texts: &[String]) -> Result<(Vec<Vec<u32>>, usize)> {
+        let encoded: Vec<(Vec<u32>, bool)> = if texts.len() < PARALLEL {
+            texts.iter().map(|t| self.encode(t)).collect::<Result<_>>()?
+        } else {
+            texts.par_iter().map(|t| self.encode(t)).collect::<Result<_>>()?
+        };
+        let cut = encoded.iter().filter(|(_, cut)| *cut).count();
+        Ok((encoded.into_iter().map(|(ids, _)| ids).collect(), cut))
+    }
+
+    /// The most ids of a text, begin and end included.
+    #[must_use]
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// `blake3:<hex>` over all that decides ids: pipeline, vocabulary, merges, added, begin and end
+    /// tokens. The same from `tokenizer.json` as from `vocab.json` and `merges.txt`.
+    #[must_use]
+    pub fn digest(&self) -> &str {
+        &self.digest
+    }
+
+    /// The tokeniser's files, to stand beside a merged model.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn files(source: &Source) -> Result<Vec<(String, Vec<u8>)>> {
+        let mut files = Vec::new();
+        for name in definition::FILES {
+            if let Some(bytes) = source.read(name)? {
+                files.push((name.to_string(), bytes.into_owned()));
+            }
+        }
+        Ok(files)
+    }
+}
+
+fn check_vocabulary(place: &str, inner: &tokenizers::Tokenizer, config: &TextConfig) -> Result<()> {
+    let vocab = inner.get_vocab(true);
+    match vocab.iter().max_by_key(|(_, id)| **id) {
+        None => Err(Error::input(place, "the vocabulary is empty")),
+        Some((token, id)) if *id as usize >= config.vocab_size => {
+            Err(Error::input(place, format!("token `{token}` has id {id}, the model's `vocab_size` is {}", config.vocab_size))
+                .hint("the tokeniser belongs to another model, or the token table was not resized"))
+        }
+        Some(_) => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

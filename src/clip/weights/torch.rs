@@ -1,0 +1,224 @@
+//! `pytorch_model.bin`: a zip archive of one pickle and raw storages.
+
+use std::collections::HashMap;
+use std::io::{Cursor, Read, Seek};
+use std::ops::Range;
+
+use zip::{CompressionMethod, ZipArchive};
+
+use super::container::{Bytes, Container, Entry, elements};
+use super::pickle::{self, Rebuilt};
+use crate::error::{Error, Result};
+
+/// A CLIP's pickle has some 100 kB.
+const MAX_PICKLE: u64 = 64 << 20;
+
+type Records = HashMap<String, Range<u64>>;
+
+/// Reads the archive's directory and its pickle.
+pub(super) fn open<'a>(place: &str, bytes: Bytes<'a>) -> Result<Container<'a>> {
+    let refuse = |why: String| Error::input(place, format!("is not a usable PyTorch checkpoint: {why}")).hint(HINT);
+    if bytes.len() >= 4 && bytes.read(0..2)?[..] != *b"PK" {
+        return Err(refuse("it is no zip archive (PyTorch before 1.6 wrote another format), or it is damaged".into()));
+    }
+    let records = match &bytes {
+        Bytes::File(path, _) => records(std::fs::File::open(path).map_err(|e| Error::read(path, e))?),
+        Bytes::Memory(bytes) => records(Cursor::new(bytes)),
+    }
+    .map_err(refuse)?;
+    let (prefix, at) = pickle_record(&records).map_err(refuse)?;
+    if at.end > bytes.len() {
+        return Err(refuse("it is cut off".into()));
+    }
+    let tensors = pickle::state_dict(&bytes.read(at)?).map_err(|why| refuse(format!("its pickle was refused: {why}")))?;
+    if let Some(order) = records.get(&format!("{prefix}byteorder"))
+        && bytes.read(order.clone())?[..] != *b"little"
+    {
+        return Err(refuse("its numbers are big-endian".into()));
+    }
+    let entries = tensors
+        .into_iter()
+        .map(|tensor| entry(tensor, &prefix, &records, bytes.len()))
+        .collect::<std::result::Result<_, _>>()
+        .map_err(refuse)?;
+    Ok(Container { place: place.to_string(), bytes, entries })
+}
+
+const HINT: &str =
+    "convert it where it was made: `safetensors.torch.save_file(torch.load(file, weights_only=True), \"model.safetensors\")`";
+
+/// Where the archive's records lie. PyTorch stores them uncompressed, so a record is a piece of the file.
+fn records(file: impl Read + Seek) -> std::result::Result<Records, String> {
+    let mut archive = ZipArchive::new(file).map_err(|e| e.to_string())?;
+    let mut records = Records::with_capacity(archive.len());
+    for i in 0..archive.len() {
+        let record = archive.by_index_raw(i).map_err(|e| e.to_string())?;
+        let name = String::from_utf8_lossy(record.name_raw()).into_owned();
+        if record.compression() != CompressionMethod::Stored || record.encrypted() {
+            return Err(format!("record `{name}` is compressed or encrypted"));
+        }
+        let start = record.data_start().ok_or_else(|| format!("record `{name}` has no data"))?;
+        let end = start.checked_add(record.size()).ok_or_else(|| format!("record `{name}` is too large"))?;
+        if records.insert(name.clone(), start..end).is_some() {
+            return Err(format!("record `{name}` occurs twice"));
+        }
+    }
+    Ok(records)
+}
+
+/// The directory inside the archive, and its `data.pkl`.
+fn pickle_record(records: &Records) -> std::result::Result<(String, Range<u64>), String> {
+    let mut found = records.iter().filter_map(|(name, range)| Some((name.strip_suffix("data.pkl")?, range)));
+    let Some((prefix, range)) = found.find(|(prefix, _)| prefix.is_empty() || prefix.ends_with('/')) else {
+        return Err("the archive holds no data.pkl".into());
+    };
+    if records.contains_key(&format!("{prefix}constants.pkl")) {
+        return Err("it is a TorchScript archive, not a state dict".into());
+    }
+    if range.end - range.start > MAX_PICKLE {
+        return Err(format!("its pickle is larger than {MAX_PICKLE} bytes"));
+    }
+    Ok((prefix.to_string(), range.clone()))
+}
+
+fn entry(t: Rebuilt, prefix: &str, records: &Records, len: u64) -> std::result::Result<Entry, String> {
+    let outside = || format!("tensor `{}` lies outside its storage", t.name);
+    let record = records.get(&format!("{prefix}data/{}", t.key)).ok_or_else(|| format!("the storage of tensor `{}` is missing", t.name))?;
+    if record.end > len {
+        return Err(format!("it is cut off: the storage of tensor `{}` is not complete", t.name));
+    }
+    let Ok(dtype) = t.dtype else {
+        return Ok(Entry { name: t.name, dtype: t.dtype, shape: t.shape, strides: None, range: record.clone() });
+    };
+    let size = dtype.size_in_bytes() as u64;
+    let count = elements(&t.shape).ok_or_else(outside)? as u64;
+    let extent = if count == 0 { 0 } else { extent(&t.shape, &t.strides).ok_or_else(outside)? };
+    let start = (t.offset as u64).checked_mul(size).and_then(|o| o.checked_add(record.start)).ok_or_else(outside)?;
+    let end = extent.checked_mul(size).and_then(|e| e.checked_add(start)).ok_or_else(outside)?;
+    // A stride of zero repeats elements; only so can a tensor be larger than its file.
+    if end > record.end || count > extent {
+        return Err(outside());
+    }
+    let strides = (!contiguous(&t.shape, &t.strides)).then_some(t.strides);
+    Ok(Entry { name: t.name, dtype: Ok(dtype), shape: t.shape, strides, range: start..end })
+}
+
+/// One more than the largest element index.
+fn extent(shape: &[usize], strides: &[usize]) -> Option<u64> {
+    shape.iter().zip(strides).try_fold(1u64, |last, (dim, stride)| {
+        let step = (*dim as u64).checked_sub(1)?.checked_mul(*stride as u64)?;
+        last.checked_add(step)
+    })
+}
+
+fn contiguous(shape: &[usize], strides: &[usize]) -> bool {
+    let mut expected = 1;
+    shape.iter().zip(strides).rev().all(|(dim, stride)| {
+        let fits = *dim == 1 || *stride == expected;
+        expected *= dim;
+        fits
+    })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::borrow::Cow;
+    use std::io::Write;
+
+    use super::*;
+
+    /// An archive as PyTorch's, around a pickle and one storage of 16 bytes.
+    fn archive(pickle: &[u8], compression: CompressionMethod) -> Vec<u8> {
+        let mut zip = zip::ZipWriter::new(Cursor::new(Vec::new()));
+        let options = zip::write::SimpleFileOptions::default().compression_method(compression);
+        for (name, bytes) in [("archive/data.pkl", pickle), ("archive/data/0", &[0u8; 16])] {
+            zip.start_file(name, options).unwrap();
+            zip.write_all(bytes).unwrap();
+        }
+        zip.finish().unwrap().into_inner()
+    }
+
+    /// `{"w": tensor}` with this offset, shape and strides; all below 256.
+    fn pickle(offset: u8, shape: &[u8], strides: &[u8]) -> Vec<u8> {
+        let tuple = |sizes: &[u8]| [b"(".to_vec(), sizes.iter().flat_map(|n| [b'K', *n]).collect(), b"t".to_vec()].concat();
+        [
+            b"\x80\x02}X\x01\0\0\0wctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\n".to_vec(),
+            b"X\x01\0\0\x000X\x03\0\0\0cpuK\x04tQ".to_vec(),
+            vec![b'K', offset],
+            tuple(shape),
+            tuple(strides),
+            b"\x89ccollections\nOrderedDict\n)RtRs.".to_vec(),
+        ]
+        .concat()
+    }
+
+    fn refusal(bytes: &[u8]) -> String {
+        let error = open("x.bin", Bytes::Memory(Cow::Borrowed(bytes))).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        error.to_string()
+    }
+
+    #[test]
+    fn strides_are_followed_and_bounds_kept() {
+        let stored = |p: &[u8]| archive(p, CompressionMethod::Stored);
+        for (offset, shape, strides) in [(0, &[2u8, 2][..], &[1u8, 2][..]), (1, &[3], &[1]), (0, &[], &[]), (4, &[0], &[1])] {
+            let bytes = stored(&pickle(offset, shape, strides));
+            let container = open("x.bin", Bytes::Memory(Cow::Borrowed(&bytes))).unwrap();
+            let tensor = container.tensor(&container.entries[0]).unwrap();
+            assert_eq!(tensor.dims(), shape.iter().map(|n| usize::from(*n)).collect::<Vec<_>>());
+        }
+        for (offset, shape, strides) in [(1, &[2u8, 2][..], &[2u8, 1][..]), (0, &[200, 200], &[0, 0]), (5, &[1], &[1]), (0, &[3], &[2])] {
+            assert!(refusal(&stored(&pickle(offset, shape, strides))).contains("outside its storage"));
+        }
+        assert!(refusal(&stored(&pickle(0, &[2, 2], &[1]))).contains("more dimensions"));
+    }
+
+    #[test]
+    fn pickles_that_do_more_than_rebuild_tensors_are_refused() {
+        let cases: [(&str, &[u8]); 9] = [
+            ("posix.system", b"cposix\nsystem\n(X\x02\0\0\0idtR."),
+            ("builtins.eval", b"\x80\x04X\x08\0\0\0builtinsX\x04\0\0\0eval\x93."),
+            ("opcode 0x69", b"(X\x02\0\0\0idios\nsystem\n."),
+            ("ends too early", b"\x80"),
+            ("ends too early", b"X\xff\xff\xff\xffabc"),
+            ("operand", b"R."),
+            ("no state dict", b"K\x01."),
+            ("is no tensor", b"}X\x01\0\0\0aK\x01s."),
+            ("never stored", b"h\x07."),
+        ];
+        for (reason, pickle) in cases {
+            let message = refusal(&archive(pickle, CompressionMethod::Stored));
+            assert!(message.contains(reason), "{reason}: {message}");
+        }
+        let deep = [vec![b')'], vec![0x85; 1_000_000], b".".to_vec()].concat();
+        assert!(refusal(&archive(&deep, CompressionMethod::Stored)).contains("too deeply"));
+    }
+
+    #[test]
+    fn other_archives_are_refused() {
+        assert!(refusal(b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.").contains("no zip archive"));
+        assert!(refusal(b"").contains("usable"));
+        assert!(refusal(b"PK\x03\x04").contains("usable"));
+        let whole = archive(&pickle(0, &[4], &[1]), CompressionMethod::Stored);
+        for cut in 0..whole.len() {
+            refusal(&whole[..cut]);
+        }
+    }
+
+    #[test]
+    fn garbled_archives_never_panic() {
+        let whole = archive(&pickle(0, &[4], &[1]), CompressionMethod::Stored);
+        for at in 0..whole.len() {
+            for value in [0, 1, 0x28, 0x7f, 0x80, 0xff] {
+                let mut bytes = whole.clone();
+                bytes[at] = value;
+                if let Ok(container) = open("x.bin", Bytes::Memory(Cow::Borrowed(&bytes))) {
+                    for entry in &container.entries {
+                        _ = container.tensor(entry);
+                    }
+                }
+            }
+        }
+    }
+}
