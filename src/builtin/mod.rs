@@ -17,6 +17,7 @@ macro_rules! tiny {
 
 const FILES: &[(&str, &str, &[u8])] = tiny![
     "config.json",
+    "model.safetensors",
     "preprocessor_config.json",
     "tokenizer.json",
     "vocab.json",
