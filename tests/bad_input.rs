@@ -15,7 +15,7 @@ fn malformed_recipes() {
         (good.replace("epochs: 4", "epochs: 4, steps: 3"), "exclude each other"),
         (good.replace("epochs: 4", "epochs: -1"), "epochs"),
         (good.replace("epochs: 4", "epochs: 0"), "expected 1 to"),
-        (good.replace("batch: 8", "batch: many"), "recipe.yaml:8"),
+        (good.replace("batch: 8", "batch: many"), "recipe.yaml:7"),
         (good.replace("lr: 1.0e-2", "lr: 0"), "train.lr"),
         (good.replace("lr: 1.0e-2", "lr: .nan"), "train.lr"),
         (good.replace("seed: 3", "label_smoothing: 1.5"), "label_smoothing"),
@@ -33,7 +33,7 @@ fn malformed_recipes() {
         (good.replace("rank: 2", "rank: 1000"), "found 1000"),
         (good.replace("rank: 2", "targets: [nothing]"), "self_attn.q_proj"),
         (good.replace("{ lora: { rank: 2 } }", "none"), "trains nothing"),
-        (good.replace("{ lora: { rank: 2 } }", "[lora, lora]"), "same tensor"),
+        (good.replace("{ lora: { rank: 2 } }", "[lora, lora]"), "two methods"),
         (good.replace("a {} thing", "a thing"), "`{}`"),
         (good.replace("[\"a {} thing\"]", "[]"), "at least one template"),
         (good.replace("classify", "clasify"), "clasify"),
@@ -99,7 +99,7 @@ fn damaged_bases() {
     refuse("config.json", br#"{"text_config": {"hidden_size": 0}}"#, "hidden_size");
     refuse("preprocessor_config.json", br#"{"size": "big"}"#, "size");
     refuse("preprocessor_config.json", br#"{"size": 32, "crop_size": 32}"#, "16");
-    refuse("tokenizer.json", b"{}", "tokeniser");
+    refuse("tokenizer.json", b"{}", "model");
     refuse("model.safetensors", b"", "safetensors file");
     refuse("model.safetensors", &original("model.safetensors")[..1000], "safetensors file");
     std::fs::remove_file(w.path("base/model.safetensors")).unwrap();

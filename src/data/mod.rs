@@ -215,14 +215,12 @@ impl Dataset {
     /// # Errors
     /// With all unreadable images at once, unless `skip_bad`.
     pub fn verify(&mut self, images: &Arc<Images>, skip_bad: bool) -> Result<()> {
-        for split in [Split::Train, Split::Val, Split::Test] {
-            let bad = images.verify(self.split(split));
-            if bad.is_empty() {
-                continue;
-            }
-            if !skip_bad {
-                return Err(unreadable(&bad));
-            }
+        const ALL: [Split; 3] = [Split::Train, Split::Val, Split::Test];
+        let bad = ALL.map(|split| images.verify(self.split(split)));
+        if !skip_bad && bad.iter().any(|b| !b.is_empty()) {
+            return Err(unreadable(&bad.into_iter().flatten().map(|(_, e)| e).collect::<Vec<_>>()));
+        }
+        for (split, bad) in ALL.into_iter().zip(bad).filter(|(_, bad)| !bad.is_empty()) {
             let drop: std::collections::HashSet<usize> = bad.iter().map(|(i, _)| *i).collect();
             let list = match split {
                 Split::Train => &mut self.train,
@@ -242,9 +240,9 @@ impl Dataset {
 }
 
 /// All at once, so that one pass of repair is enough.
-fn unreadable(bad: &[(usize, Error)]) -> Error {
+fn unreadable(bad: &[Error]) -> Error {
     const SHOWN: usize = 50;
-    let mut lines: Vec<String> = bad.iter().take(SHOWN).map(|(_, e)| format!("  {}", e.to_string().replace('\n', " "))).collect();
+    let mut lines: Vec<String> = bad.iter().take(SHOWN).map(|e| format!("  {}", e.to_string().replace('\n', " "))).collect();
     if bad.len() > SHOWN {
         lines.push(format!("  and {} more", bad.len() - SHOWN));
     }

@@ -109,6 +109,13 @@ impl Recipe {
     fn validate(&self, place: &str) -> Result<()> {
         self.train.validate(place)?;
         self.task.validate(place)?;
+        if let Some(metric) = self.train.early_stopping.as_ref().and_then(|e| e.metric.as_deref())
+            && metric != "loss"
+            && !self.task.metrics().contains(&metric)
+        {
+            return Err(Error::input(format!("{place}: train.early_stopping.metric"), format!("`{metric}` is not a metric of this task"))
+                .hint(format!("there are loss, {}", self.task.metrics().join(", "))));
+        }
         if matches!(self.model, ModelConfig::Scratch(_)) && !self.method.iter().any(|m| m.name() == "full") {
             return Err(Error::input(format!("{place}: model.init"), "random weights are of use only where they are trained")
                 .hint("add `method: full`, or name a pretrained base"));

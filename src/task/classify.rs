@@ -52,6 +52,9 @@ impl ClassifyConfig {
     }
 }
 
+/// What an evaluation gives besides the loss.
+pub(super) const METRICS: [&str; 4] = ["accuracy", "top5_accuracy", "macro_f1", "calibration_error"];
+
 /// Names of the head's weights in `task.safetensors`: [C, P] and [C].
 pub(crate) const HEAD: [&str; 2] = ["head.weight", "head.bias"];
 

@@ -83,6 +83,15 @@ impl TaskConfig {
         }
     }
 
+    /// The numbers that an evaluation gives, `loss` apart.
+    #[must_use]
+    pub fn metrics(&self) -> &'static [&'static str] {
+        match self {
+            Self::Classify(_) => &classify::METRICS,
+            Self::Retrieve(_) => &retrieve::METRICS,
+        }
+    }
+
     /// Builds the task and declares its own weights.
     ///
     /// # Errors

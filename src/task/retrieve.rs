@@ -23,6 +23,17 @@ pub struct RetrieveConfig {
     pub pad: Pad,
 }
 
+/// What an evaluation gives besides the loss.
+pub(super) const METRICS: [&str; 7] = [
+    "recall_mean",
+    "image_to_text_recall_at_1",
+    "image_to_text_recall_at_5",
+    "image_to_text_recall_at_10",
+    "text_to_image_recall_at_1",
+    "text_to_image_recall_at_5",
+    "text_to_image_recall_at_10",
+];
+
 pub(super) struct Retrieve {
     pad: Pad,
     seed: u64,

@@ -204,14 +204,14 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// Keeps the best epoch: higher metric (lower for `loss`), then lower loss, then the earlier one.
+    /// Keeps the best epoch: higher metric (lower for losses and errors), then lower loss, then the earlier one.
     fn judge(&self, run: &mut Run, epoch: usize, val: &Evaluation) -> Result<()> {
         let metric = val.metric(&self.metric).ok_or_else(|| {
             let known: Vec<&str> = val.metrics.keys().map(String::as_str).chain(["loss"]).collect();
             Error::input("train.early_stopping.metric", format!("`{}` is not a metric of this task", self.metric))
                 .hint(format!("there are {}", known.join(", ")))
         })?;
-        let sign = if self.metric == "loss" { -1.0 } else { 1.0 };
+        let sign = if ["loss", "calibration_error"].contains(&self.metric.as_str()) { -1.0 } else { 1.0 };
         let better = run.state.best.as_ref().is_none_or(|b| {
             let (new, old) = (sign * metric, sign * b.metric);
             new > old || (new == old && val.loss < b.loss)
