@@ -32,7 +32,8 @@ impl Tokenizer {
     pub fn load(source: &Source, config: &TextConfig) -> Result<Self> {
         let Definition { place, json, bos, eos } = Definition::read(source)?;
         let bytes = serde_json::to_vec(&json).map_err(|e| Error::fault(&place, e))?;
-        let inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::input(&place, format!("is not a valid tokeniser: {e}")))?;
+        let inner = guarded(|| tokenizers::Tokenizer::from_bytes(bytes))
+            .map_err(|e| Error::input(&place, format!("is not a valid tokeniser: {e}")))?;
         definition::check_added(&place, &json, &inner)?;
         check_vocabulary(&place, &inner, config)?;
         let id = |role: &str, token: &str| {
@@ -49,7 +50,7 @@ impl Tokenizer {
         let digest = definition::digest(&place, &inner, bos_id, eos_id)?;
         let tokenizer = Self { inner, bos: bos_id, eos: eos_id, context, digest };
         // A vocabulary without the pieces or the unknown token it needs shows on the first text.
-        tokenizer.encode("a photo of a \u{1f427}.").map_err(|e| Error::input(&place, format!("cannot encode a text: {e}")))?;
+        tokenizer.encode("a photo of a \u{1f427}.").map_err(|e| Error::input(&place, e))?;
         Ok(tokenizer)
     }
 
@@ -60,7 +61,10 @@ impl Tokenizer {
     /// # Errors
     /// When the vocabulary has neither a character nor an unknown token.
     pub fn encode(&self, text: &str) -> Result<(Vec<u32>, bool)> {
-        let encoding = self.inner.encode_fast(text, false).map_err(|e| Error::input("tokeniser", format!("`{text}`: {e}")))?;
+        let encoding = guarded(|| self.inner.encode_fast(text, false)).map_err(|e| {
+            let start: String = text.chars().take(80).collect();
+            Error::input("tokeniser", format!("cannot encode `{start}`: {e}"))
+        })?;
         let room = self.context - 2;
         let ids = encoding.get_ids();
         let mut all = Vec::with_capacity(ids.len().min(room) + 2);
@@ -110,6 +114,13 @@ impl Tokenizer {
         }
         Ok(files)
     }
+}
+
+/// The crate panics on some definitions that are valid JSON, for example on a `Replace` whose
+/// regular expression matches nothing at all; that, too, is a broken file.
+fn guarded<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(run))
+        .unwrap_or_else(|_| Err("its definition makes the tokenizers library fail".into()))
 }
 
 fn check_vocabulary(place: &str, inner: &tokenizers::Tokenizer, config: &TextConfig) -> Result<()> {

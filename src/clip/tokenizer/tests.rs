@@ -77,7 +77,9 @@ fn special_tokens_have_the_names_that_the_files_give() {
 #[test]
 fn broken_files_are_refused_with_the_reason() {
     type Change = fn(&mut Value);
-    let cases: [(&str, Change); 8] = [
+    let cases: [(&str, Change); 10] = [
+        ("makes the tokenizers library fail", |j| j["normalizer"]["normalizers"][1]["pattern"]["Regex"] = json!("")),
+        ("continuing_subword_prefix", |j| j["model"]["continuing_subword_prefix"] = json!("a prefix longer than any piece")),
         ("model", |j| j["model"] = Value::Null),
         ("valid tokeniser", |j| j["model"]["type"] = json!("Oracle")),
         ("valid tokeniser", |j| j["model"]["merges"][0] = json!("zz yy")),

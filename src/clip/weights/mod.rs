@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::files::write_atomic;
 use check::Chosen;
 use container::{Bytes, Container};
-pub use safetensors::read_safetensors;
+pub use safetensors::{Contents, read_safetensors};
 
 /// The tensors of a base.
 #[derive(Debug, Clone)]

@@ -64,6 +64,9 @@ impl<'de> Visitor<'de> for HeaderVisitor {
     }
 }
 
+/// Tensors in file order, and the free text of the header.
+pub type Contents = (Vec<(String, Tensor)>, HashMap<String, String>);
+
 /// Reads a safetensors file that is in memory: its tensors in file order and its metadata.
 ///
 /// `place` names the file in errors.
@@ -71,7 +74,7 @@ impl<'de> Visitor<'de> for HeaderVisitor {
 /// # Errors
 /// When the header is damaged, a name occurs twice, tensors overlap, leave holes or do not fill
 /// the file exactly, or a type is not supported.
-pub fn read_safetensors(place: &str, bytes: &[u8]) -> Result<(Vec<(String, Tensor)>, HashMap<String, String>)> {
+pub fn read_safetensors(place: &str, bytes: &[u8]) -> Result<Contents> {
     let (container, metadata) = open(place, Bytes::Memory(Cow::Borrowed(bytes)))?;
     let tensors = container.entries.iter().map(|entry| Ok((entry.name.clone(), container.tensor(entry)?))).collect::<Result<_>>()?;
     Ok((tensors, metadata))
