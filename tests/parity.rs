@@ -52,6 +52,20 @@ fn features_and_logits_equal_transformers() {
 }
 
 #[test]
+fn an_f64_model_keeps_its_precision() {
+    let (clip, golden) = load("quick");
+    let found = weights::load(&Source::Dir(dir("quick")), clip.config()).unwrap();
+    let clip = Clip::new(clip.config(), found.tensors, DType::F64, &Device::Cpu).unwrap();
+    let none = Patches::none();
+    let batch = TextBatch::new(&ids(&golden["ids"]), None, &clip.config().text, &Device::Cpu).unwrap();
+    let images = clip.image_features(&golden["pixels"], &none).unwrap();
+    let logits = clip.logits(&images, &clip.text_features(&batch, &none).unwrap(), &none).unwrap();
+    assert_eq!(logits.dtype(), DType::F64);
+    let off = relative(&logits.to_dtype(DType::F32).unwrap(), &golden["logits"]);
+    assert!(off < 1e-5, "{off}");
+}
+
+#[test]
 fn padding_does_not_change_text_features() {
     let (clip, golden) = load("quick");
     let rows = ids(&golden["ids"]);

@@ -62,7 +62,12 @@ def build(name, text, vision, projection, container, seed):
     if container == "pickle":
         out.mkdir(parents=True)
         model.config.save_pretrained(out)
-        torch.save(model.state_dict(), out / "pytorch_model.bin")
+        # As old releases saved it: with a buffer, a parameter and a tensor that lies transposed.
+        state = model.state_dict()
+        state["text_model.embeddings.position_ids"] = torch.arange(config.text_config.max_position_embeddings)[None]
+        state["visual_projection.weight"] = state["visual_projection.weight"].t().contiguous().t()
+        state["text_projection.weight"] = torch.nn.Parameter(state["text_projection.weight"])
+        torch.save(state, out / "pytorch_model.bin")
     else:
         model.save_pretrained(out, max_shard_size="30KB" if container == "shards" else "5GB")
     model.float()

@@ -29,12 +29,31 @@ FIXED = [
     "x" * 200, "word " * 100, "no" * 60, "1 " * 50, "é" * 40, "猫" * 40, "😀" * 20,
 ]
 
+CONTRACTIONS = ["it's", "IT'S", "don't", "DON'T", "we're they're", "I've", "I'm", "you'll", "he'd", "'s", "'t're've'm'll'd",
+                "it’s", "don’t", "rock'n'roll", "o'clock", "dogs' toys", "'tis", "y'all'd've", "s's's", "'S 'T 'RE", "'ſ", "it'ſ"]
+SPACE = [" ", "   ", "\t", "\n", "\r\n", " a", "a ", "  a  b  ", "a\tb", "a\nb", "a\r\nb", "a\vb", "a\fb", "a\u0085b", "a\u00a0b",
+         "a\u1680b", "a\u2000b\u2003c\u200a", "a\u2028b\u2029c", "a\u202fb", "a\u205fb", "a\u3000b", "a\u200bb", "a\ufeffb",
+         "\ufeffa", "a\u180eb", "a\u001cb\u001db", "\u3000", "a\u2060b", "a\u00adb", "\n\n\n a \t\t b \n"]
+HTML = ["<b>bold</b>", "a &amp; b", "&lt;tag&gt;", "&nbsp;", "&#39;quoted&#39;", "&#x1F600;", "&amp;amp;", "<br/>", "<!-- note -->",
+        "<a href=\"x\">y</a>", "&unknown;", "&copy; 2024", "<|startoftext|>", "<|endoftext|>", "a<|endoftext|>b", "<|startoftext|>a<|endoftext|>",
+        "<|ENDOFTEXT|>", "<|StartOfText|> a", "<|endoftext", "endoftext|>", "<|endoftext|><|endoftext|>", " <|endoftext|> ", "<|pad|>",
+        "<|end oftext|>", "<|startoftext|>'s"]
+UNICODE = ["café", "cafe\u0301", "naïve façade", "Ångström", "A\u030angstro\u0308m", "ﬁne ﬂow", "ß ẞ", "İstanbul", "ı I i İ", "ǅ ǆ Ǆ",
+           "Σίσυφος", "ΣΑΣ", "ὈΔΥΣΣΕΎΣ", "Привет, мир", "ПРИВЕТ", "שלום", "مرحبا بالعالم", "السَّلَام", "हिन्दी", "नमस्ते दुनिया", "ไทย", "สวัสดี",
+           "ქართული", "Հայերեն", "አማርኛ", "Ω Ω", "Å Å K K", "½ ¼ ²³", "①②③ Ⅳ", "٣٤٥", "१२३", "𝟘𝟙𝟚", "𝒜𝓁𝑔𝑒𝒷𝓇𝒶", "ＦＵＬＬ　ｗｉｄｔｈ", "x̄ ŷ", "Z͑ͫ̓ͪ̂ͫ̽͏̴̙̤̞͉͚̯̞̠͍A",
+           "€ £ ¥ ₹", "™ ® ©", "→ ⇒ ↔", "∀x∈ℝ", "∑∫∂", "\u0000", "a\u0000b", "\u0007", "\u007f", "\ufffd", "\ue000", "\U0010ffff", "\u0301", "a\u0301\u0323",
+           "a\u0323\u0301", "\u1e9b\u0323", "각", "\u1100\u1161\u11a8", "ﷺ", "\u202eright-to-left", "\u2066x\u2069", "ǰ", "ŉ", "ΐ", "Ⴀ ⴀ", "Ა", "Ꭰ ꭰ", "𐐀 𐐨", "ᵃᵇ", "ʰ"]
+CJK = ["你好", "你好，世界", "猫的照片", "一张猫的照片。", "日本語", "日本語のテキスト", "カタカナ ｶﾀｶﾅ", "が か\u3099", "한국어", "고양이 사진", "漢字かな交じり文", "𠮷野家", "㍿ ㈱", "「引用」",
+       "３個", "你好world你好", "北京2008", "豈", "\U0002f800"]
+EMOJI = ["😀", "😀😀😀", "a 😀 b", "👍🏽", "👨‍👩‍👧‍👦", "🏳️‍🌈", "🇩🇪🇯🇵", "❤️", "❤", "☺︎", "1️⃣", "#️⃣", "🧑🏿‍🚀", "🫠", "🦩", "👁️‍🗨️", "♀️", "🏴󠁧󠁢󠁥󠁮󠁧󠁿",
+         "cat🐱dog🐶", "🐱's", "\u200d", "\ufe0f", "🤷‍♂️ who knows"]
+
 ALPHABETS = ["abc xyz", "ABC'st ", "0123 .,", "éüñ çã", "猫犬鳥 ", "😀🐱🎉 ", "<>&;|/ ", "абв Где", "\t\n  a", "'s't'm'd "]
 
 
 def main():
     rng = random.Random(0)
-    texts = list(dict.fromkeys(FIXED + [
+    texts = list(dict.fromkeys(FIXED + CONTRACTIONS + SPACE + HTML + UNICODE + CJK + EMOJI + [
         "".join(rng.choice(alphabet) for _ in range(rng.randint(1, 24))) for alphabet in ALPHABETS for _ in range(15)
     ]))
     full = CLIPTokenizer.from_pretrained(ROOT / "src/builtin/tiny")
