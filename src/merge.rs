@@ -111,8 +111,11 @@ fn check_output(options: &MergeOptions) -> Result<()> {
     }
 }
 
+/// An adapter's hooks and how much of it is folded.
+type Weighted = (Patches, f64);
+
 /// The adapters' hooks with their weights; refused where one does not fold.
-fn adapters(base: &Base, options: &MergeOptions) -> Result<(Vec<(Patches, f64)>, Vec<String>)> {
+fn adapters(base: &Base, options: &MergeOptions) -> Result<(Vec<Weighted>, Vec<String>)> {
     let (mut all, mut notes) = (Vec::new(), Vec::new());
     for (dir, weight) in &options.adapters {
         if !weight.is_finite() {
@@ -139,7 +142,7 @@ fn adapters(base: &Base, options: &MergeOptions) -> Result<(Vec<(Patches, f64)>,
 }
 
 /// All tensors in model order with the adapters folded in, f32 arithmetic, cast to `dtype` at the end.
-fn folded(base: &Base, adapters: &[(Patches, f64)], dtype: DType) -> Result<(Vec<(String, Tensor)>, usize)> {
+fn folded(base: &Base, adapters: &[Weighted], dtype: DType) -> Result<(Vec<(String, Tensor)>, usize)> {
     let (mut all, mut changed) = (Vec::new(), 0);
     for (id, weight) in base.clip.sites().weights() {
         let mut value = weight.tensor.clone();
@@ -165,7 +168,7 @@ fn folded(base: &Base, adapters: &[(Patches, f64)], dtype: DType) -> Result<(Vec
 
 /// The logits that the merged model should give: those of base and adapters, unmerged. A weighted
 /// adapter has no unmerged form; there the folded tensors are taken before they are written.
-fn expected(base: &Base, adapters: Vec<(Patches, f64)>, tensors: &[(String, Tensor)]) -> Result<Tensor> {
+fn expected(base: &Base, adapters: Vec<Weighted>, tensors: &[(String, Tensor)]) -> Result<Tensor> {
     if adapters.iter().all(|(_, w)| *w == 1.0) {
         let mut all = Patches::none();
         adapters.into_iter().for_each(|(p, _)| all.extend(p));
@@ -238,5 +241,5 @@ fn probe(clip: &Clip, tokenizer: &Tokenizer, patches: &Patches) -> Result<Tensor
 fn max_abs(t: &Tensor) -> Result<f64> {
     let values = t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
     // NaN has to survive, which `f32::max` would drop.
-    Ok(values.iter().fold(0.0, |m, v| if v.is_nan() || m != m { f64::NAN } else { f64::max(m, f64::from(v.abs())) }))
+    Ok(values.iter().fold(0.0, |m, v| if v.is_nan() || f64::is_nan(m) { f64::NAN } else { f64::max(m, f64::from(v.abs())) }))
 }

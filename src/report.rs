@@ -231,8 +231,7 @@ mod tests {
         assert_eq!(text, SKLEARN);
     }
 
-    const SKLEARN: &str = "\
-              precision    recall  f1-score   support
+    const SKLEARN: &str = "              precision    recall  f1-score   support
 
      class 0       0.50      1.00      0.67         1
      class 1       0.00      0.00      0.00         1

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::method::{Fold, Init, Method, Patch};
 use crate::params::{Params, Spec, Start};
 use crate::sites::{BaseWeight, Sites, Tower, WeightId};
-use crate::targets::{Layers, Targets, Towers};
+use crate::targets::{Layers, Matcher, Targets, Towers};
 use crate::{Error, Result};
 
 /// See [`FullConfig`].
@@ -35,7 +35,7 @@ impl FullConfig {
     fn selects(&self, sites: &Sites) -> Result<Vec<WeightId>> {
         let matches = match &self.targets {
             Some(t) => t.matcher("targets")?,
-            None => Box::new(|_: &str| true) as Box<dyn Fn(&str) -> bool>,
+            None => Box::new(|_: &str| true) as Matcher,
         };
         let layers = |tower| self.layers.as_ref().map(|l| l.resolve("layers", sites.depth(tower))).transpose();
         let (vision, text) = (layers(Tower::Vision)?, layers(Tower::Text)?);

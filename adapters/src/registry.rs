@@ -12,6 +12,8 @@ macro_rules! methods {
     ($($(#[$doc:meta])* $name:literal $variant:ident = $method:ty;)*) => {
         /// A method of a recipe: `lora: { rank: 8 }`.
         #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        // A recipe holds a handful of these; a box would only be in the way.
+        #[allow(clippy::large_enum_variant)]
         pub enum MethodConfig {
             $($(#[$doc])* #[serde(rename = $name)] $variant(<$method as Method>::Config),)*
         }

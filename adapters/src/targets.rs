@@ -16,6 +16,9 @@ pub enum Targets {
     Pattern(String),
 }
 
+/// Says whether a path is meant.
+pub type Matcher = Box<dyn Fn(&str) -> bool>;
+
 impl Targets {
     /// A list of names.
     #[must_use]
@@ -27,7 +30,7 @@ impl Targets {
     ///
     /// # Errors
     /// When the list is empty or the pattern is not a regular expression.
-    pub fn matcher(&self, key: &str) -> Result<Box<dyn Fn(&str) -> bool>> {
+    pub fn matcher(&self, key: &str) -> Result<Matcher> {
         match self {
             Self::Names(names) if names.is_empty() => Err(Error::config(key, "expected at least one name")),
             Self::Names(names) => {
@@ -143,7 +146,7 @@ impl Selection<'_> {
     pub fn sites<'s>(&self, sites: &'s Sites, kind: impl Fn(&SiteKind) -> bool) -> Result<Vec<(SiteId, &'s Site)>> {
         let matches = match self.targets {
             Some(t) => t.matcher("targets")?,
-            None => Box::new(|_: &str| true) as Box<dyn Fn(&str) -> bool>,
+            None => Box::new(|_: &str| true) as Matcher,
         };
         let keep =
             |tower: Tower| -> Result<Option<Vec<usize>>> { self.layers.map(|l| l.resolve("layers", sites.depth(tower))).transpose() };

@@ -112,7 +112,7 @@ impl Loader {
     ///
     /// # Errors
     /// When an image cannot be read.
-    pub fn next(&mut self) -> Result<Option<Batch>> {
+    pub fn next_batch(&mut self) -> Result<Option<Batch>> {
         self.receiver.as_ref().and_then(|r| r.recv().ok()).transpose()
     }
 }

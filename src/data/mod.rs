@@ -154,8 +154,11 @@ impl DataConfig {
     }
 }
 
+/// An example and the split that its source put it in.
+type Placed = (Example, Option<Split>);
+
 /// Numbers the labels; names are sorted where the source does not fix them.
-fn classes(place: &str, raw: Raw) -> Result<(Vec<String>, Vec<(Example, Option<Split>)>)> {
+fn classes(place: &str, raw: Raw) -> Result<(Vec<String>, Vec<Placed>)> {
     let names = match raw.classes {
         Some(names) => names,
         None => {

@@ -167,7 +167,7 @@ impl<'a> Trainer<'a> {
         while run.state.step < total && !run.state.stopped_early {
             let record = stepper.step(self, run)?;
             observer.event(Event::Step(&record));
-            let epoch_done = run.state.step % stepper.steps_per_epoch() == 0 || run.state.step == total;
+            let epoch_done = run.state.step.is_multiple_of(stepper.steps_per_epoch()) || run.state.step == total;
             if epoch_done {
                 self.end_epoch(run, record.epoch, record.epoch % self.config.evaluate_every == 0 || run.state.step == total, observer)?;
             }

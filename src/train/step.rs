@@ -94,7 +94,7 @@ impl Stepper {
     /// The batch at `position` and whether it holds features in place of pixels.
     fn fetch(&mut self, position: usize) -> Result<(Batch, bool)> {
         match &mut self.feed {
-            Feed::Images(loader) => match loader.next()? {
+            Feed::Images(loader) => match loader.next_batch()? {
                 Some(batch) => Ok((batch, false)),
                 None => Err(Error::fault("loader", "ended before the last step")),
             },

@@ -19,13 +19,13 @@ const CONFIG: &str = r#"{"model_type": "clip", "projection_dim": 16,
 const PREPROCESS: &str = r#"{"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16},
     "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}"#;
 
-pub struct World {
-    pub dir: tempfile::TempDir,
+pub(crate) struct World {
+    pub(crate) dir: tempfile::TempDir,
 }
 
 impl World {
     /// A base in `base/`, images in `data/<class>/`, a recipe in `recipe.yaml`.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let world = Self { dir: tempfile::tempdir().unwrap() };
         let base = world.path("base");
         std::fs::create_dir(&base).unwrap();
@@ -47,35 +47,35 @@ impl World {
         world
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    pub fn write(&self, name: &str, text: &str) -> PathBuf {
+    pub(crate) fn write(&self, name: &str, text: &str) -> PathBuf {
         std::fs::write(self.path(name), text).unwrap();
         self.path(name)
     }
 
-    pub fn recipe(&self, method: &str) -> String {
+    pub(crate) fn recipe(&self, method: &str) -> String {
         format!(
             "model: base\nmethod: {{ {method} }}\ndata:\n  folder: {{ root: data }}\ntask:\n  classify: {{ templates: [\"a {{}} thing\"] }}\n\
              train: {{ epochs: 4, batch: 8, lr: 1.0e-2, seed: 3 }}\noutput: run\n"
         )
     }
 
-    pub fn peft(&self, args: &[&str]) -> Output {
+    pub(crate) fn peft(&self, args: &[&str]) -> Output {
         std::process::Command::new(env!("CARGO_BIN_EXE_peft")).args(args).current_dir(self.dir.path()).output().unwrap()
     }
 
     /// Runs and expects success; the JSON on stdout.
-    pub fn json(&self, args: &[&str]) -> Value {
+    pub(crate) fn json(&self, args: &[&str]) -> Value {
         let out = self.peft(&[args, &["--json"]].concat());
         assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
         serde_json::from_slice(&out.stdout).unwrap()
     }
 
     /// Runs and expects an exit code; what stands on stderr.
-    pub fn fails(&self, args: &[&str], code: i32) -> String {
+    pub(crate) fn fails(&self, args: &[&str], code: i32) -> String {
         let out = self.peft(args);
         let message = String::from_utf8_lossy(&out.stderr).into_owned();
         assert_eq!(out.status.code(), Some(code), "{args:?}: {message}");
@@ -84,6 +84,6 @@ impl World {
     }
 }
 
-pub fn read(path: &Path) -> Vec<u8> {
+pub(crate) fn read(path: &Path) -> Vec<u8> {
     std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
