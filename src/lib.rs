@@ -1,4 +1,8 @@
 //! Parameter-efficient fine-tuning of CLIP.
+//!
+//! [`Model`] loads a base with adapters and predicts; [`session::train`] runs a [`recipe::Recipe`];
+//! [`merge::merge`] folds adapters into the base. Methods and fused operations live in the crate
+//! `peft-adapters`. Nothing here prints or exits, the feature `cli` apart.
 
 pub mod bench;
 pub mod builtin;
@@ -15,6 +19,7 @@ pub mod files;
 pub mod inspect;
 pub mod merge;
 pub mod model;
+pub mod named;
 pub mod optim;
 pub mod recipe;
 pub mod report;

@@ -7,11 +7,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::DataConfig;
 use crate::error::{Error, Result};
+use crate::named;
 use crate::task::TaskConfig;
 use crate::train::TrainConfig;
 
 mod load;
-pub mod named;
 
 /// What `peft train` runs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::AugmentConfig;
 use crate::error::{Error, Result};
+use crate::named;
 use crate::optim::{OptimizerConfig, ScheduleConfig};
-use crate::recipe::named;
 
 /// How it is learnt.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -1,0 +1,51 @@
+//! Who may import whom.
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+
+/// Each module and what it may import; `session` and `cli` put everything together. What is right about
+/// this table is the direction: nothing below knows of recipes, nothing but `cli` of the command line.
+const TABLE: [(&str, &[&str]); 20] = [
+    ("error", &[]),
+    ("named", &[]),
+    ("builtin", &[]),
+    ("report", &[]),
+    ("device", &["error"]),
+    ("files", &["error"]),
+    ("clip", &["builtin", "error", "files"]),
+    ("data", &["builtin", "clip", "error"]),
+    ("delta", &["clip", "error", "files"]),
+    ("optim", &["error"]),
+    ("task", &["clip", "data", "error", "report"]),
+    ("train", &["clip", "data", "delta", "error", "named", "optim", "report", "task"]),
+    ("recipe", &["clip", "data", "error", "named", "task", "train"]),
+    ("run", &["error", "files", "recipe", "report", "train"]),
+    ("estimate", &["clip", "delta", "train"]),
+    ("merge", &["clip", "delta", "error", "files"]),
+    ("model", &["clip", "data", "delta", "error", "task"]),
+    ("embed", &["clip", "data", "error", "model"]),
+    ("inspect", &["clip", "delta", "error", "recipe", "run"]),
+    ("bench", &["error", "recipe", "report", "session", "train"]),
+];
+
+#[test]
+fn imports_follow_the_table() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut seen = 0;
+    for entry in walkdir::WalkDir::new(&src).into_iter().flatten().filter(|e| e.path().extension().is_some_and(|x| x == "rs")) {
+        let path = entry.path().strip_prefix(&src).unwrap();
+        let module = path.iter().next().unwrap().to_str().unwrap().trim_end_matches(".rs");
+        let Some((_, allowed)) = TABLE.iter().find(|(name, _)| *name == module) else {
+            assert!(["cli", "lib", "main", "session"].contains(&module), "{module} is not in the table");
+            continue;
+        };
+        let text = std::fs::read_to_string(entry.path()).unwrap();
+        for part in text.split("crate::").skip(1) {
+            let other: String = part.chars().take_while(|c| c.is_ascii_lowercase() || *c == '_').collect();
+            seen += 1;
+            let fine = other.is_empty() || other == module || allowed.contains(&other.as_str());
+            assert!(fine, "{}: `crate::{other}`, but {module} may import only {allowed:?}", path.display());
+        }
+    }
+    assert!(seen > 100);
+}
