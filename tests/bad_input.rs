@@ -85,6 +85,30 @@ fn wrong_flags_and_files() {
 }
 
 #[test]
+fn data_that_cannot_be_learnt_from() {
+    let w = World::new();
+    let folder = |classes: &[&str]| {
+        let _ = std::fs::remove_dir_all(w.path("other"));
+        for class in classes {
+            std::fs::create_dir_all(w.path("other").join(class)).unwrap();
+            for i in 0..4 {
+                std::fs::copy(w.path(&format!("data/red/{i}.png")), w.path("other").join(class).join(format!("{i}.png"))).unwrap();
+            }
+        }
+        w.fails(&["train", "recipe.yaml", "--set", "data.folder.root=other"], 2)
+    };
+    assert!(folder(&["one"]).contains("at least two classes"));
+    assert!(folder(&["Cat", "cat"]).contains("same prompt"));
+    assert!(folder(&["train/a", "train/b", "extra/a"]).contains("is no split"));
+    w.write("t.csv", "image,label\ndata/red/0.png,a\ndata/red/1.png,\ndata/blue/1.png,b\n");
+    let table = w.recipe("lora: { rank: 2 }").replace("folder: { root: data }", "table: { path: t.csv }");
+    w.write("t.yaml", &table);
+    assert!(w.fails(&["train", "t.yaml"], 2).contains("has no label"));
+    w.write("r.yaml", &table.replace("classify: { templates: [\"a {} thing\"] }", "retrieve: {}"));
+    assert!(w.fails(&["train", "r.yaml"], 2).contains("has no text"));
+}
+
+#[test]
 fn damaged_bases() {
     let w = World::new();
     let original = |name: &str| std::fs::read(w.path("base").join(name)).unwrap();
