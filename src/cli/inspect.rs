@@ -42,7 +42,7 @@ fn text(found: &Inspected) -> String {
     }
     for row in &found.tensors {
         let count = if row.count > 1 { format!("  × {}", row.count) } else { String::new() };
-        let _ = writeln!(out, "  {:<64}{:?}{count}", row.name, row.shape);
+        let _ = writeln!(out, "  {:<72} {:?}{count}", row.name, row.shape);
     }
     out
 }
