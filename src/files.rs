@@ -98,6 +98,13 @@ pub fn recover_dir(target: &Path) -> Result<()> {
     }
 }
 
+/// The bytes of all files under a directory; what cannot be read counts nothing.
+#[must_use]
+pub fn dir_size(dir: &Path) -> u64 {
+    let entries = walkdir::WalkDir::new(dir).into_iter().filter_map(std::result::Result::ok);
+    entries.filter_map(|e| e.metadata().ok()).filter(fs::Metadata::is_file).map(|m| m.len()).sum()
+}
+
 fn aside(target: &Path) -> PathBuf {
     let name = target.file_name().map_or_else(|| "dir".into(), |n| n.to_string_lossy().into_owned());
     target.with_file_name(format!(".old-{name}"))

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use crate::clip::base::Base;
 use crate::delta::{Delta, Manifest};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::recipe::Recipe;
 use crate::run;
 
@@ -125,7 +126,7 @@ fn adapter(dir: &Path) -> Result<Inspected> {
         facts: facts(&[
             ("methods", json!(methods)),
             ("parameters", json!(tensors.iter().map(|(_, t)| t.elem_count()).sum::<usize>())),
-            ("bytes", json!(bytes(dir))),
+            ("bytes", json!(files::dir_size(dir))),
             ("config", json!(configs)),
             ("base", json!(base.name)),
             ("base_digest", json!(base.digest)),
@@ -137,11 +138,6 @@ fn adapter(dir: &Path) -> Result<Inspected> {
         ]),
         tensors: rows(tensors.iter().map(|(n, t)| (n.as_str(), t.dims()))),
     })
-}
-
-fn bytes(dir: &Path) -> u64 {
-    let files = walkdir::WalkDir::new(dir).into_iter().filter_map(std::result::Result::ok);
-    files.filter_map(|e| e.metadata().ok()).filter(std::fs::Metadata::is_file).map(|m| m.len()).sum()
 }
 
 fn run_dir(dir: &Path) -> Result<Inspected> {

@@ -7,7 +7,7 @@ use peft_adapters::{ClassFeatures, Patches, Step};
 
 use crate::clip::base::Base;
 use crate::clip::decode::{self, DecodeOptions};
-use crate::clip::model::unit_rows;
+use crate::clip::model::{class_logits, unit_rows};
 use crate::data::check_classes;
 use crate::delta::{Adapters, Delta, Manifest};
 use crate::error::{Error, Result};
@@ -284,13 +284,10 @@ impl Scorer {
         let clip = &model.base.clip;
         let logits = match (&self.classes, &model.head) {
             (None, Some([weight, bias])) => unit_rows(features)?.matmul(&weight.t()?)?.broadcast_add(bias)?,
-            (Some(classes), _) => match model.patches.class_features(ClassFeatures::Shared(classes.clone()), features)? {
-                ClassFeatures::Shared(classes) => clip.logits(features, &classes, &model.patches)?,
-                ClassFeatures::PerImage(classes) => {
-                    let cosine = unit_rows(&classes)?.matmul(&unit_rows(features)?.unsqueeze(2)?)?.squeeze(2)?;
-                    cosine.broadcast_mul(&clip.logit_scale(&model.patches)?)?
-                }
-            },
+            (Some(classes), _) => {
+                let classes = model.patches.class_features(ClassFeatures::Shared(classes.clone()), features)?;
+                class_logits(clip, features, &classes, &model.patches)?
+            }
             (None, None) => return Err(Error::fault("predict", "no class features")),
         };
         let rows = candle_nn::ops::softmax(&logits.to_dtype(DType::F32)?, 1)?.to_vec2::<f32>()?;

@@ -341,10 +341,10 @@ pub fn evaluate(recipe: Recipe, options: &EvalOptions, device: &Device, observer
         return Err(Error::input("--split", format!("the {} split is empty", options.split)));
     }
     let sites = session.base.clip.sites();
-    let mut adapters = match &options.adapter {
+    let delta = options.adapter.as_deref().map(Delta::read).transpose()?;
+    let mut adapters = match &delta {
         None => Adapters::plan(&[], sites, 0, device)?,
-        Some(dir) => {
-            let delta = Delta::read(dir)?;
+        Some(delta) => {
             for note in delta.check_base(&session.base, options.allow_base_mismatch)? {
                 observer.event(Event::Note(note));
             }
@@ -352,8 +352,8 @@ pub fn evaluate(recipe: Recipe, options: &EvalOptions, device: &Device, observer
         }
     };
     let task = session.task(&mut adapters)?;
-    if let Some(dir) = options.adapter.as_ref().filter(|_| adapters.params.iter().any(|p| p.name.starts_with("head."))) {
-        Delta::read(dir)?.fill(&adapters.params)?;
+    if let Some(delta) = delta.filter(|_| adapters.params.iter().any(|p| p.name.starts_with("head."))) {
+        delta.fill(&adapters.params)?;
     }
     let mut trainer = session.trainer(&mut adapters, task)?;
     observer.event(Event::Phase("evaluate", Some(examples)));

@@ -24,7 +24,7 @@ const TABLE: [(&str, &[&str]); 20] = [
     ("merge", &["clip", "delta", "error", "files"]),
     ("model", &["clip", "data", "delta", "error", "task"]),
     ("embed", &["clip", "data", "error", "model"]),
-    ("inspect", &["clip", "delta", "error", "recipe", "run"]),
+    ("inspect", &["clip", "delta", "error", "files", "recipe", "run"]),
     ("bench", &["error", "recipe", "report", "session", "train"]),
 ];
 

@@ -194,6 +194,15 @@ impl Block {
     }
 }
 
+/// All blocks of a tower that is pooled at one token: [B, T, D] → [B, 1, D].
+pub(super) fn pooled(blocks: &[Block], mut sequence: Sequence, pass: &Pass<'_>) -> TensorResult<Tensor> {
+    let Some((last, others)) = blocks.split_last() else { return pick(&sequence.x, &sequence.pool) };
+    for block in others {
+        sequence = block.forward(sequence, pass)?;
+    }
+    last.forward_pooled(sequence, pass)
+}
+
 /// Prefix keys are always visible.
 fn extend_mask(mask: Option<&Tensor>, prefix: usize) -> TensorResult<Option<Tensor>> {
     match mask {
@@ -206,7 +215,7 @@ fn extend_mask(mask: Option<&Tensor>, prefix: usize) -> TensorResult<Option<Tens
 }
 
 /// One token of each row: `x` [B, T, D] → [B, 1, D]; the first token where `pool` is empty.
-pub(super) fn pick(x: &Tensor, pool: &[u32]) -> TensorResult<Tensor> {
+fn pick(x: &Tensor, pool: &[u32]) -> TensorResult<Tensor> {
     let (batch, len, dim) = x.dims3()?;
     let rows: Vec<u32> = (0..batch).map(|b| (b * len) as u32 + pool.get(b).copied().unwrap_or(0)).collect();
     let rows = Tensor::from_vec(rows, batch, x.device())?;

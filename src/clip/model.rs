@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
-use peft_adapters::{Patches, Sites, Tower, WeightId, rng};
+use peft_adapters::{ClassFeatures, Patches, Sites, Tower, WeightId, rng};
 
 use super::block::Tensors;
 use super::config::ClipConfig;
@@ -120,6 +120,23 @@ impl Clip {
     pub fn logits(&self, images: &Tensor, texts: &Tensor, patches: &Patches) -> TensorResult<Tensor> {
         let (images, texts) = (unit_rows(images)?, unit_rows(texts)?);
         images.matmul(&texts.t()?)?.broadcast_mul(&self.logit_scale(patches)?)
+    }
+}
+
+/// Logits of images against classes that may differ from image to image (CoCoOp).
+///
+/// # Shapes
+/// `images` [B, P], `classes` [C, P] or [B, C, P] → [B, C]
+///
+/// # Errors
+/// When widths differ.
+pub fn class_logits(clip: &Clip, images: &Tensor, classes: &ClassFeatures, patches: &Patches) -> TensorResult<Tensor> {
+    match classes {
+        ClassFeatures::Shared(classes) => clip.logits(images, classes, patches),
+        ClassFeatures::PerImage(classes) => {
+            let cosine = unit_rows(classes)?.matmul(&unit_rows(images)?.unsqueeze(2)?)?.squeeze(2)?;
+            cosine.broadcast_mul(&clip.logit_scale(patches)?)
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Result as TensorResult, Tensor};
 use peft_adapters::layers::{Embedding, LayerNorm, Linear};
 use peft_adapters::{Patches, Sequence, Site, SiteId, SiteKind, Sites, Tower};
 
-use super::block::{Block, BlockShape, Pass, Tensors, pick};
+use super::block::{self, Block, BlockShape, Pass, Tensors};
 use super::config::{ClipConfig, TextConfig};
 use crate::error::Result;
 
@@ -125,17 +125,9 @@ impl TextTower {
     /// # Errors
     /// When there are more tokens than positions.
     pub fn forward(&self, batch: &TextBatch, patches: &Patches) -> TensorResult<Tensor> {
-        let mut sequence = self.embed(batch, patches)?;
+        let sequence = self.embed(batch, patches)?;
         let pass = Pass { patches, key_mask: batch.mask.as_ref() };
-        let pooled = match self.blocks.split_last() {
-            Some((last, others)) => {
-                for block in others {
-                    sequence = block.forward(sequence, &pass)?;
-                }
-                last.forward_pooled(sequence, &pass)?
-            }
-            None => pick(&sequence.x, &sequence.pool)?,
-        };
+        let pooled = block::pooled(&self.blocks, sequence, &pass)?;
         // The norm works on each token alone, so pooling first gives the same.
         let pooled = self.final_norm.forward(&pooled.squeeze(1)?, patches)?;
         let features = self.projection.forward(&pooled, patches)?;

@@ -4,7 +4,7 @@ use candle_core::{Result as TensorResult, Tensor};
 use peft_adapters::layers::{Embedding, LayerNorm, Linear};
 use peft_adapters::{Patches, Sequence, Site, SiteId, SiteKind, Sites, Tower, WeightId, ops};
 
-use super::block::{Block, BlockShape, Pass, Tensors, pick};
+use super::block::{self, Block, BlockShape, Pass, Tensors};
 use super::config::{ClipConfig, VisionConfig};
 use crate::error::Result;
 
@@ -78,17 +78,9 @@ impl VisionTower {
     /// # Errors
     /// When the image size is not the model's.
     pub fn forward(&self, pixels: &Tensor, keep: Option<&Tensor>, patches: &Patches) -> TensorResult<Tensor> {
-        let mut sequence = self.embed(pixels, keep, patches)?;
+        let sequence = self.embed(pixels, keep, patches)?;
         let pass = Pass { patches, key_mask: None };
-        let pooled = match self.blocks.split_last() {
-            Some((last, others)) => {
-                for block in others {
-                    sequence = block.forward(sequence, &pass)?;
-                }
-                last.forward_pooled(sequence, &pass)?
-            }
-            None => pick(&sequence.x, &sequence.pool)?,
-        };
+        let pooled = block::pooled(&self.blocks, sequence, &pass)?;
         let pooled = self.post_norm.forward(&pooled.squeeze(1)?, patches)?;
         let features = self.projection.forward(&pooled, patches)?;
         patches.features(self.features, features)

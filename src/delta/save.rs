@@ -36,7 +36,7 @@ pub fn save(dir: &Path, adapters: &Adapters, sites: &Sites, manifest: &Manifest)
         }
         files::write_json(&tmp.join(file::MANIFEST), &manifest)
     })?;
-    size(dir)
+    Ok(files::dir_size(dir))
 }
 
 fn values(params: &[&Param]) -> Result<Vec<(String, Tensor)>> {
@@ -68,10 +68,4 @@ fn write_method(
     files::write_json(&dir.join(file::CONFIG), &config)?;
     let bytes = std::fs::read(&path).map_err(|e| Error::read(&path, e))?;
     Ok(format!("blake3:{}", blake3::hash(&bytes).to_hex()))
-}
-
-/// The bytes of all files under a directory.
-fn size(dir: &Path) -> Result<u64> {
-    let files = walkdir::WalkDir::new(dir).into_iter().filter_map(std::result::Result::ok);
-    Ok(files.filter_map(|e| e.metadata().ok()).filter(std::fs::Metadata::is_file).map(|m| m.len()).sum())
 }

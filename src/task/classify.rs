@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::prompts::{self, Pad, Prompts, cross_entropy};
 use super::{Forward, Task, TaskParts, metrics};
-use crate::clip::model::unit_rows;
+use crate::clip::model::{class_logits, unit_rows};
 use crate::data::Example;
 use crate::error::{Error, Result};
 use crate::report::{Classification, Evaluation, Prediction};
@@ -116,14 +116,8 @@ impl Classify {
             Some(c) => c.clone(),
             None => self.class_features(on)?,
         };
-        match on.patches.class_features(ClassFeatures::Shared(classes), features)? {
-            ClassFeatures::Shared(classes) => Ok(on.clip.logits(features, &classes, on.patches)?),
-            ClassFeatures::PerImage(classes) => {
-                let image = unit_rows(features)?.unsqueeze(2)?;
-                let cosine = unit_rows(&classes)?.matmul(&image)?.squeeze(2)?;
-                Ok(cosine.broadcast_mul(&on.clip.logit_scale(on.patches)?)?)
-            }
-        }
+        let classes = on.patches.class_features(ClassFeatures::Shared(classes), features)?;
+        Ok(class_logits(on.clip, features, &classes, on.patches)?)
     }
 }
 
