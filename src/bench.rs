@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use peft_adapters::ops;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
@@ -9,6 +10,15 @@ use crate::recipe::Recipe;
 use crate::report::peak_rss_mib;
 use crate::session::Session;
 use crate::train::{Observer, Stepper};
+
+/// What `peft bench` does.
+#[derive(Debug, Clone, Copy)]
+pub struct BenchOptions {
+    /// Steps to measure.
+    pub steps: usize,
+    /// Whether the floor is measured too.
+    pub floor: bool,
+}
 
 /// Seconds of a step.
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -36,13 +46,37 @@ pub struct Measured {
     pub steps: usize,
     /// Images in a step.
     pub batch: usize,
+    /// The same step's matrix products alone, timed in turn with the steps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub floor: Option<Floor>,
 }
 
-/// One step that is not counted, then `steps` full ones.
+/// The arithmetic floor of a step.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Floor {
+    /// Seconds of all products.
+    pub seconds: Seconds,
+    /// The step's median over the floor's.
+    pub multiple: f64,
+    /// 10⁹ floating-point operations in a step's products.
+    pub gflop: f64,
+    /// How fast the products alone were, in 10⁹ operations a second.
+    pub gflop_per_second: f64,
+}
+
+impl Seconds {
+    fn new(mut times: Vec<f64>) -> Self {
+        times.sort_by(f64::total_cmp);
+        Self { median: times[times.len() / 2], min: times[0] }
+    }
+}
+
+/// One step that is not counted, then `steps` full ones; with `floor` each is followed by its matrix products alone.
 ///
 /// # Errors
 /// When the recipe does not fit or a step fails.
-pub fn bench(mut recipe: Recipe, steps: usize, device: &candle_core::Device, observer: &mut dyn Observer) -> Result<Measured> {
+pub fn bench(mut recipe: Recipe, options: BenchOptions, device: &candle_core::Device, observer: &mut dyn Observer) -> Result<Measured> {
+    let BenchOptions { steps, floor } = options;
     if steps == 0 || steps > 100_000 {
         return Err(Error::input("--steps", format!("expected 1 to 100000, found {steps}")));
     }
@@ -54,8 +88,10 @@ pub fn bench(mut recipe: Recipe, steps: usize, device: &candle_core::Device, obs
     let mut trainer = session.trainer(&mut adapters, task)?;
     let mut run = trainer.begin()?;
     let mut stepper = Stepper::new(&mut trainer, 0, steps + 1, observer)?;
-    stepper.step(&mut trainer, &mut run)?;
+    let (first, products) = ops::floor::record(|| stepper.step(&mut trainer, &mut run));
+    first?;
     stepper.reset_clock();
+    let mut floors = Vec::new();
     let (mut times, mut images, mut waited) = (Vec::with_capacity(steps), 0, 0.0);
     for _ in 0..steps {
         let start = Instant::now();
@@ -63,17 +99,25 @@ pub fn bench(mut recipe: Recipe, steps: usize, device: &candle_core::Device, obs
         let data = stepper.reset_clock();
         times.push(start.elapsed().as_secs_f64() - data);
         waited += data;
+        if floor {
+            floors.push(ops::floor::replay(&products).as_secs_f64());
+        }
     }
-    times.sort_by(f64::total_cmp);
-    let median = times[times.len() / 2];
+    let step_seconds = Seconds::new(times);
+    let floor = floor.then(|| {
+        let gflop = products.iter().map(|(p, n)| p.flops() * *n as f64).sum::<f64>() / 1e9;
+        let seconds = Seconds::new(floors);
+        Floor { seconds, multiple: step_seconds.median / seconds.median, gflop, gflop_per_second: gflop / seconds.median }
+    });
     Ok(Measured {
-        step_seconds: Seconds { median, min: times[0] },
+        step_seconds,
         data_seconds: waited / steps as f64,
-        images_per_second: images as f64 / steps as f64 / median,
+        images_per_second: images as f64 / steps as f64 / step_seconds.median,
         peak_rss_mib: peak_rss_mib(),
         trainable_parameters,
         steps,
         batch: images / steps,
+        floor,
     })
 }
 

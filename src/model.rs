@@ -11,8 +11,8 @@ use crate::clip::model::{class_logits, unit_rows};
 use crate::data::check_classes;
 use crate::delta::{Adapters, Delta, Manifest};
 use crate::error::{Error, Result};
-use crate::task::HEAD;
 use crate::task::prompts::{self, Pad, Prompts};
+use crate::task::{Forward, HEAD};
 
 /// Images that go through the tower at once.
 const BATCH: usize = 32;
@@ -197,7 +197,7 @@ impl Model {
             return Ok((self.joined(&[])?, 0));
         }
         let prompts = Prompts::new(&self.base.tokenizer, texts, Pad::Longest)?;
-        Ok((prompts.features(&self.base.clip, &self.patches)?.to_dtype(DType::F32)?, prompts.truncated))
+        Ok((prompts.features(&Forward::eval(&self.base.clip, &self.patches))?.to_dtype(DType::F32)?, prompts.truncated))
     }
 
     fn joined(&self, parts: &[Tensor]) -> Result<Tensor> {
@@ -255,7 +255,7 @@ impl Model {
         };
         templates.iter().try_for_each(|t| prompts::check_template("--template", t))?;
         let prompts = Prompts::of_classes(&self.base.tokenizer, &labels, &templates, Pad::Longest)?;
-        Ok(Scorer { classes: Some(prompts.class_features(&self.base.clip, &self.patches)?), labels })
+        Ok(Scorer { classes: Some(prompts.class_features(&Forward::eval(&self.base.clip, &self.patches))?), labels })
     }
 }
 

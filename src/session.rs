@@ -17,7 +17,7 @@ use crate::recipe::{ModelConfig, Recipe};
 use crate::report::{Evaluation, TrainReport, peak_rss_mib};
 use crate::run::{Existing, Opened, RunDir};
 use crate::task::{Task, TaskConfig, TaskParts};
-use crate::train::{Event, Features, Observer, Run, StepRecord, Trainer};
+use crate::train::{Event, FeatureSource, Features, Observer, Run, StepRecord, Trainer};
 
 /// What a recipe names, opened.
 pub struct Session {
@@ -90,7 +90,13 @@ impl Session {
     /// When a forward pass fails.
     pub fn trainer<'s>(&'s self, adapters: &'s mut Adapters, task: Box<dyn Task>) -> Result<Trainer<'s>> {
         let config = &self.recipe.train;
-        let features = Features::new(self.images.clone(), config.batch.max(64), &self.base.clip, &mut adapters.patches)?;
+        let source = FeatureSource {
+            images: self.images.clone(),
+            batch: config.batch.max(64),
+            cache: config.activation_cache.clone(),
+            identity: self.identity()?,
+        };
+        let features = Features::new(source, &self.base.clip, &mut adapters.patches)?;
         let metric = config.early_stopping.as_ref().and_then(|e| e.metric.clone());
         Ok(Trainer {
             base: &self.base,
@@ -102,6 +108,13 @@ impl Session {
             metric: metric.unwrap_or_else(|| self.recipe.task.metric().to_string()),
             features,
         })
+    }
+
+    /// Everything that activations of the base depend on, the images apart.
+    fn identity(&self) -> Result<String> {
+        let base = base_ref(&self.base, "");
+        let recipe = &self.recipe;
+        Ok(json!([base.digest, base.preprocess, to_json(&recipe.method)?, to_json(&recipe.images)?, recipe.train.dtype]).to_string())
     }
 
     /// The split that `before` and `after` are measured on.

@@ -17,6 +17,7 @@ pub mod prefix;
 pub mod registry;
 pub mod rng;
 pub mod sites;
+pub mod tape;
 pub mod targets;
 
 pub use error::{Error, Result};
@@ -25,3 +26,4 @@ pub use method::{Fold, Grads, Init, Method, Patch, Patches, Step};
 pub use params::{Param, Params, Spec, Start};
 pub use registry::MethodConfig;
 pub use sites::{BaseWeight, Site, SiteId, SiteKind, Sites, Tower, WeightId};
+pub use tape::Tape;

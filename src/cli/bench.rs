@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::Context;
-use crate::bench::bench;
+use crate::bench::{BenchOptions, bench};
 use crate::error::Result;
 use crate::recipe::Recipe;
 
@@ -20,18 +20,24 @@ pub(super) struct BenchArgs {
     /// Steps to measure, after one that is not counted
     #[arg(long, default_value_t = 10)]
     steps: usize,
+    /// Also measure the arithmetic floor: the same matrix products alone, in turn with the steps
+    #[arg(long)]
+    floor: bool,
 }
 
 pub(super) fn run(args: &BenchArgs, context: &Context) -> Result<()> {
     let recipe = Recipe::load(&args.recipe, &args.sets)?;
     let mut progress = context.progress();
-    let found = bench(recipe, args.steps, &context.device, &mut progress)?;
+    let found = bench(recipe, BenchOptions { steps: args.steps, floor: args.floor }, &context.device, &mut progress)?;
     drop(progress);
     context.print(&found, || {
         let memory = found.peak_rss_mib.map(|m| format!(", {m:.0} MiB at most")).unwrap_or_default();
+        let floor = found.floor.map(|f| {
+            format!("floor: {:.4} s a step ({:.1} GFLOP at {:.0} GFLOP/s), of which a step is {:.2} times\n", f.seconds.median, f.gflop, f.gflop_per_second, f.multiple)
+        });
         format!(
-            "{:.4} s a step (median of {}; fastest {:.4}), {:.1} images/s, {} trainable parameters{memory}\nwaiting for data: {:.4} s a step\n",
-            found.step_seconds.median, found.steps, found.step_seconds.min, found.images_per_second, found.trainable_parameters, found.data_seconds
+            "{:.4} s a step (median of {}; fastest {:.4}), {:.1} images/s, {} trainable parameters{memory}\nwaiting for data: {:.4} s a step\n{}",
+            found.step_seconds.median, found.steps, found.step_seconds.min, found.images_per_second, found.trainable_parameters, found.data_seconds, floor.unwrap_or_default()
         )
     })
 }

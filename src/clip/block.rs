@@ -5,8 +5,9 @@ use std::collections::HashMap;
 use candle_core::{Result as TensorResult, Tensor};
 use peft_adapters::layers::{LayerNorm, Linear};
 use peft_adapters::ops::{self, Activation, AttentionShape};
-use peft_adapters::{Patches, Qkv, Sequence, Site, SiteId, SiteKind, Sites, Tower};
+use peft_adapters::{Patches, Qkv, Sequence, Site, SiteId, SiteKind, Sites, Tape, Tower};
 
+use super::trunk::Trunk;
 use crate::error::{Error, Result};
 
 /// Base tensors by HF name, handed out once each while the towers are built.
@@ -194,13 +195,29 @@ impl Block {
     }
 }
 
-/// All blocks of a tower that is pooled at one token: [B, T, D] → [B, 1, D].
-pub(super) fn pooled(blocks: &[Block], mut sequence: Sequence, pass: &Pass<'_>) -> TensorResult<Tensor> {
-    let Some((last, others)) = blocks.split_last() else { return pick(&sequence.x, &sequence.pool) };
+/// The blocks that are left of a tower that is pooled at one token: [B, T, D] → [B, 1, D]. With a tape each block is a
+/// segment of it.
+pub(super) fn pooled<'a>(blocks: &'a [Block], trunk: Trunk, patches: &'a Patches, tape: Option<&Tape<'a>>) -> TensorResult<Tensor> {
+    let Trunk { x, pool, mask, depth } = trunk;
+    let mut sequence = Sequence { x, pool };
+    let Some((last, others)) = blocks[depth..].split_last() else { return pick(&sequence.x, &sequence.pool) };
+    let pass = Pass { patches, key_mask: mask.as_ref() };
     for block in others {
-        sequence = block.forward(sequence, pass)?;
+        sequence = match tape {
+            None => block.forward(sequence, &pass)?,
+            Some(tape) => {
+                let (mask, pool) = (mask.clone(), sequence.pool);
+                let again = move |x: &Tensor| {
+                    let pass = Pass { patches, key_mask: mask.as_ref() };
+                    let out = block.forward(Sequence { x: x.clone(), pool: pool.clone() }, &pass)?;
+                    Ok((out.x, out.pool))
+                };
+                let (x, pool) = tape.segment(&sequence.x, again)?;
+                Sequence { x, pool }
+            }
+        };
     }
-    last.forward_pooled(sequence, pass)
+    last.forward_pooled(sequence, &pass)
 }
 
 /// Prefix keys are always visible.

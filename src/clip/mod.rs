@@ -9,6 +9,7 @@ pub mod preprocess;
 pub mod source;
 pub mod text;
 pub mod tokenizer;
+pub mod trunk;
 pub mod vision;
 pub mod weights;
 
@@ -16,6 +17,7 @@ pub use block::Tensors;
 pub use config::{ClipConfig, TextConfig, VisionConfig};
 pub use model::Clip;
 pub use text::TextBatch;
+pub use trunk::Trunk;
 
 pub(crate) fn method_error(error: peft_adapters::Error) -> crate::Error {
     match error {

@@ -3,11 +3,12 @@
 use std::collections::HashMap;
 
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
-use peft_adapters::{ClassFeatures, Patches, Sites, Tower, WeightId, rng};
+use peft_adapters::{ClassFeatures, Patches, Sites, Tape, Tower, WeightId, rng};
 
 use super::block::Tensors;
 use super::config::ClipConfig;
 use super::text::{TextBatch, TextTower};
+use super::trunk::Trunk;
 use super::vision::VisionTower;
 use crate::error::Result;
 
@@ -86,8 +87,29 @@ impl Clip {
     /// # Errors
     /// When the image size is not the model's.
     pub fn image_features(&self, pixels: &Tensor, patches: &Patches) -> TensorResult<Tensor> {
+        self.image_features_on(pixels, None, patches, None)
+    }
+
+    /// [`Clip::image_features`] of some patches of each image, [B, K] u32, and with a tape that saves memory.
+    ///
+    /// # Errors
+    /// When the image size is not the model's.
+    pub fn image_features_on<'a>(
+        &'a self,
+        pixels: &Tensor,
+        keep: Option<&Tensor>,
+        patches: &'a Patches,
+        tape: Option<&Tape<'a>>,
+    ) -> TensorResult<Tensor> {
         let pixels = pixels.to_device(&self.device)?.to_dtype(self.dtype)?;
-        self.vision.forward(&pixels, None, patches)
+        let Some((tape, rows)) = tape.and_then(|t| Some((t, t.rows()?))) else {
+            return self.vision.forward(&pixels, keep, patches, tape);
+        };
+        by_rows(pixels.dim(0)?, rows, |from, count| {
+            let keep = keep.map(|k| k.narrow(0, from, count)).transpose()?;
+            let again = move |pixels: &Tensor| Ok((self.vision.forward(pixels, keep.as_ref(), patches, None)?, ()));
+            Ok(tape.segment(&pixels.narrow(0, from, count)?, again)?.0)
+        })
     }
 
     /// Projected text features, not normalised.
@@ -98,7 +120,95 @@ impl Clip {
     /// # Errors
     /// When there are more tokens than positions.
     pub fn text_features(&self, texts: &TextBatch, patches: &Patches) -> TensorResult<Tensor> {
-        self.text.forward(texts, patches)
+        self.text_features_on(texts, patches, None)
+    }
+
+    /// [`Clip::text_features`] with a tape that saves memory.
+    ///
+    /// # Errors
+    /// When there are more tokens than positions.
+    pub fn text_features_on<'a>(&'a self, texts: &TextBatch, patches: &'a Patches, tape: Option<&Tape<'a>>) -> TensorResult<Tensor> {
+        let Some((tape, rows)) = tape.and_then(|t| Some((t, t.rows()?))) else {
+            return self.text.forward(texts, patches, tape);
+        };
+        by_rows(texts.ids.dim(0)?, rows, |from, count| {
+            let part = texts.narrow(from, count)?;
+            let ids = part.ids.clone();
+            // The ids are constants, so there is nothing to take from the segment's input.
+            let again = move |_: &Tensor| Ok((self.text.forward(&part, patches, None)?, ()));
+            Ok(tape.segment(&ids, again)?.0)
+        })
+    }
+
+    /// How many leading blocks of the image and of the text tower nothing reaches that `patches` train. What they give can
+    /// be kept: [`Clip::image_trunk`], [`Clip::text_trunk`].
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn constant_blocks(&self, patches: &Patches) -> TensorResult<[usize; 2]> {
+        Ok([self.vision.constant_blocks(patches)?, self.text.constant_blocks(&self.config.text, patches)?])
+    }
+
+    /// Images up to block `depth`.
+    ///
+    /// # Shapes
+    /// `pixels` [B, 3, H, W] → [B, T, D]
+    ///
+    /// # Errors
+    /// When the image size is not the model's.
+    pub fn image_trunk(&self, pixels: &Tensor, depth: usize, patches: &Patches) -> TensorResult<Trunk> {
+        let pixels = pixels.to_device(&self.device)?.to_dtype(self.dtype)?;
+        self.vision.trunk(&pixels, depth, patches)
+    }
+
+    /// Texts up to block `depth`.
+    ///
+    /// # Shapes
+    /// [N, T] ids → [N, T, D]
+    ///
+    /// # Errors
+    /// When there are more tokens than positions.
+    pub fn text_trunk(&self, texts: &TextBatch, depth: usize, patches: &Patches) -> TensorResult<Trunk> {
+        self.text.trunk(texts, depth, patches)
+    }
+
+    /// [`Clip::image_features_on`] from the middle of the tower.
+    ///
+    /// # Shapes
+    /// [B, T, D] → [B, P]
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn image_features_from<'a>(&'a self, trunk: &Trunk, patches: &'a Patches, tape: Option<&Tape<'a>>) -> TensorResult<Tensor> {
+        let finish = |trunk: Trunk, tape: Option<&Tape<'a>>| self.vision.finish(trunk, patches, tape);
+        let Some((tape, rows)) = tape.and_then(|t| Some((t, t.rows()?))) else {
+            return finish(trunk.clone(), tape);
+        };
+        by_rows(trunk.x.dim(0)?, rows, |from, count| {
+            let part = trunk.narrow(from, count)?;
+            let x = part.x.clone();
+            let again = move |x: &Tensor| Ok((self.vision.finish(Trunk { x: x.clone(), ..part.clone() }, patches, None)?, ()));
+            Ok(tape.segment(&x, again)?.0)
+        })
+    }
+
+    /// [`Clip::text_features_on`] from the middle of the tower.
+    ///
+    /// # Shapes
+    /// [N, T, D] → [N, P]
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn text_features_from<'a>(&'a self, trunk: &Trunk, patches: &'a Patches, tape: Option<&Tape<'a>>) -> TensorResult<Tensor> {
+        let Some((tape, rows)) = tape.and_then(|t| Some((t, t.rows()?))) else {
+            return self.text.finish(trunk.clone(), patches, tape);
+        };
+        by_rows(trunk.x.dim(0)?, rows, |from, count| {
+            let part = trunk.narrow(from, count)?;
+            let x = part.x.clone();
+            let again = move |x: &Tensor| Ok((self.text.finish(Trunk { x: x.clone(), ..part.clone() }, patches, None)?, ()));
+            Ok(tape.segment(&x, again)?.0)
+        })
     }
 
     /// exp of the learnt logit scale, a scalar f32 (f64 for an f64 model).
@@ -138,6 +248,12 @@ pub fn class_logits(clip: &Clip, images: &Tensor, classes: &ClassFeatures, patch
             cosine.broadcast_mul(&clip.logit_scale(patches)?)
         }
     }
+}
+
+/// Features of groups of at most `rows` examples, joined.
+fn by_rows(count: usize, rows: usize, features: impl Fn(usize, usize) -> TensorResult<Tensor>) -> TensorResult<Tensor> {
+    let parts = (0..count.max(1)).step_by(rows).map(|from| features(from, rows.min(count - from)));
+    Tensor::cat(&parts.collect::<TensorResult<Vec<_>>>()?, 0)
 }
 
 /// Rows divided by their Euclidean norm, in f32 (f64 stays). Zero rows stay zero.

@@ -2,10 +2,11 @@
 
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
 use peft_adapters::layers::{Embedding, LayerNorm, Linear};
-use peft_adapters::{Patches, Sequence, Site, SiteId, SiteKind, Sites, Tower};
+use peft_adapters::{Patches, Site, SiteId, SiteKind, Sites, Tape, Tower};
 
-use super::block::{self, Block, BlockShape, Pass, Tensors};
+use super::block::{self, Block, BlockShape, Tensors};
 use super::config::{ClipConfig, TextConfig};
+use super::trunk::Trunk;
 use crate::error::Result;
 
 /// Token ids of several texts, padded to one length, and where each is pooled.
@@ -117,17 +118,46 @@ impl TextTower {
         Ok(Self { token, position, blocks, final_norm, projection, features })
     }
 
-    /// Projected text features, not normalised.
+    /// Projected text features, not normalised. With a tape, blocks keep only their input for the backward pass.
     ///
     /// # Shapes
     /// [N, T] ids → [N, P]
     ///
     /// # Errors
     /// When there are more tokens than positions.
-    pub fn forward(&self, batch: &TextBatch, patches: &Patches) -> TensorResult<Tensor> {
-        let sequence = self.embed(batch, patches)?;
-        let pass = Pass { patches, key_mask: batch.mask.as_ref() };
-        let pooled = block::pooled(&self.blocks, sequence, &pass)?;
+    pub fn forward<'a>(&'a self, batch: &TextBatch, patches: &'a Patches, tape: Option<&Tape<'a>>) -> TensorResult<Tensor> {
+        self.finish(self.embed(batch, patches)?, patches, tape)
+    }
+
+    /// How many blocks nothing that is trained reaches; 0 where the embedding is trained.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn constant_blocks(&self, config: &TextConfig, patches: &Patches) -> TensorResult<usize> {
+        let probe = TextBatch::new(&[vec![0]], None, config, self.token.weight.1.device())?;
+        self.embed(&probe, patches)?.constant(&self.blocks, patches)
+    }
+
+    /// Texts up to block `depth`.
+    ///
+    /// # Shapes
+    /// [N, T] ids → [N, T, D]
+    ///
+    /// # Errors
+    /// When there are more tokens than positions.
+    pub fn trunk(&self, batch: &TextBatch, depth: usize, patches: &Patches) -> TensorResult<Trunk> {
+        self.embed(batch, patches)?.through(&self.blocks[..depth.min(self.blocks.len())], patches)
+    }
+
+    /// From the middle of the tower to projected features.
+    ///
+    /// # Shapes
+    /// [N, T, D] → [N, P]
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn finish<'a>(&'a self, trunk: Trunk, patches: &'a Patches, tape: Option<&Tape<'a>>) -> TensorResult<Tensor> {
+        let pooled = block::pooled(&self.blocks, trunk, patches, tape)?;
         // The norm works on each token alone, so pooling first gives the same.
         let pooled = self.final_norm.forward(&pooled.squeeze(1)?, patches)?;
         let features = self.projection.forward(&pooled, patches)?;
@@ -142,15 +172,11 @@ impl TextTower {
     /// # Errors
     /// When there are more tokens than positions.
     pub fn tokens(&self, batch: &TextBatch, patches: &Patches) -> TensorResult<Tensor> {
-        let mut sequence = self.embed(batch, patches)?;
-        let pass = Pass { patches, key_mask: batch.mask.as_ref() };
-        for block in &self.blocks {
-            sequence = block.forward(sequence, &pass)?;
-        }
-        self.final_norm.forward(&sequence.x, patches)
+        let all = self.trunk(batch, self.blocks.len(), patches)?;
+        self.final_norm.forward(&all.x, patches)
     }
 
-    fn embed(&self, batch: &TextBatch, patches: &Patches) -> TensorResult<Sequence> {
+    fn embed(&self, batch: &TextBatch, patches: &Patches) -> TensorResult<Trunk> {
         let len = batch.ids.dim(1)?;
         let table = self.position.table(patches)?;
         if len > table.dim(0)? {
@@ -158,6 +184,6 @@ impl TextTower {
         }
         let x = self.token.forward(&batch.ids, patches)?;
         let x = x.broadcast_add(&table.narrow(0, 0, len)?)?;
-        Ok(Sequence { x, pool: batch.pool.clone() })
+        Ok(Trunk { x, pool: batch.pool.clone(), mask: batch.mask.clone(), depth: 0 })
     }
 }

@@ -2,10 +2,11 @@
 
 use candle_core::{Result as TensorResult, Tensor};
 use peft_adapters::layers::{Embedding, LayerNorm, Linear};
-use peft_adapters::{Patches, Sequence, Site, SiteId, SiteKind, Sites, Tower, WeightId, ops};
+use peft_adapters::{Patches, Site, SiteId, SiteKind, Sites, Tape, Tower, WeightId, ops};
 
-use super::block::{self, Block, BlockShape, Pass, Tensors};
+use super::block::{self, Block, BlockShape, Tensors};
 use super::config::{ClipConfig, VisionConfig};
+use super::trunk::Trunk;
 use crate::error::Result;
 
 /// The image encoder.
@@ -71,16 +72,53 @@ impl VisionTower {
     /// Projected image features, not normalised.
     ///
     /// `keep` [B, K] u32 names the patches that stay (patch dropout, Li et al. 2023); all when `None`.
+    /// With a tape, blocks keep only their input for the backward pass.
     ///
     /// # Shapes
     /// `pixels` [B, 3, H, W] → [B, P]
     ///
     /// # Errors
     /// When the image size is not the model's.
-    pub fn forward(&self, pixels: &Tensor, keep: Option<&Tensor>, patches: &Patches) -> TensorResult<Tensor> {
-        let sequence = self.embed(pixels, keep, patches)?;
-        let pass = Pass { patches, key_mask: None };
-        let pooled = block::pooled(&self.blocks, sequence, &pass)?;
+    pub fn forward<'a>(
+        &'a self,
+        pixels: &Tensor,
+        keep: Option<&Tensor>,
+        patches: &'a Patches,
+        tape: Option<&Tape<'a>>,
+    ) -> TensorResult<Tensor> {
+        self.finish(self.embed(pixels, keep, patches)?, patches, tape)
+    }
+
+    /// How many blocks nothing that is trained reaches; 0 where the images' embedding is trained.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn constant_blocks(&self, patches: &Patches) -> TensorResult<usize> {
+        let (side, like) = (self.config.image_size, &self.patch.1);
+        let blank = Tensor::zeros((1, 3, side, side), like.dtype(), like.device())?;
+        self.embed(&blank, None, patches)?.constant(&self.blocks, patches)
+    }
+
+    /// Images up to block `depth`.
+    ///
+    /// # Shapes
+    /// `pixels` [B, 3, H, W] → [B, T, D]
+    ///
+    /// # Errors
+    /// When the image size is not the model's.
+    pub fn trunk(&self, pixels: &Tensor, depth: usize, patches: &Patches) -> TensorResult<Trunk> {
+        self.embed(pixels, None, patches)?.through(&self.blocks[..depth.min(self.blocks.len())], patches)
+    }
+
+    /// From the middle of the tower to projected features.
+    ///
+    /// # Shapes
+    /// [B, T, D] → [B, P]
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn finish<'a>(&'a self, trunk: Trunk, patches: &'a Patches, tape: Option<&Tape<'a>>) -> TensorResult<Tensor> {
+        let pooled = block::pooled(&self.blocks, trunk, patches, tape)?;
         let pooled = self.post_norm.forward(&pooled.squeeze(1)?, patches)?;
         let features = self.projection.forward(&pooled, patches)?;
         patches.features(self.features, features)
@@ -94,16 +132,11 @@ impl VisionTower {
     /// # Errors
     /// When the image size is not the model's.
     pub fn tokens(&self, pixels: &Tensor, patches: &Patches) -> TensorResult<Tensor> {
-        let mut sequence = self.embed(pixels, None, patches)?;
-        let pass = Pass { patches, key_mask: None };
-        for block in &self.blocks {
-            sequence = block.forward(sequence, &pass)?;
-        }
-        Ok(sequence.x)
+        Ok(self.trunk(pixels, self.blocks.len(), patches)?.x)
     }
 
     /// Class token and patches with positions, normed.
-    fn embed(&self, pixels: &Tensor, keep: Option<&Tensor>, patches: &Patches) -> TensorResult<Sequence> {
+    fn embed(&self, pixels: &Tensor, keep: Option<&Tensor>, patches: &Patches) -> TensorResult<Trunk> {
         let kernel = patches.weight(self.patch.0, &self.patch.1)?;
         let dim = kernel.dim(0)?;
         let mut cells = self.unfold(pixels)?;
@@ -126,7 +159,7 @@ impl VisionTower {
         let first = first.reshape((1, 1, dim))?.broadcast_as((batch, 1, dim))?;
         let x = Tensor::cat(&[&first, &x], 1)?;
         let x = self.pre_norm.forward(&x, patches)?;
-        Ok(Sequence { x, pool: Vec::new() })
+        Ok(Trunk { x, pool: Vec::new(), mask: None, depth: 0 })
     }
 
     /// [B, 3, H, W] → [B, patches, 3·P·P], in the order of the convolution's kernel.

@@ -32,6 +32,12 @@ pub struct Cached {
 }
 
 impl Cached {
+    /// A cache that never keeps anything, for images that are read once.
+    #[must_use]
+    pub fn none() -> Self {
+        Self::new(0)
+    }
+
     /// An empty cache for `count` images.
     #[must_use]
     pub fn new(count: usize) -> Self {
@@ -95,6 +101,18 @@ impl Images {
         self.preprocess.resize_crop(&self.read(example, decode::decode)?)
     }
 
+    /// blake3 of each example's file.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub fn digests(&self, examples: &[Example]) -> Result<Vec<blake3::Hash>> {
+        let digest = |e: &Example| match &e.image {
+            ImageRef::Embedded(bytes) => Ok(blake3::hash(bytes)),
+            ImageRef::File(path) => Ok(blake3::hash(&decode::read_file(path)?)),
+        };
+        examples.par_iter().map(digest).collect()
+    }
+
     /// The indices of unreadable images, each with the reason.
     #[must_use]
     pub fn verify(&self, examples: &[Example]) -> Vec<(usize, Error)> {
@@ -107,24 +125,24 @@ impl Images {
     /// When the image cannot be read.
     pub fn load(&self, index: usize, example: &Example, vary: Option<&Variation<'_>>, cache: &Cached, out: &mut [f32]) -> Result<()> {
         let Some(vary) = vary.filter(|v| !v.augment.is_none()) else {
-            if let Some(image) = cache.plain[index].get() {
+            if let Some(image) = cache.plain.get(index).and_then(OnceLock::get) {
                 self.preprocess.normalise(image, out);
                 return Ok(());
             }
             let image = self.open(example)?;
             self.preprocess.normalise(&image, out);
-            if cache.has_room(image.len()) {
-                let _ = cache.plain[index].set(image);
+            if let Some(slot) = cache.plain.get(index).filter(|_| cache.has_room(image.len())) {
+                let _ = slot.set(image);
             }
             return Ok(());
         };
-        let image = match cache.decoded[index].get() {
+        let image = match cache.decoded.get(index).and_then(OnceLock::get) {
             Some(image) => self.vary(image, index, vary)?,
             None => {
                 let image = self.read(example, decode::decode_rgba)?;
                 let varied = self.vary(&image, index, vary)?;
-                if cache.has_room(image.len()) {
-                    let _ = cache.decoded[index].set(image);
+                if let Some(slot) = cache.decoded.get(index).filter(|_| cache.has_room(image.len())) {
+                    let _ = slot.set(image);
                 }
                 varied
             }

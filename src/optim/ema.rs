@@ -3,6 +3,7 @@
 use candle_core::Tensor;
 use peft_adapters::Params;
 
+use super::fused::{fused, update};
 use super::restored;
 use crate::error::Result;
 
@@ -39,7 +40,13 @@ impl Ema {
     pub fn update(&mut self, params: &Params, step: usize) -> Result<()> {
         let decay = self.decay.min((1 + step) as f64 / (10 + step) as f64);
         for (average, param) in self.average.iter_mut().zip(params.iter()) {
-            *average = ((&*average * decay)? + (param.var.as_tensor().detach() * (1.0 - decay))?)?;
+            let value = param.var.as_tensor();
+            if fused(&[average, value]) {
+                let (kept, new) = (decay as f32, (1.0 - decay) as f32);
+                update(average, value, |a, v| a * kept + v * new)?;
+            } else {
+                *average = ((&*average * decay)? + (value.detach() * (1.0 - decay))?)?;
+            }
         }
         Ok(())
     }

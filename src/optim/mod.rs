@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 
 mod adamw;
 mod ema;
+mod fused;
 mod schedule;
 mod sgd;
 
@@ -60,10 +61,11 @@ impl OptimizerConfig {
 /// Updates parameters in place.
 pub trait Optimizer {
     /// One step. `grads` runs parallel to the parameters; those without a gradient stay as they are.
+    /// `scale` multiplies every gradient (clipping).
     ///
     /// # Errors
     /// When a tensor operation fails.
-    fn step(&mut self, params: &Params, grads: &[Option<Tensor>], lr: f64) -> Result<()>;
+    fn step(&mut self, params: &Params, grads: &[Option<Tensor>], lr: f64, scale: f64) -> Result<()>;
 
     /// Named state, for a checkpoint.
     fn state(&self) -> Vec<(String, Tensor)>;
@@ -113,12 +115,17 @@ impl Accumulated {
         self.sums.resize(params.len(), None);
         for (sum, param) in self.sums.iter_mut().zip(params.iter()) {
             let Some(grad) = grads.get(&param.var) else { continue };
-            let grad = grad.detach();
-            let grad = if weight == 1.0 { grad } else { (grad * weight)? };
-            *sum = Some(match sum.take() {
-                Some(sum) => (sum + grad)?,
-                None => grad,
-            });
+            let grad = grad.detach().contiguous()?;
+            match sum {
+                // The sum is ours alone: backward makes a new tensor for every gradient.
+                Some(sum) if fused::fused(&[sum, &grad]) => {
+                    let weight = weight as f32;
+                    fused::update(sum, &grad, |s, g| s + g * weight)?;
+                }
+                Some(sum) => *sum = (&*sum + (grad * weight)?)?,
+                None if weight == 1.0 => *sum = Some(grad),
+                None => *sum = Some((grad * weight)?),
+            }
         }
         Ok(())
     }
@@ -134,30 +141,19 @@ impl Accumulated {
 /// # Errors
 /// When a tensor operation fails.
 pub fn global_norm(grads: &[Option<Tensor>]) -> Result<f64> {
-    let mut sum: Option<Tensor> = None;
+    let mut sum = 0.0;
     for grad in grads.iter().flatten() {
-        let one = grad.to_dtype(DType::F32)?.sqr()?.sum_all()?;
-        sum = Some(match sum {
-            Some(s) => (s + one)?,
-            None => one,
-        });
+        sum += if fused::fused(&[grad]) {
+            fused::sum_of_squares(grad)?
+        } else {
+            f64::from(grad.to_dtype(DType::F32)?.sqr()?.sum_all()?.to_scalar::<f32>()?)
+        };
     }
-    Ok(match sum {
-        Some(s) => f64::from(s.to_scalar::<f32>()?).sqrt(),
-        None => 0.0,
-    })
+    Ok(sum.sqrt())
 }
 
-/// Scales gradients so that their global norm is at most `max` (as torch's `clip_grad_norm_`).
-///
-/// # Errors
-/// When a tensor operation fails.
-pub fn clip(grads: &mut [Option<Tensor>], norm: f64, max: f64) -> Result<()> {
-    let factor = max / (norm + 1e-6);
-    if factor < 1.0 {
-        for grad in grads.iter_mut().flatten() {
-            *grad = (&*grad * factor)?;
-        }
-    }
-    Ok(())
+/// What gradients are multiplied by so that their global norm is at most `max` (as torch's `clip_grad_norm_`).
+#[must_use]
+pub fn clip_factor(norm: f64, max: f64) -> f64 {
+    (max / (norm + 1e-6)).min(1.0)
 }

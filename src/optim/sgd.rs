@@ -56,12 +56,12 @@ impl Sgd {
 }
 
 impl Optimizer for Sgd {
-    fn step(&mut self, params: &Params, grads: &[Option<Tensor>], lr: f64) -> Result<()> {
+    fn step(&mut self, params: &Params, grads: &[Option<Tensor>], lr: f64, scale: f64) -> Result<()> {
         let SgdConfig { momentum, nesterov, weight_decay } = self.config;
         for (i, (param, grad)) in params.iter().zip(grads).enumerate() {
             let Some(grad) = grad else { continue };
             let value = param.var.as_tensor().detach();
-            let mut grad = grad.to_dtype(value.dtype())?;
+            let mut grad = (grad.to_dtype(value.dtype())? * scale)?;
             if weight_decay > 0.0 && param.decay {
                 grad = (grad + (&value * weight_decay)?)?;
             }
@@ -103,7 +103,7 @@ mod tests {
         let mut sgd = Sgd::new(SgdConfig { nesterov: true, ..Default::default() }, &params).unwrap();
         for step in 1..=3 {
             let grad = (params.get("p").unwrap().var.as_tensor().detach() * f64::from(step)).unwrap();
-            sgd.step(&params, &[Some(grad)], 0.1).unwrap();
+            sgd.step(&params, &[Some(grad)], 0.1, 1.0).unwrap();
         }
         let got = params.get("p").unwrap().var.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         for (g, w) in got.iter().zip([-0.023_003_995f32, 0.046_007_99, -0.011_501_998, -0.069_011_95]) {

@@ -94,11 +94,12 @@ impl Classify {
         })
     }
 
-    fn class_features(&mut self, on: &Forward<'_>) -> Result<Tensor> {
+    fn class_features(&mut self, on: &Forward<'_, '_>) -> Result<Tensor> {
         if let Some(kept) = &self.frozen {
             return Ok(kept.clone());
         }
-        let features = self.prompts.class_features(on.clip, on.patches)?;
+        self.prompts.keep_constant(on)?;
+        let features = self.prompts.class_features(on)?;
         if on.training && !features.track_op() {
             self.frozen = Some(features.clone());
         }
@@ -106,7 +107,7 @@ impl Classify {
     }
 
     /// [B, C]
-    fn logits(&mut self, on: &Forward<'_>, features: &Tensor, classes: Option<&Tensor>) -> Result<Tensor> {
+    fn logits(&mut self, on: &Forward<'_, '_>, features: &Tensor, classes: Option<&Tensor>) -> Result<Tensor> {
         if let Some([weight, bias]) = &self.head {
             let (weight, bias) = if on.training { (weight.clone(), bias.clone()) } else { (weight.detach(), bias.detach()) };
             let x = unit_rows(features)?.to_dtype(weight.dtype())?;
@@ -134,12 +135,12 @@ impl Task for Classify {
         }
     }
 
-    fn loss(&mut self, on: &Forward<'_>, features: &Tensor, examples: &[&Example]) -> Result<Tensor> {
+    fn loss(&mut self, on: &Forward<'_, '_>, features: &Tensor, examples: &[&Example]) -> Result<Tensor> {
         let logits = self.logits(on, features, None)?;
         cross_entropy(&logits, &labels(examples, &logits)?, self.smoothing)
     }
 
-    fn evaluate(&mut self, on: &Forward<'_>, features: &Tensor, examples: &[Example]) -> Result<Evaluation> {
+    fn evaluate(&mut self, on: &Forward<'_, '_>, features: &Tensor, examples: &[Example]) -> Result<Evaluation> {
         let classes = match &self.head {
             Some(_) => None,
             None => Some(self.class_features(on)?),

@@ -3,7 +3,7 @@
 //! A task is one file and one line in [`TaskConfig`].
 
 use candle_core::Tensor;
-use peft_adapters::{Params, Patches};
+use peft_adapters::{Params, Patches, Tape};
 use serde::{Deserialize, Serialize};
 
 use crate::clip::Clip;
@@ -106,7 +106,7 @@ impl TaskConfig {
 
 /// The model as a task sees it during one forward pass.
 #[derive(Debug, Clone, Copy)]
-pub struct Forward<'a> {
+pub struct Forward<'a, 't> {
     /// The base.
     pub clip: &'a Clip,
     /// What changes it.
@@ -115,6 +115,16 @@ pub struct Forward<'a> {
     pub training: bool,
     /// The epoch, which varies the texts that are drawn.
     pub epoch: usize,
+    /// Where what is computed twice to save memory is noted.
+    pub tape: Option<&'t Tape<'a>>,
+}
+
+impl<'a> Forward<'a, '_> {
+    /// A pass without gradients.
+    #[must_use]
+    pub fn eval(clip: &'a Clip, patches: &'a Patches) -> Self {
+        Self { clip, patches, training: false, epoch: 0, tape: None }
+    }
 }
 
 /// A loss and its metrics.
@@ -132,7 +142,7 @@ pub trait Task {
     ///
     /// # Errors
     /// When a tensor operation fails.
-    fn loss(&mut self, on: &Forward<'_>, features: &Tensor, examples: &[&Example]) -> Result<Tensor>;
+    fn loss(&mut self, on: &Forward<'_, '_>, features: &Tensor, examples: &[&Example]) -> Result<Tensor>;
 
     /// Metrics over a whole split.
     ///
@@ -141,7 +151,7 @@ pub trait Task {
     ///
     /// # Errors
     /// When a tensor operation fails.
-    fn evaluate(&mut self, on: &Forward<'_>, features: &Tensor, examples: &[Example]) -> Result<Evaluation>;
+    fn evaluate(&mut self, on: &Forward<'_, '_>, features: &Tensor, examples: &[Example]) -> Result<Evaluation>;
 
     /// Whether batches should all have the same size.
     fn drop_last(&self) -> bool {

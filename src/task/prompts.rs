@@ -1,12 +1,12 @@
 //! Texts through the text tower: class prompts, templates, batches of captions.
 
-use candle_core::{DType, Tensor};
-use peft_adapters::Patches;
+use candle_core::{DType, Result as TensorResult, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::Forward;
 use crate::clip::model::unit_rows;
 use crate::clip::tokenizer::Tokenizer;
-use crate::clip::{Clip, TextBatch};
+use crate::clip::{Clip, TextBatch, Trunk};
 use crate::error::{Error, Result};
 
 /// The template where a recipe names none.
@@ -14,6 +14,9 @@ pub const DEFAULT_TEMPLATE: &str = "a photo of a {}.";
 
 /// Texts that go through the tower at once.
 const CHUNK: usize = 256;
+
+/// Fewer texts than this are not worth a pass of their own.
+const ALIKE: usize = 64;
 
 /// How far texts are padded. The result is the same; `max` takes longer and serves comparisons.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,9 +54,16 @@ pub fn fill(classes: &[String], templates: &[String]) -> Vec<String> {
 /// Texts as token ids, to be encoded as often as weights change.
 #[derive(Debug, Clone)]
 pub struct Prompts {
+    /// Sorted by length, so that few are padded to the longest of their pass.
     ids: Vec<Vec<u32>>,
+    /// Where each text stands in `ids`, if they were moved.
+    back: Option<Vec<u32>>,
     templates: usize,
     pad: Pad,
+    /// What enters the first trained block, if that comes later than the first.
+    trunks: Option<Vec<Trunk>>,
+    /// Whether it is known how far that goes.
+    probed: bool,
     /// How many texts were cut to the context length.
     pub truncated: usize,
 }
@@ -65,7 +75,9 @@ impl Prompts {
     /// When the tokeniser fails.
     pub fn new(tokenizer: &Tokenizer, texts: &[String], pad: Pad) -> Result<Self> {
         let (ids, truncated) = tokenizer.encode_all(texts)?;
-        Ok(Self { ids, templates: 1, pad, truncated })
+        let sort = pad == Pad::Longest && ids.len() >= 2 * ALIKE;
+        let (ids, back) = if sort { by_length(ids) } else { (ids, None) };
+        Ok(Self { ids, back, templates: 1, pad, trunks: None, probed: false, truncated })
     }
 
     /// Tokenises every class in every template.
@@ -81,17 +93,49 @@ impl Prompts {
     ///
     /// # Errors
     /// When a tensor operation fails.
-    pub fn features(&self, clip: &Clip, patches: &Patches) -> Result<Tensor> {
-        let to = (self.pad == Pad::Max).then_some(clip.config().text.max_position_embeddings);
-        let mut parts = Vec::new();
-        for chunk in self.ids.chunks(CHUNK) {
-            let batch = TextBatch::new(chunk, to, &clip.config().text, clip.device())?;
-            parts.push(clip.text_features(&batch, patches)?);
+    pub fn features(&self, on: &Forward<'_, '_>) -> Result<Tensor> {
+        let parts: Vec<Tensor> = match &self.trunks {
+            Some(trunks) => {
+                let one = |trunk| on.clip.text_features_from(trunk, on.patches, on.tape);
+                trunks.iter().map(one).collect::<TensorResult<_>>()?
+            }
+            None => {
+                let one = |batch| on.clip.text_features_on(&batch, on.patches, on.tape);
+                self.batches(on.clip)?.into_iter().map(one).collect::<TensorResult<_>>()?
+            }
+        };
+        let all = match parts.as_slice() {
+            [one] => one.clone(),
+            parts => Tensor::cat(parts, 0)?,
+        };
+        match &self.back {
+            Some(back) => Ok(all.index_select(&Tensor::new(back.as_slice(), all.device())?, 0)?),
+            None => Ok(all),
         }
-        match parts.as_slice() {
-            [one] => Ok(one.clone()),
-            parts => Ok(Tensor::cat(parts, 0)?),
+    }
+
+    /// Keeps what no training changes, for texts that are encoded again in every step.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn keep_constant(&mut self, on: &Forward<'_, '_>) -> Result<()> {
+        if !on.training || std::mem::replace(&mut self.probed, true) {
+            return Ok(());
         }
+        let [_, depth] = on.clip.constant_blocks(on.patches)?;
+        if depth > 0 {
+            let one = |batch| on.clip.text_trunk(&batch, depth, on.patches);
+            self.trunks = Some(self.batches(on.clip)?.into_iter().map(one).collect::<TensorResult<_>>()?);
+        }
+        Ok(())
+    }
+
+    /// The texts in groups that go through the tower at once.
+    fn batches(&self, clip: &Clip) -> Result<Vec<TextBatch>> {
+        let config = &clip.config().text;
+        let to = (self.pad == Pad::Max).then_some(config.max_position_embeddings);
+        let each = if self.back.is_some() { self.ids.len().div_ceil(4).clamp(ALIKE, CHUNK) } else { CHUNK };
+        Ok(self.ids.chunks(each).map(|chunk| TextBatch::new(chunk, to, config, clip.device())).collect::<TensorResult<_>>()?)
     }
 
     /// One feature for each class, [C, P]: with several templates the mean of the normalised ones
@@ -99,8 +143,8 @@ impl Prompts {
     ///
     /// # Errors
     /// When a tensor operation fails.
-    pub fn class_features(&self, clip: &Clip, patches: &Patches) -> Result<Tensor> {
-        let features = self.features(clip, patches)?;
+    pub fn class_features(&self, on: &Forward<'_, '_>) -> Result<Tensor> {
+        let features = self.features(on)?;
         if self.templates == 1 {
             return Ok(features);
         }
@@ -108,6 +152,17 @@ impl Prompts {
         let unit = unit_rows(&features)?.reshape((count / self.templates, self.templates, dim))?;
         Ok(unit.mean(1)?)
     }
+}
+
+/// Sorted ids, and where each text went.
+fn by_length(ids: Vec<Vec<u32>>) -> (Vec<Vec<u32>>, Option<Vec<u32>>) {
+    let mut order: Vec<(usize, Vec<u32>)> = ids.into_iter().enumerate().collect();
+    order.sort_by_key(|(_, ids)| ids.len());
+    let mut back = vec![0; order.len()];
+    for (to, (from, _)) in order.iter().enumerate() {
+        back[*from] = to as u32;
+    }
+    (order.into_iter().map(|(_, ids)| ids).collect(), Some(back))
 }
 
 /// Row-wise cross-entropy with label smoothing, averaged: −(1−ε) log p(label) − ε · mean log p.

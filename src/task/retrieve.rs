@@ -1,6 +1,6 @@
 //! The text that belongs to an image, and the image that belongs to a text.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use candle_core::{D, DType, Tensor};
 use peft_adapters::rng;
@@ -56,30 +56,49 @@ impl Retrieve {
     }
 }
 
-/// [B, B]: rows sum to 1 over what belongs together: the same example, group or text.
-fn targets(examples: &[&Example], texts: &[&str]) -> Vec<f32> {
-    let count = examples.len();
-    let key = |e: &Example| rng::name_key(e.group.as_deref().unwrap_or(&e.id));
-    let keys: Vec<(u64, u64)> = examples.iter().zip(texts).map(|(e, t)| (key(e), rng::name_key(t))).collect();
-    let mut all = vec![0f32; count * count];
-    for (row, own) in all.chunks_exact_mut(count).zip(&keys) {
-        let same: Vec<usize> = (0..count).filter(|&j| keys[j].0 == own.0 || keys[j].1 == own.1).collect();
-        for &j in &same {
-            row[j] = 1.0 / same.len() as f32;
-        }
+/// Which texts belong to which images: the example's own, those of its group, and whatever else is one of its captions
+/// ("an icon of a mammal", drawn for another mammal).
+struct Pairs {
+    count: usize,
+    belongs: Vec<bool>,
+}
+
+impl Pairs {
+    fn new(examples: &[&Example], texts: &[&str]) -> Self {
+        let group = |e: &Example| rng::name_key(e.group.as_deref().unwrap_or(&e.id));
+        let drawn: Vec<(u64, u64)> = examples.iter().zip(texts).map(|(e, t)| (group(e), rng::name_key(t))).collect();
+        let of_image = |(at, image): (usize, &&Example)| {
+            let captions: HashSet<u64> = image.texts.iter().map(|t| rng::name_key(t)).collect();
+            let own = drawn[at];
+            let belongs = |&(group, text): &(u64, u64)| group == own.0 || text == own.1 || captions.contains(&text);
+            drawn.iter().map(belongs).collect::<Vec<_>>()
+        };
+        Self { count: examples.len(), belongs: examples.iter().enumerate().flat_map(of_image).collect() }
     }
-    all
+
+    /// [B, B]: row i spreads 1 over the texts of image i, or, the other way round, over the images of text i.
+    fn targets(&self, of_text: bool) -> Vec<f32> {
+        let n = self.count;
+        let at = |i: usize, j: usize| self.belongs[if of_text { j * n + i } else { i * n + j }];
+        let row = |i: usize| {
+            let share = 1.0 / (0..n).filter(|&j| at(i, j)).count().max(1) as f32;
+            (0..n).map(move |j| if at(i, j) { share } else { 0.0 })
+        };
+        (0..n).flat_map(row).collect()
+    }
 }
 
 /// Symmetric InfoNCE with soft targets: ½ Σ −t log softmax(rows) + ½ Σ −t log softmax(columns), per row.
 ///
-/// `targets` is symmetric in what belongs together, so it serves both directions.
-fn info_nce(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    let one_way = |logits: &Tensor| -> Result<Tensor> {
+/// # Shapes
+/// `logits` [B, B], images by texts → scalar
+fn info_nce(logits: &Tensor, pairs: &Pairs) -> Result<Tensor> {
+    let one_way = |logits: &Tensor, of_text: bool| -> Result<Tensor> {
+        let targets = Tensor::from_vec(pairs.targets(of_text), logits.shape(), logits.device())?.to_dtype(logits.dtype())?;
         let log_p = candle_nn::ops::log_softmax(logits, D::Minus1)?;
         Ok((log_p * targets)?.sum(D::Minus1)?.mean_all()?.neg()?)
     };
-    let both = (one_way(logits)? + one_way(&logits.t()?.contiguous()?)?)?;
+    let both = (one_way(logits, false)? + one_way(&logits.t()?.contiguous()?, true)?)?;
     Ok((both * 0.5)?)
 }
 
@@ -92,20 +111,19 @@ impl Task for Retrieve {
         }
     }
 
-    fn loss(&mut self, on: &Forward<'_>, features: &Tensor, examples: &[&Example]) -> Result<Tensor> {
+    fn loss(&mut self, on: &Forward<'_, '_>, features: &Tensor, examples: &[&Example]) -> Result<Tensor> {
         let texts = self.draw(on.epoch, examples);
         let owned: Vec<String> = texts.iter().map(ToString::to_string).collect();
         let prompts = Prompts::new(&self.tokenizer, &owned, self.pad)?;
         self.truncated += prompts.truncated;
-        let logits = on.clip.logits(features, &prompts.features(on.clip, on.patches)?, on.patches)?;
-        let targets = Tensor::from_vec(targets(examples, &texts), logits.shape(), logits.device())?.to_dtype(logits.dtype())?;
-        info_nce(&logits, &targets)
+        let logits = on.clip.logits(features, &prompts.features(on)?, on.patches)?;
+        info_nce(&logits, &Pairs::new(examples, &texts))
     }
 
-    fn evaluate(&mut self, on: &Forward<'_>, features: &Tensor, examples: &[Example]) -> Result<Evaluation> {
+    fn evaluate(&mut self, on: &Forward<'_, '_>, features: &Tensor, examples: &[Example]) -> Result<Evaluation> {
         let found = Candidates::new(examples);
         let prompts = Prompts::new(&self.tokenizer, &found.texts, self.pad)?;
-        let texts = unit_rows(&prompts.features(on.clip, on.patches)?)?;
+        let texts = unit_rows(&prompts.features(on)?)?;
         let images = unit_rows(features)?;
         let cosine = images.matmul(&texts.t()?)?.to_dtype(DType::F32)?;
         let by_image = cosine.to_vec2::<f32>()?;
@@ -147,7 +165,7 @@ impl Retrieve {
     /// The training loss over chunks of at most 256 examples, with each example's first text.
     fn evaluation_loss(
         &self,
-        on: &Forward<'_>,
+        on: &Forward<'_, '_>,
         features: &Tensor,
         examples: &[Example],
         found: &Candidates,
@@ -162,8 +180,7 @@ impl Retrieve {
             let rows = Tensor::from_vec(rows, chunk.len(), texts.device())?;
             let own = texts.index_select(&rows, 0)?;
             let logits = on.clip.logits(&features.narrow(0, from, chunk.len())?, &own, on.patches)?;
-            let targets = Tensor::from_vec(targets(&references, &first), logits.shape(), logits.device())?;
-            let loss = info_nce(&logits.to_dtype(DType::F32)?, &targets)?.to_scalar::<f32>()?;
+            let loss = info_nce(&logits.to_dtype(DType::F32)?, &Pairs::new(&references, &first))?.to_scalar::<f32>()?;
             sum += f64::from(loss) * chunk.len() as f64;
             from += chunk.len();
         }
@@ -216,16 +233,27 @@ mod tests {
     use super::*;
     use crate::data::ImageRef;
 
-    fn example(id: &str, group: Option<&str>) -> Example {
-        Example { id: id.into(), image: ImageRef::Embedded(b""), texts: vec![], label: None, group: group.map(Into::into) }
+    fn example(id: &str, group: Option<&str>, texts: &[&str]) -> Example {
+        let texts = texts.iter().map(ToString::to_string).collect();
+        Example { id: id.into(), image: ImageRef::Embedded(b""), texts, label: None, group: group.map(Into::into) }
     }
 
     #[test]
     fn groups_and_equal_texts_are_no_negatives() {
-        let all = [example("a", Some("g")), example("b", Some("g")), example("c", None), example("d", None)];
+        let all = [example("a", Some("g"), &[]), example("b", Some("g"), &[]), example("c", None, &[]), example("d", None, &[])];
         let references: Vec<&Example> = all.iter().collect();
-        let t = targets(&references, &["one", "two", "same", "same"]);
+        let t = Pairs::new(&references, &["one", "two", "same", "same"]).targets(false);
         assert_eq!(&t[0..4], &[0.5, 0.5, 0.0, 0.0]);
         assert_eq!(&t[8..12], &[0.0, 0.0, 0.5, 0.5]);
+    }
+
+    /// The cat's caption "a mammal" is also one of the dog's, which drew "a dog" this time.
+    #[test]
+    fn a_text_that_is_also_anothers_caption_is_no_negative_of_it() {
+        let all = [example("cat", None, &["a cat", "a mammal"]), example("dog", None, &["a dog", "a mammal"])];
+        let references: Vec<&Example> = all.iter().collect();
+        let pairs = Pairs::new(&references, &["a mammal", "a dog"]);
+        assert_eq!(pairs.targets(false), [1.0, 0.0, 0.5, 0.5]);
+        assert_eq!(pairs.targets(true), [0.5, 0.5, 0.0, 1.0]);
     }
 }

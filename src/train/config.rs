@@ -3,8 +3,10 @@
 use std::path::PathBuf;
 
 use candle_core::DType;
+use peft_adapters::Tape;
 use serde::{Deserialize, Serialize};
 
+use super::activations::CacheConfig;
 use crate::data::AugmentConfig;
 use crate::error::{Error, Result};
 use crate::named;
@@ -57,6 +59,16 @@ pub struct TrainConfig {
     /// Leave patches of training images out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub patch_dropout: Option<PatchDropout>,
+    /// Keep only each block's input for the backward pass and compute the rest again: less memory, slower steps.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub checkpointing: bool,
+    /// Examples that go through the towers together while the loss is over the whole batch (GradCache): a contrastive batch
+    /// is then not bound by memory. Lower: less memory. Off when left out; excludes `checkpointing`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grad_cache: Option<usize>,
+    /// Where activations below the first trained block are kept between epochs, if transforms do not change them.
+    #[serde(skip_serializing_if = "is_default")]
+    pub activation_cache: CacheConfig,
     /// Share of the target that is spread over all classes, in [0, 1).
     pub label_smoothing: f64,
     /// Optimiser steps between checkpoints, besides one at each epoch's end.
@@ -84,6 +96,10 @@ pub struct PatchDropout {
     /// Share of the steps during which it happens; the rest sees whole images.
     #[serde(default = "one")]
     pub until: f64,
+}
+
+fn is_default(cache: &CacheConfig) -> bool {
+    *cache == CacheConfig::default()
 }
 
 fn one() -> f64 {
@@ -133,6 +149,9 @@ impl Default for TrainConfig {
             seed: 0,
             ema: None,
             patch_dropout: None,
+            checkpointing: false,
+            grad_cache: None,
+            activation_cache: CacheConfig::default(),
             label_smoothing: 0.0,
             checkpoint_steps: None,
         }
@@ -154,7 +173,13 @@ impl TrainConfig {
         if self.epochs.is_some() && self.steps.is_some() {
             return Err(Error::input(format!("{place}: train"), "`epochs` and `steps` exclude each other").hint("keep one of them"));
         }
-        for (key, value) in [("epochs", self.epochs), ("steps", self.steps), ("checkpoint_steps", self.checkpoint_steps)] {
+        if self.checkpointing && self.grad_cache.is_some() {
+            return Err(Error::input(format!("{place}: train"), "`checkpointing` and `grad_cache` exclude each other")
+                .hint("grad_cache computes whole towers again, a few examples at a time; keep one of them"));
+        }
+        let steps =
+            [("epochs", self.epochs), ("steps", self.steps), ("checkpoint_steps", self.checkpoint_steps), ("grad_cache", self.grad_cache)];
+        for (key, value) in steps {
             if value == Some(0) || value.is_some_and(|v| v > 1_000_000_000) {
                 return wrong(key, "1 to 1000000000", &value.unwrap_or(0));
             }
@@ -195,6 +220,15 @@ impl TrainConfig {
         match self.steps {
             Some(steps) => steps,
             None => self.epochs.unwrap_or(DEFAULT_EPOCHS) * self.steps_per_epoch(batches_per_epoch),
+        }
+    }
+
+    /// What a step computes twice to save memory, if anything.
+    #[must_use]
+    pub fn tape<'a>(&self) -> Option<Tape<'a>> {
+        match self.grad_cache {
+            Some(rows) => Some(Tape::by_rows(rows)),
+            None => self.checkpointing.then(Tape::by_blocks),
         }
     }
 

@@ -1,13 +1,16 @@
-//! Image features of whole splits, computed once where nothing that is trained reaches them.
+//! What is the same in every epoch, computed once: image features of whole splits where nothing that is trained reaches
+//! them, otherwise the activations that enter the first trained block.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use peft_adapters::{Patches, Step};
 
+use super::activations::{self, Bank, Builder, CacheConfig, Place};
 use super::observer::{Event, Observer};
-use crate::clip::Clip;
+use crate::clip::{Clip, Trunk};
 use crate::data::images::Cached;
 use crate::data::loader::load;
 use crate::data::{Example, Images, Split};
@@ -18,19 +21,40 @@ use crate::error::Result;
 pub struct Features {
     images: Arc<Images>,
     batch: usize,
+    cache: CacheConfig,
+    /// Identifies all that activations depend on, the examples apart.
+    identity: String,
     frozen: bool,
+    /// Blocks of the image tower that nothing trained reaches.
+    depth: usize,
     banks: HashMap<Split, Tensor>,
+    trunks: HashMap<Split, Option<Arc<Bank>>>,
     pixels: HashMap<Split, Cached>,
 }
 
+/// What [`Features`] needs besides the model.
+#[derive(Debug)]
+pub struct FeatureSource {
+    /// How images are read.
+    pub images: Arc<Images>,
+    /// How many go through the tower at once.
+    pub batch: usize,
+    /// Where activations may be kept.
+    pub cache: CacheConfig,
+    /// Identifies base, methods and preprocessing.
+    pub identity: String,
+}
+
 impl Features {
-    /// `batch` images go through the tower at once.
+    /// Finds out what is constant.
     ///
     /// # Errors
     /// When a forward pass fails.
-    pub fn new(images: Arc<Images>, batch: usize, clip: &Clip, patches: &mut Patches) -> Result<Self> {
+    pub fn new(source: FeatureSource, clip: &Clip, patches: &mut Patches) -> Result<Self> {
+        let FeatureSource { images, batch, cache, identity } = source;
         let frozen = !depends_on_parameters(&images, clip, patches)?;
-        Ok(Self { images, batch, frozen, banks: HashMap::new(), pixels: HashMap::new() })
+        let depth = if frozen { 0 } else { clip.constant_blocks(patches)?[0] };
+        Ok(Self { images, batch, cache, identity, frozen, depth, banks: HashMap::new(), trunks: HashMap::new(), pixels: HashMap::new() })
     }
 
     /// Whether image features are the same after every step.
@@ -58,12 +82,19 @@ impl Features {
             return Ok(bank.clone());
         }
         view.prepare(&Step::eval())?;
+        // Test images pass twice only.
+        let trunk = if split == Split::Val { self.trunk(split, examples, clip, view, observer)? } else { None };
         let cache = self.pixels.entry(split).or_insert_with(|| Cached::new(examples.len()));
         let mut parts = Vec::new();
         let all: Vec<usize> = (0..examples.len()).collect();
         for indices in all.chunks(self.batch) {
-            let pixels = load(&self.images, examples, indices, None, cache)?;
-            parts.push(clip.image_features(&pixels, view)?);
+            parts.push(match &trunk {
+                Some(bank) => {
+                    let x = bank.gather(indices, clip.dtype(), clip.device())?;
+                    clip.image_features_from(&Trunk { x, pool: Vec::new(), mask: None, depth: bank.depth() }, view, None)?
+                }
+                None => clip.image_features(&load(&self.images, examples, indices, None, cache)?, view)?,
+            });
             observer.event(Event::Advance(indices.len()));
         }
         let features = match parts.is_empty() {
@@ -76,12 +107,80 @@ impl Features {
         }
         Ok(features)
     }
+
+    /// What enters the first trained block, for every example of a split; nothing where the first block is trained or
+    /// where there is no room.
+    ///
+    /// # Errors
+    /// When an image cannot be read, a tensor operation fails, or the disk refuses.
+    pub fn trunk(
+        &mut self,
+        split: Split,
+        examples: &[Example],
+        clip: &Clip,
+        view: &mut Patches,
+        observer: &mut dyn Observer,
+    ) -> Result<Option<Arc<Bank>>> {
+        if let Some(found) = self.trunks.get(&split) {
+            return Ok(found.clone());
+        }
+        let found = self.build(examples, clip, view, observer)?.map(Arc::new);
+        self.trunks.insert(split, found.clone());
+        Ok(found)
+    }
+
+    fn build(&self, examples: &[Example], clip: &Clip, view: &mut Patches, observer: &mut dyn Observer) -> Result<Option<Bank>> {
+        if self.depth == 0 || examples.is_empty() {
+            return Ok(None);
+        }
+        view.prepare(&Step::eval())?;
+        let shape = self.trunk_shape(clip, view)?;
+        let file = match self.cache.place(examples.len(), shape[0] * shape[1]) {
+            Place::None => return Ok(None),
+            Place::Memory => None,
+            Place::Disk => Some(self.file(examples)?),
+        };
+        if let Some(path) = &file
+            && let Some(bank) = activations::open(path, examples.len(), self.depth, shape)?
+        {
+            return Ok(Some(bank));
+        }
+        observer.event(Event::Phase("activations", Some(examples.len())));
+        let mut builder = Builder::new(examples.len(), self.depth, shape, file.as_deref())?;
+        let cache = Cached::none();
+        let all: Vec<usize> = (0..examples.len()).collect();
+        for indices in all.chunks(self.batch) {
+            let pixels = load(&self.images, examples, indices, None, &cache)?;
+            builder.push(&clip.image_trunk(&pixels, self.depth, view)?.x)?;
+            observer.event(Event::Advance(indices.len()));
+        }
+        builder.finish().map(Some)
+    }
+
+    fn trunk_shape(&self, clip: &Clip, view: &Patches) -> Result<[usize; 2]> {
+        let (_, tokens, dim) = clip.image_trunk(&blank(&self.images)?, self.depth, view)?.x.dims3()?;
+        Ok([tokens, dim])
+    }
+
+    /// Named after everything that the activations depend on.
+    fn file(&self, examples: &[Example]) -> Result<PathBuf> {
+        let mut key = blake3::Hasher::new();
+        key.update(format!("1 {} {}", self.depth, self.identity).as_bytes());
+        for digest in self.images.digests(examples)? {
+            key.update(digest.as_bytes());
+        }
+        Ok(self.cache.directory.join(format!("{}.f32", &key.finalize().to_hex()[..32])))
+    }
+}
+
+/// One image of zeros, [1, 3, H, W].
+fn blank(images: &Images) -> Result<Tensor> {
+    let (height, width) = images.size();
+    Ok(Tensor::zeros((1, 3, height, width), DType::F32, &candle_core::Device::Cpu)?)
 }
 
 /// Whether a gradient of image features would reach any parameter.
 fn depends_on_parameters(images: &Images, clip: &Clip, patches: &mut Patches) -> Result<bool> {
-    let (height, width) = images.size();
-    let blank = Tensor::zeros((1, 3, height, width), DType::F32, &candle_core::Device::Cpu)?;
     patches.prepare(&Step::eval())?;
-    Ok(clip.image_features(&blank, patches)?.track_op())
+    Ok(clip.image_features(&blank(images)?, patches)?.track_op())
 }

@@ -17,15 +17,17 @@ use crate::optim::{Ema, Optimizer};
 use crate::report::{EpochRecord, Evaluation};
 use crate::task::{Forward, Task};
 
+mod activations;
 pub mod checkpoint;
 mod config;
 mod features;
 pub mod observer;
 mod step;
 
+pub use activations::{Bank, CacheConfig};
 pub use checkpoint::{Best, State};
 pub use config::{Dtype, EarlyStopping, PatchDropout, TrainConfig};
-pub use features::Features;
+pub use features::{FeatureSource, Features};
 pub use observer::{Event, Observer, Silent, StepRecord};
 pub use step::Stepper;
 
@@ -245,7 +247,7 @@ impl<'a> Trainer<'a> {
         let examples = self.data.split(split);
         let Adapters { view, .. } = &mut *self.adapters;
         let features = self.features.of(split, examples, &self.base.clip, view, observer)?;
-        let on = Forward { clip: &self.base.clip, patches: view, training: false, epoch: 0 };
+        let on = Forward::eval(&self.base.clip, view);
         self.task.evaluate(&on, &features, examples)
     }
 

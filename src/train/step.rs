@@ -7,11 +7,12 @@ use peft_adapters::{Step, rng};
 use rand::seq::SliceRandom;
 
 use super::observer::{Event, Observer, StepRecord};
-use super::{Run, Trainer, by_name};
+use super::{Bank, Run, Trainer, by_name};
+use crate::clip::Trunk;
 use crate::data::loader::LoaderConfig;
-use crate::data::{Batch, Example, Loader, Plan, Split};
+use crate::data::{Example, Loader, Plan, Split};
 use crate::error::{Error, Result};
-use crate::optim::{Accumulated, clip, global_norm};
+use crate::optim::{Accumulated, clip_factor, global_norm};
 use crate::task::Forward;
 
 /// CLIP's bound on the logit scale's logarithm, ln 100 (Radford et al. 2021, section 2.5).
@@ -23,6 +24,24 @@ enum Feed {
     Images(Loader),
     /// Features that never change, [N, P].
     Bank(Tensor),
+    /// What enters the first trained block, where that never changes.
+    Trunk(Arc<Bank>),
+}
+
+/// What a batch holds, [B, …].
+enum Input {
+    Pixels(Tensor),
+    Trunk(Trunk),
+    Features(Tensor),
+}
+
+/// The part of a step that goes forward and backward at once.
+struct MicroBatch {
+    input: Input,
+    indices: Vec<usize>,
+    epoch: usize,
+    /// Counts micro-batches from the start of training.
+    position: usize,
 }
 
 /// Makes steps.
@@ -55,14 +74,12 @@ impl Stepper {
             plan: plan.clone(),
             waited: 0.0,
         };
-        let constant = trainer.features.frozen() && config.augment.is_none() && config.patch_dropout.is_none();
-        stepper.feed = if constant {
-            observer.event(Event::Phase("features", Some(examples.len())));
-            let view = &mut trainer.adapters.view;
-            Feed::Bank(trainer.features.of(Split::Train, &examples, &trainer.base.clip, view, observer)?)
-        } else {
-            let loader = LoaderConfig { examples, images: trainer.images.clone(), augment: config.augment.clone(), plan };
-            Feed::Images(Loader::start(loader, stepper.position(done), stepper.position(total)))
+        stepper.feed = match constant(trainer, &examples, observer)? {
+            Some(feed) => feed,
+            None => {
+                let loader = LoaderConfig { examples, images: trainer.images.clone(), augment: config.augment.clone(), plan };
+                Feed::Images(Loader::start(loader, stepper.position(done), stepper.position(total)))
+            }
         };
         Ok(stepper)
     }
@@ -84,28 +101,33 @@ impl Stepper {
         epoch * self.plan.per_epoch() + at * self.accumulate
     }
 
-    fn next(&mut self, position: usize) -> Result<(Batch, bool)> {
+    fn next(&mut self, position: usize, trainer: &Trainer<'_>) -> Result<MicroBatch> {
         let start = std::time::Instant::now();
-        let next = self.fetch(position);
+        let next = self.fetch(position, trainer);
         self.waited += start.elapsed().as_secs_f64();
         next
     }
 
-    /// The batch at `position` and whether it holds features in place of pixels.
-    fn fetch(&mut self, position: usize) -> Result<(Batch, bool)> {
-        match &mut self.feed {
+    fn fetch(&mut self, position: usize, trainer: &Trainer<'_>) -> Result<MicroBatch> {
+        let indices = self.plan.indices(position);
+        let epoch = position / self.plan.per_epoch().max(1);
+        let clip = trainer.clip();
+        let input = match &mut self.feed {
             Feed::Images(loader) => match loader.next_batch()? {
-                Some(batch) => Ok((batch, false)),
-                None => Err(Error::fault("loader", "ended before the last step")),
+                Some(batch) => Input::Pixels(batch.pixels),
+                None => return Err(Error::fault("loader", "ended before the last step")),
             },
             Feed::Bank(bank) => {
-                let indices = self.plan.indices(position);
                 let rows: Vec<u32> = indices.iter().map(|&i| i as u32).collect();
                 let rows = Tensor::from_vec(rows, indices.len(), bank.device())?;
-                let epoch = position / self.plan.per_epoch().max(1);
-                Ok((Batch { pixels: bank.index_select(&rows, 0)?, indices, epoch }, true))
+                Input::Features(bank.index_select(&rows, 0)?)
             }
-        }
+            Feed::Trunk(bank) => {
+                let x = bank.gather(&indices, clip.dtype(), clip.device())?;
+                Input::Trunk(Trunk { x, pool: Vec::new(), mask: None, depth: bank.depth() })
+            }
+        };
+        Ok(MicroBatch { input, indices, epoch, position })
     }
 
     /// One optimiser step.
@@ -123,62 +145,56 @@ impl Stepper {
         let mut sums = Accumulated::default();
         let (mut loss, mut epoch) = (0.0, 0);
         for position in positions {
-            let (batch, features) = self.next(position)?;
+            let batch = self.next(position, trainer)?;
             let weight = batch.indices.len() as f64 / sizes as f64;
-            let references: Vec<&Example> = batch.indices.iter().map(|&i| &self.examples[i]).collect();
-            let value = self.backward(trainer, &batch, features, &references, position, weight, &mut sums)?;
+            let value = self.backward(trainer, &batch, weight, &mut sums)?;
             if !value.is_finite() {
-                return Err(non_finite("loss", step + 1, &references));
+                return Err(non_finite("loss", step + 1, &self.examples_of(&batch.indices)));
             }
             (loss, epoch) = (loss + value * weight, batch.epoch);
         }
-        let mut grads = sums.take();
+        let grads = sums.take();
         let norm = global_norm(&grads)?;
         if !norm.is_finite() {
             let batch = self.plan.indices(self.position(step));
-            return Err(non_finite("gradient", step + 1, &batch.iter().map(|&i| &self.examples[i]).collect::<Vec<_>>()));
+            return Err(non_finite("gradient", step + 1, &self.examples_of(&batch)));
         }
-        if let Some(max) = trainer.config.clip_norm {
-            clip(&mut grads, norm, max)?;
-        }
+        let scale = trainer.config.clip_norm.map_or(1.0, |max| clip_factor(norm, max));
         let lr = trainer.config.schedule.lr(trainer.config.lr, step, self.total);
-        self.update(trainer, run, &grads, lr)?;
+        self.update(trainer, run, &grads, lr, scale)?;
         run.state.step += 1;
         run.state.epoch_loss = (run.state.epoch_loss.0 + loss, run.state.epoch_loss.1 + 1);
         Ok(StepRecord { step: step + 1, epoch: epoch + 1, loss, lr, grad_norm: norm, images: sizes })
     }
 
-    /// Forward and backward of a micro-batch; its gradients are added to `sums`.
-    #[allow(clippy::too_many_arguments)]
-    fn backward(
-        &self,
-        trainer: &mut Trainer<'_>,
-        batch: &Batch,
-        is_features: bool,
-        examples: &[&Example],
-        position: usize,
-        weight: f64,
-        sums: &mut Accumulated,
-    ) -> Result<f64> {
+    fn examples_of(&self, indices: &[usize]) -> Vec<&Example> {
+        indices.iter().map(|&i| &self.examples[i]).collect()
+    }
+
+    /// Forward and backward of a micro-batch; `weight` times its gradients are added to `sums`.
+    fn backward(&self, trainer: &mut Trainer<'_>, batch: &MicroBatch, weight: f64, sums: &mut Accumulated) -> Result<f64> {
         let clip = trainer.clip();
         let seed = trainer.config.seed;
-        trainer.adapters.patches.prepare(&Step { training: true, seed, step: position as u64 })?;
+        trainer.adapters.patches.prepare(&Step { training: true, seed, step: batch.position as u64 })?;
         let patches = &trainer.adapters.patches;
-        let features = if is_features {
-            batch.pixels.clone()
-        } else {
-            let pixels = batch.pixels.to_device(clip.device())?.to_dtype(clip.dtype())?;
-            let keep = self.kept_patches(trainer, batch.indices.len(), position)?;
-            clip.vision().forward(&pixels, keep.as_ref(), patches)?
+        let tape = trainer.config.tape();
+        let features = match &batch.input {
+            Input::Features(features) => features.clone(),
+            Input::Trunk(trunk) => clip.image_features_from(trunk, patches, tape.as_ref())?,
+            Input::Pixels(pixels) => {
+                let keep = self.kept_patches(trainer, batch.indices.len(), batch.position)?;
+                clip.image_features_on(pixels, keep.as_ref(), patches, tape.as_ref())?
+            }
         };
-        let on = Forward { clip, patches, training: true, epoch: batch.epoch };
-        let mut loss = trainer.task.loss(&on, &features, examples)?;
+        let on = Forward { clip, patches, training: true, epoch: batch.epoch, tape: tape.as_ref() };
+        let mut loss = trainer.task.loss(&on, &features, &self.examples_of(&batch.indices))?;
         if let Some(term) = patches.regulariser()? {
             loss = (loss + term.to_dtype(DType::F32)?)?;
         }
         let value = f64::from(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?);
         if value.is_finite() {
-            sums.add(&trainer.adapters.params, &loss.backward()?, weight)?;
+            let params = &trainer.adapters.params;
+            tape.unwrap_or_default().backward(&loss, |grads| sums.add(params, grads, weight))?;
         }
         Ok(value)
     }
@@ -203,9 +219,9 @@ impl Stepper {
         Ok(Some(Tensor::from_vec(kept, (count, keep), trainer.clip().device())?))
     }
 
-    fn update(&self, trainer: &mut Trainer<'_>, run: &mut Run, grads: &[Option<Tensor>], lr: f64) -> Result<()> {
+    fn update(&self, trainer: &mut Trainer<'_>, run: &mut Run, grads: &[Option<Tensor>], lr: f64, scale: f64) -> Result<()> {
         let params = &trainer.adapters.params;
-        run.optimizer.step(params, grads, lr)?;
+        run.optimizer.step(params, grads, lr, scale)?;
         if let Some(scale) = params.get("logit_scale") {
             scale.var.set(&scale.var.as_tensor().detach().clamp(0.0, MAX_LOGIT_SCALE)?)?;
         }
@@ -218,6 +234,19 @@ impl Stepper {
         }
         Ok(())
     }
+}
+
+/// What stands in for images, where something before the trained part is the same in every epoch.
+fn constant(trainer: &mut Trainer<'_>, examples: &[Example], observer: &mut dyn Observer) -> Result<Option<Feed>> {
+    if !trainer.config.augment.is_none() || trainer.config.patch_dropout.is_some() {
+        return Ok(None);
+    }
+    let (clip, view) = (&trainer.base.clip, &mut trainer.adapters.view);
+    if trainer.features.frozen() {
+        observer.event(Event::Phase("features", Some(examples.len())));
+        return Ok(Some(Feed::Bank(trainer.features.of(Split::Train, examples, clip, view, observer)?)));
+    }
+    Ok(trainer.features.trunk(Split::Train, examples, clip, view, observer)?.map(Feed::Trunk))
 }
 
 fn non_finite(what: &str, step: usize, examples: &[&Example]) -> Error {

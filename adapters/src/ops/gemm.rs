@@ -5,6 +5,7 @@ use std::marker::PhantomData;
 use gemm::Parallelism;
 
 use super::float::Float;
+use super::floor::{Product, note};
 
 /// A matrix to read.
 #[derive(Clone, Copy)]
@@ -124,6 +125,13 @@ pub(super) enum Threads {
 /// `dst = scale · lhs · rhs`, or that added to what `dst` holds.
 pub(super) fn gemm<T: Float>(dst: MatMut<'_, T>, old: Old, scale: T, lhs: Mat<'_, T>, rhs: Mat<'_, T>, threads: Threads) {
     assert!(dst.rows == lhs.rows && dst.cols == rhs.cols && lhs.cols == rhs.rows, "matrices do not fit");
+    note(|| Product {
+        m: dst.rows,
+        k: lhs.cols,
+        n: dst.cols,
+        transposed: [lhs.col_stride > 1, rhs.col_stride > 1],
+        single: threads == Threads::One,
+    });
     let parallelism = match threads {
         Threads::One => Parallelism::None,
         Threads::All => Parallelism::Rayon(0),

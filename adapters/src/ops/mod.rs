@@ -12,6 +12,7 @@ mod activation;
 mod attention;
 mod embedding;
 mod float;
+pub mod floor;
 mod gemm;
 mod kernels;
 mod linear;
@@ -20,7 +21,7 @@ mod norm;
 pub mod portable;
 mod simd;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 static PORTABLE: AtomicBool = AtomicBool::new(false);
 

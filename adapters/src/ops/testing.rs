@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Result, Tensor, Var};
 
 /// Pseudo-random values in -1..1, the same each time.
-pub(super) fn random(dims: &[usize], seed: u64) -> Tensor {
+pub(crate) fn random(dims: &[usize], seed: u64) -> Tensor {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let n: usize = dims.iter().product();
     let values: Vec<f64> = (0..n)

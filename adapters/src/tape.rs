@@ -1,0 +1,201 @@
+//! Trading time for memory: parts of a forward pass that keep only their input and are computed again for the backward pass
+//! (Chen et al. 2016, arXiv 1604.06174). Cut by blocks it is activation checkpointing; cut by examples, with a loss over all
+//! of them, it is GradCache (Gao et al. 2021, arXiv 2101.06983).
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+use candle_core::backprop::GradStore;
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, TensorId, Var, bail};
+
+type Again<'a> = Box<dyn Fn(&Tensor) -> Result<Tensor> + 'a>;
+
+/// A part that will be computed again.
+struct Segment<'a> {
+    input: Tensor,
+    output: Var,
+    again: Again<'a>,
+}
+
+/// The segments of one forward pass, in order.
+///
+/// Segments must be functions of their input alone: what they draw has to be drawn alike the second time.
+#[derive(Default)]
+pub struct Tape<'a> {
+    segments: RefCell<Vec<Segment<'a>>>,
+    rows: Option<usize>,
+}
+
+impl std::fmt::Debug for Tape<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tape({} segments)", self.segments.borrow().len())
+    }
+}
+
+impl<'a> Tape<'a> {
+    /// Cut wherever the model offers a place, such as between blocks.
+    #[must_use]
+    pub fn by_blocks() -> Self {
+        Self::default()
+    }
+
+    /// Cut into groups of at most `rows` examples.
+    #[must_use]
+    pub fn by_rows(rows: usize) -> Self {
+        Self { rows: Some(rows.max(1)), ..Self::default() }
+    }
+
+    /// How many examples go together, where the cut is by examples.
+    #[must_use]
+    pub fn rows(&self) -> Option<usize> {
+        self.rows
+    }
+
+    /// Computes `again(input)` and forgets everything but its value; what else it returns is handed through.
+    ///
+    /// # Errors
+    /// What `again` returns.
+    pub fn segment<E>(&self, input: &Tensor, again: impl Fn(&Tensor) -> Result<(Tensor, E)> + 'a) -> Result<(Tensor, E)> {
+        let (value, extra) = again(&input.detach())?;
+        if !value.track_op() && !input.track_op() {
+            return Ok((value, extra));
+        }
+        let output = Var::from_tensor(&value.detach())?;
+        let leaf = output.as_tensor().clone();
+        let again = Box::new(move |x: &Tensor| again(x).map(|(value, _)| value));
+        self.segments.borrow_mut().push(Segment { input: input.clone(), output, again });
+        Ok((leaf, extra))
+    }
+
+    /// Gradients of a loss through every segment. `take` gets one store after the other; a parameter that several segments
+    /// use is in several of them, and the sum is its gradient.
+    ///
+    /// # Errors
+    /// When a tensor operation fails, or what `take` returns.
+    pub fn backward<F>(self, loss: &Tensor, mut take: impl FnMut(&GradStore) -> std::result::Result<(), F>) -> std::result::Result<(), F>
+    where
+        F: From<candle_core::Error>,
+    {
+        let mut segments = self.segments.into_inner();
+        let mut pending: HashMap<TensorId, Tensor> = HashMap::new();
+        let mut store = loss.backward()?;
+        loop {
+            take(&store)?;
+            for segment in &segments {
+                let leaf = segment.output.as_tensor();
+                let Some(found) = store.remove(leaf) else { continue };
+                let sum = match pending.remove(&leaf.id()) {
+                    Some(sum) => (sum + found)?,
+                    None => found,
+                };
+                pending.insert(leaf.id(), sum);
+            }
+            // Nothing later can reach the last segment any more; segments whose output went unused have no gradient.
+            let next = loop {
+                let Some(segment) = segments.pop() else { return Ok(()) };
+                if let Some(dy) = pending.remove(&segment.output.as_tensor().id()) {
+                    break (segment, dy);
+                }
+            };
+            let (segment, dy) = next;
+            store = backward_from(&(segment.again)(&segment.input)?, &dy)?;
+        }
+    }
+}
+
+/// The gradients of everything below `y`, given that of `y`.
+fn backward_from(y: &Tensor, dy: &Tensor) -> Result<GradStore> {
+    let seeded = y.device().is_cpu() && matches!(y.dtype(), DType::F32 | DType::F64);
+    if seeded { y.apply_op1(Seed(dy.detach()))?.backward() } else { (y * dy)?.sum_all()?.backward() }
+}
+
+/// A scalar whose gradient is the given one; its value is of no interest.
+struct Seed(Tensor);
+
+impl CustomOp1 for Seed {
+    fn name(&self) -> &'static str {
+        "seed"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        let zero = match self.0.dtype() {
+            DType::F32 => CpuStorage::F32(vec![0.0]),
+            DType::F64 => CpuStorage::F64(vec![0.0]),
+            other => bail!("no seed of dtype {other:?}"),
+        };
+        Ok((zero, Shape::from(())))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::ops::testing::random;
+
+    /// Two layers that share a weight, and a skip around both.
+    fn net(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+        x.matmul(w)?.tanh()
+    }
+
+    fn gradients(w: &Var, x: &Var, tape: Option<Tape<'_>>) -> (Tensor, Tensor) {
+        let weight = w.as_tensor().clone();
+        let Some(tape) = tape else {
+            let y = net(&net(x, w).unwrap(), w).unwrap();
+            let grads = (y.sqr().unwrap().sum_all().unwrap() + x.sum_all().unwrap()).unwrap().backward().unwrap();
+            return (grads.get(w).unwrap().clone(), grads.get(x).unwrap().clone());
+        };
+        let again = move |x: &Tensor| Ok((net(x, &weight)?, ()));
+        let (h, ()) = tape.segment(x, again.clone()).unwrap();
+        let (y, ()) = tape.segment(&h, again).unwrap();
+        let loss = (y.sqr().unwrap().sum_all().unwrap() + x.sum_all().unwrap()).unwrap();
+        let mut sums: [Option<Tensor>; 2] = [None, None];
+        let take = |store: &GradStore| {
+            for (sum, var) in sums.iter_mut().zip([w, x]) {
+                if let Some(g) = store.get(var) {
+                    *sum = Some(match sum.take() {
+                        Some(s) => (s + g)?,
+                        None => g.clone(),
+                    });
+                }
+            }
+            Ok::<(), candle_core::Error>(())
+        };
+        tape.backward(&loss, take).unwrap();
+        let [w, x] = sums.map(Option::unwrap);
+        (w, x)
+    }
+
+    #[test]
+    fn gradients_are_those_of_the_whole_graph() {
+        let w = Var::from_tensor(&random(&[3, 3], 1)).unwrap();
+        let x = Var::from_tensor(&random(&[4, 3], 2)).unwrap();
+        let (whole, cut) = (gradients(&w, &x, None), gradients(&w, &x, Some(Tape::by_blocks())));
+        for (a, b) in [(whole.0, cut.0), (whole.1, cut.1)] {
+            let off = (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f64>().unwrap();
+            assert!(off < 1e-12, "{off}");
+        }
+    }
+
+    #[test]
+    fn constants_leave_no_segment() {
+        let tape = Tape::by_blocks();
+        let x = Tensor::ones((2, 2), DType::F32, &Device::Cpu).unwrap();
+        let (y, extra) = tape.segment(&x, |x| Ok((x.sqr()?, 7))).unwrap();
+        assert!(!y.track_op() && extra == 7 && tape.segments.borrow().is_empty());
+        let loss = Var::from_tensor(&Tensor::ones((), DType::F32, &Device::Cpu).unwrap()).unwrap();
+        let mut stores = 0;
+        tape.backward(&loss.sqr().unwrap(), |_| {
+            stores += 1;
+            Ok::<(), candle_core::Error>(())
+        })
+        .unwrap();
+        assert_eq!(stores, 1);
+    }
+}
