@@ -109,6 +109,13 @@ impl LinearOut {
         Ok(self)
     }
 
+    /// Whether the backward pass will not read `x`: nothing but the product with frozen weights is made of it.
+    #[must_use]
+    pub fn spares(&self, x: &Tensor) -> bool {
+        let frozen = !self.weight.track_op() && self.bias.as_ref().is_none_or(|b| !b.track_op());
+        frozen && self.value.is_none() && self.term.is_none() && self.x.id() == x.id()
+    }
+
     /// The output, [..., out].
     ///
     /// # Errors

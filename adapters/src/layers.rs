@@ -27,12 +27,25 @@ impl Linear {
     /// # Errors
     /// When shapes do not fit.
     pub fn forward(&self, x: &Tensor, patches: &Patches) -> Result<Tensor> {
+        Ok(self.forward_sparing(x, patches)?.0)
+    }
+
+    /// Applies the layer and tells whether `x` can be [released](ops::release) once nobody else needs it.
+    ///
+    /// # Shapes
+    /// `x` [..., in] → [..., out]
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub fn forward_sparing(&self, x: &Tensor, patches: &Patches) -> Result<(Tensor, bool)> {
         let weight = patches.weight(self.weight.0, &self.weight.1)?;
         let bias = match &self.bias {
             Some((id, b)) => Some(patches.weight(*id, b)?),
             None => None,
         };
-        patches.linear(self.site, LinearOut::new(x.clone(), weight, bias))?.value()
+        let out = patches.linear(self.site, LinearOut::new(x.clone(), weight, bias))?;
+        let spare = out.spares(x);
+        Ok((out.value()?, spare))
     }
 }
 

@@ -178,21 +178,52 @@ impl Block {
         causal: bool,
         patches: &Patches,
     ) -> TensorResult<Tensor> {
-        let qkv = Qkv { q: self.q.forward(query, patches)?, k: self.k.forward(h, patches)?, v: self.v.forward(h, patches)?, prefix: 0 };
-        let Qkv { q, k, v, prefix } = patches.attention(self.attention, qkv)?;
+        let (q, spare_q) = self.q.forward_sparing(query, patches)?;
+        let (k, spare_k) = self.k.forward_sparing(h, patches)?;
+        let (v, spare_v) = self.v.forward_sparing(h, patches)?;
+        let Qkv { q, k, v, prefix } = patches.attention(self.attention, Qkv { q, k, v, prefix: 0 })?;
         let shape = AttentionShape { heads: self.shape.heads, causal, prefix };
         let key_mask = extend_mask(key_mask, prefix)?;
         let a = ops::attention(&q, &k, &v, &shape, key_mask.as_ref())?;
-        let o = self.out.forward(&a, patches)?;
-        residual + patches.branch(self.attention_branch, residual, query, o)?
+        let (o, spare) = self.out.forward_sparing(&a, patches)?;
+        if spare {
+            // Attention's backward pass computes it again.
+            ops::release(&a)?;
+        }
+        let branch = patches.branch(self.attention_branch, residual, query, o.clone())?;
+        let (sum, plain) = join(residual, &branch, &o)?;
+        if plain && spare_q && spare_k && spare_v && query.id() == h.id() {
+            ops::release(h)?;
+        }
+        Ok(sum)
     }
 
     fn mlp(&self, x: &Tensor, patches: &Patches) -> TensorResult<Tensor> {
         let h = self.norm2.forward(x, patches)?;
-        let up = ops::activation(&self.fc1.forward(&h, patches)?, self.shape.act)?;
-        let down = self.fc2.forward(&up, patches)?;
-        x + patches.branch(self.mlp_branch, x, &h, down)?
+        let (up, spare_h) = self.fc1.forward_sparing(&h, patches)?;
+        let active = ops::activation(&up, self.shape.act)?;
+        let (down, spare_active) = self.fc2.forward_sparing(&active, patches)?;
+        if spare_active && active.id() != up.id() {
+            ops::release(&active)?;
+        }
+        let branch = patches.branch(self.mlp_branch, x, &h, down.clone())?;
+        let (sum, plain) = join(x, &branch, &down)?;
+        if plain && spare_h {
+            ops::release(&h)?;
+        }
+        Ok(sum)
     }
+}
+
+/// The sum of the residual and a branch, and whether the branch is as the layer gave it. Then no patch has made anything of
+/// it, and a sum's backward pass does not read it.
+fn join(residual: &Tensor, branch: &Tensor, computed: &Tensor) -> TensorResult<(Tensor, bool)> {
+    let sum = (residual + branch)?;
+    let plain = branch.id() == computed.id();
+    if plain {
+        ops::release(computed)?;
+    }
+    Ok((sum, plain))
 }
 
 /// The blocks that are left of a tower that is pooled at one token: [B, T, D] → [B, 1, D]. With a tape each block is a

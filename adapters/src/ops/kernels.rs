@@ -40,8 +40,9 @@ pub(super) fn fused<'a>(operands: impl IntoIterator<Item = &'a Tensor>) -> bool 
 /// The values of a contiguous tensor.
 pub(super) fn slice<'a, T: Float>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
     let all = T::cpu_storage_as_slice(storage)?;
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&all[start..end]),
+    match layout.contiguous_offsets().map(|(start, end)| all.get(start..end)) {
+        Some(Some(values)) => Ok(values),
+        Some(None) => bail!("the tensor's memory was released"),
         None => bail!("fused operations take contiguous operands"),
     }
 }

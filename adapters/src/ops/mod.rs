@@ -19,6 +19,7 @@ mod linear;
 mod lora;
 mod norm;
 pub mod portable;
+mod release;
 mod simd;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -143,4 +144,16 @@ pub fn activation(x: &Tensor, act: Activation) -> Result<Tensor> {
 /// When an id is outside the table.
 pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     embedding::embedding(table, ids)
+}
+
+/// Gives back the memory of a value that its graph holds but that no backward pass will read, such as the input of a
+/// [`linear`] whose weight and bias are frozen. Nothing happens to constants, nor where the portable compositions run:
+/// their backward passes read everything.
+///
+/// The tensor, and every view of it, has no values afterwards.
+///
+/// # Errors
+/// When another thread failed while it held the memory.
+pub fn release(t: &Tensor) -> Result<()> {
+    release::release(t)
 }
