@@ -9,14 +9,18 @@ use crate::clip::model::unit_rows;
 use crate::clip::weights;
 use crate::data::is_image;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::model::Model;
+
+/// The largest list of texts, labels or paths.
+const MAX_LIST: u64 = 1 << 30;
 
 /// What to embed.
 #[derive(Debug, Clone, Default)]
 pub struct EmbedOptions {
     /// A directory of images, or a text file with one path a line.
     pub images: Option<PathBuf>,
-    /// A text file with one text a line.
+    /// A text file with one text a line; blank lines are texts too.
     pub texts: Option<PathBuf>,
     /// The file to write.
     pub output: PathBuf,
@@ -45,8 +49,9 @@ pub struct Embedded {
 /// # Errors
 /// When an input cannot be read or the disk refuses.
 pub fn embed(model: &Model, options: &EmbedOptions) -> Result<Embedded> {
+    check_output(options)?;
     let images = options.images.as_deref().map(list_images).transpose()?;
-    let texts = options.texts.as_deref().map(read_lines).transpose()?;
+    let texts = options.texts.as_deref().map(read_texts).transpose()?;
     if images.is_none() && texts.is_none() {
         return Err(Error::input("embed", "there is nothing to embed").hint("pass --images, --texts or both"));
     }
@@ -105,10 +110,34 @@ pub fn list_images(path: &Path) -> Result<Vec<PathBuf>> {
 /// # Errors
 /// When the file is missing, no UTF-8, or empty.
 pub fn read_lines(path: &Path) -> Result<Vec<String>> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::read(path, e))?;
+    let text = files::read_text(path, MAX_LIST)?;
     let lines: Vec<String> = text.lines().map(|l| l.trim().to_string()).filter(|l| !l.is_empty()).collect();
     match lines.is_empty() {
         true => Err(Error::input(path.display(), "has no lines")),
         false => Ok(lines),
+    }
+}
+
+/// Every line of a text file as it is, so that rows are lines.
+fn read_texts(path: &Path) -> Result<Vec<String>> {
+    let lines: Vec<String> = files::read_text(path, MAX_LIST)?.lines().map(ToString::to_string).collect();
+    match lines.is_empty() {
+        true => Err(Error::input(path.display(), "has no lines")),
+        false => Ok(lines),
+    }
+}
+
+/// An output that would replace what is read, or that cannot be a file, before any work is done.
+fn check_output(options: &EmbedOptions) -> Result<()> {
+    let out = &options.output;
+    if out.is_dir() {
+        return Err(Error::input(out.display(), "is a directory, expected a file to write"));
+    }
+    let same = |path: &Path| path.canonicalize().ok().zip(out.canonicalize().ok()).is_some_and(|(a, b)| a == b);
+    match [&options.images, &options.texts].into_iter().flatten().find(|p| same(p)) {
+        Some(input) => {
+            Err(Error::input(out.display(), format!("would replace the input {}", input.display())).hint("choose another --output"))
+        }
+        None => Ok(()),
     }
 }

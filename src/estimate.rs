@@ -2,7 +2,7 @@
 
 use crate::clip::ClipConfig;
 use crate::delta::Adapters;
-use crate::train::TrainConfig;
+use crate::train::{Dtype, TrainConfig};
 
 /// Bytes by what they are for.
 #[derive(Debug, Clone, Copy, serde::Serialize)]
@@ -11,45 +11,118 @@ pub struct Estimate {
     pub base: u64,
     /// Trained weights, gradients, optimiser state, averages, best epoch.
     pub trained: u64,
-    /// What a step keeps for the backward pass.
+    /// What a step keeps for the backward pass, and what it works on.
     pub activations: u64,
+    /// Images in memory, and the program itself.
+    pub other: u64,
 }
 
 impl Estimate {
     /// Everything.
     #[must_use]
     pub fn total(&self) -> u64 {
-        self.base + self.trained + self.activations
+        self.base + self.trained + self.activations + self.other
     }
 }
 
-/// Floats that one block keeps for each token: input, two norms, q, k, v, attention, residual, and the MLP twice.
-fn per_token(dim: usize, mlp: usize) -> usize {
-    8 * dim + 2 * mlp
+/// The program, its threads' stacks, tokeniser and buffers, as measured without a model to speak of.
+const PROGRAM: u64 = 48 << 20;
+
+/// How much of an example set there is.
+#[derive(Debug, Clone, Copy)]
+pub struct Load {
+    /// Texts that go through the text tower at once.
+    pub texts: usize,
+    /// Tokens of the longest.
+    pub tokens: usize,
+    /// Images that stay decoded in memory between epochs.
+    pub images: usize,
 }
 
-/// Estimates one step. `texts` is how many texts go through the text tower at once.
+/// One tower's part of a step.
+struct Tower<'a> {
+    name: &'a str,
+    layers: usize,
+    dim: usize,
+    mlp: usize,
+    rows: usize,
+    tokens: usize,
+}
+
+impl Tower<'_> {
+    /// Floats from forward to backward, and those that are worked on meanwhile.
+    fn floats(&self, trained: &[&str], train: &TrainConfig) -> usize {
+        let own: Vec<&str> = trained.iter().filter(|n| n.contains(self.name)).copied().collect();
+        let together = train.grad_cache.unwrap_or(self.rows).min(self.rows) * self.tokens;
+        let working = together * (4 * self.dim + 2 * self.mlp);
+        let Some(first) = own.iter().map(|n| self.layer(n)).min() else { return working };
+        let held = self.layers.saturating_sub(first);
+        let block = together * self.per_token(&own);
+        working + if train.checkpointing { held * self.rows * self.tokens * self.dim + block } else { held * block }
+    }
+
+    /// The block that a parameter belongs to.
+    fn layer(&self, name: &str) -> usize {
+        match name.split_once(".layers.").and_then(|(_, rest)| rest.split('.').next()?.parse().ok()) {
+            Some(layer) => layer,
+            None if name.contains("embedding") || name.contains("pre_layrnorm") => 0,
+            None => self.layers,
+        }
+    }
+
+    /// What a block keeps of each token: always its input, q, k, v, the sum behind attention and the MLP before its
+    /// activation; the input of each product whose weight or update is trained; what patches make of branches.
+    fn per_token(&self, own: &[&str]) -> usize {
+        let has = |parts: &[&str]| own.iter().any(|n| parts.iter().any(|p| n.contains(p)));
+        let mut kept = 5 * self.dim + self.mlp;
+        for (parts, width) in [
+            (["q_proj", "k_proj", "v_proj"].as_slice(), self.dim),
+            (&["out_proj"], self.dim),
+            (&["fc1"], self.dim),
+            (&["fc2"], self.mlp),
+            (&["adapter_down"], 4 * self.dim),
+            (&["prefix_"], 2 * self.dim),
+        ] {
+            kept += if has(parts) { width } else { 0 };
+        }
+        kept
+    }
+}
+
+/// Estimates one step.
 #[must_use]
-pub fn estimate(config: &ClipConfig, adapters: &Adapters, train: &TrainConfig, texts: usize, context: usize) -> Estimate {
-    let width = match train.dtype {
-        crate::train::Dtype::F32 => 4,
-        _ => 2,
-    };
+pub fn estimate(config: &ClipConfig, adapters: &Adapters, train: &TrainConfig, load: Load) -> Estimate {
+    let width = if train.dtype == Dtype::F32 { 4 } else { 2 };
     let base: usize = config.tensors().iter().map(|(_, s)| s.iter().product::<usize>()).sum();
     let (v, t) = (&config.vision, &config.text);
-    let tokens = (v.image_size / v.patch_size).pow(2) + 1;
-    let vision = train.batch * tokens * v.num_hidden_layers * per_token(v.hidden_size, v.intermediate_size);
-    let text = texts * context * t.num_hidden_layers * per_token(t.hidden_size, t.intermediate_size);
-    let reach = |tower: &str| adapters.params.iter().any(|p| p.name.contains(tower));
-    let mut activations = 0;
-    for (part, tower) in [(vision, "vision_model"), (text, "text_model")] {
-        // Without gradients a tower keeps one block at a time.
-        activations += if reach(tower) { part } else { part / 8 };
-    }
-    let copies = 4 + usize::from(train.ema.is_some());
+    let towers = [
+        Tower {
+            name: "vision_model",
+            layers: v.num_hidden_layers,
+            dim: v.hidden_size,
+            mlp: v.intermediate_size,
+            rows: train.batch,
+            tokens: (v.image_size / v.patch_size).pow(2) + 1,
+        },
+        Tower {
+            name: "text_model",
+            layers: t.num_hidden_layers,
+            dim: t.hidden_size,
+            mlp: t.intermediate_size,
+            rows: load.texts,
+            tokens: load.tokens,
+        },
+    ];
+    let trained: Vec<&str> = adapters.params.iter().map(|p| p.name.as_str()).collect();
+    let activations: usize = towers.iter().map(|tower| tower.floats(&trained, train)).sum();
+    let image = (v.image_size * v.image_size * 3) as u64;
+    // Value, gradient, two moments, best epoch.
+    let copies = 5 + usize::from(train.ema.is_some());
     Estimate {
         base: (base * width) as u64,
         trained: (adapters.params.count() * 4 * copies) as u64,
         activations: (activations * width) as u64,
+        // Decoded images are bytes; batches that wait are floats.
+        other: PROGRAM + (load.images as u64 * image).min(1 << 30) + 4 * train.batch as u64 * image * 4,
     }
 }

@@ -1,12 +1,51 @@
 //! Atomic writes: what is on disk is the previous state or the next, never a mixture.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
 use crate::error::{Error, Result};
+
+/// Reads a file of at most `limit` bytes. Pipes and devices, which may never end, are refused.
+///
+/// # Errors
+/// When it is missing, no regular file, larger, or cannot be read.
+pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let file = open(path)?;
+    let too_large = |size: u64| Err(Error::input(path.display(), format!("has {size} bytes, expected at most {limit}")));
+    let size = file.metadata().map_err(|e| Error::read(path, e))?.len();
+    if size > limit {
+        return too_large(size);
+    }
+    let mut bytes = Vec::with_capacity(size as usize);
+    // The file may grow while it is read.
+    file.take(limit + 1).read_to_end(&mut bytes).map_err(|e| Error::read(path, e))?;
+    if bytes.len() as u64 > limit { too_large(bytes.len() as u64) } else { Ok(bytes) }
+}
+
+/// Opens a file to be read piece by piece. Pipes and devices, which may never end, are refused.
+///
+/// # Errors
+/// When it is missing, no regular file, or cannot be opened.
+pub fn open(path: &Path) -> Result<File> {
+    let meta = fs::metadata(path).map_err(|e| Error::read(path, e))?;
+    if !meta.is_file() {
+        let found = if meta.is_dir() { "is a directory" } else { "is a pipe or a device" };
+        return Err(Error::input(path.display(), format!("{found}, expected a file")));
+    }
+    File::open(path).map_err(|e| Error::read(path, e))
+}
+
+/// [`read`] of text in UTF-8.
+///
+/// # Errors
+/// As [`read`], and when it is no UTF-8.
+pub fn read_text(path: &Path, limit: u64) -> Result<String> {
+    String::from_utf8(read(path, limit)?)
+        .map_err(|e| Error::input(path.display(), format!("is not UTF-8 text: the byte at {} is not", e.utf8_error().valid_up_to())))
+}
 
 /// Writes `bytes` under a temporary name in the same directory, syncs and renames.
 ///

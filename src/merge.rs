@@ -55,21 +55,45 @@ const PROBES: usize = 4;
 /// `peft merge`.
 ///
 /// # Errors
-/// When an adapter does not fold, nothing is written; when the reloaded model differs by more than the
-/// dtype's rounding explains, the verdict says by how much.
+/// When an adapter does not fold, or when the reloaded model differs by more than the dtype's rounding explains: the
+/// verdict says by how much. Nothing is written then.
 pub fn merge(options: &MergeOptions) -> Result<Merged> {
-    let device = Device::Cpu;
     check_output(options)?;
-    let base = Base::load(&options.model, DType::F32, &device)?;
+    let base = Base::load(&options.model, DType::F32, &Device::Cpu)?;
     let dtype = options.dtype.unwrap_or(base.file_dtype);
     let (adapters, notes) = adapters(&base, options)?;
     let (tensors, changed_tensors) = folded(&base, &adapters, dtype)?;
     let expected = expected(&base, adapters, &tensors)?;
-    write(&base, &tensors, dtype, &options.output)?;
-    let reloaded = Base::load(&options.output.display().to_string(), DType::F32, &device)?;
+    let mut check = Check::default();
+    write(&base, &tensors, dtype, &options.output, |dir| {
+        check = verify(dir, &expected, dtype, &options.output)?;
+        Ok(())
+    })?;
+    Ok(Merged {
+        output: options.output.clone(),
+        max_abs_diff: check.diff,
+        relative_diff: check.relative,
+        tolerance: check.tolerance,
+        changed_tensors,
+        dtype: dtype.as_str().to_uppercase(),
+        notes,
+    })
+}
+
+/// What the check found.
+#[derive(Default)]
+struct Check {
+    diff: f64,
+    relative: f64,
+    tolerance: f64,
+}
+
+/// Loads what was written and compares its logits; the directory is published only if they agree.
+fn verify(dir: &Path, expected: &Tensor, dtype: DType, output: &Path) -> Result<Check> {
+    let reloaded = Base::load(&dir.display().to_string(), DType::F32, &Device::Cpu)?;
     let found = probe(&reloaded.clip, &reloaded.tokenizer, &Patches::none())?;
-    let diff = max_abs(&(&expected - &found)?)?;
-    let relative = diff / max_abs(&expected)?.max(1e-12);
+    let diff = max_abs(&(expected - &found)?)?;
+    let relative = diff / max_abs(expected)?.max(1e-12);
     let tolerance = match dtype {
         DType::F16 => 2e-3,
         DType::BF16 => 2e-2,
@@ -77,20 +101,12 @@ pub fn merge(options: &MergeOptions) -> Result<Merged> {
     };
     if relative.is_nan() || relative > tolerance {
         return Err(Error::Verdict(format!(
-            "{}: the merged model's logits differ by {relative:.2e} (relative), more than {tolerance:.0e} for {}",
-            options.output.display(),
+            "{}: the merged model's logits differ by {relative:.2e} (relative), more than {tolerance:.0e} for {}; nothing was written",
+            output.display(),
             dtype.as_str()
         )));
     }
-    Ok(Merged {
-        output: options.output.clone(),
-        max_abs_diff: diff,
-        relative_diff: relative,
-        tolerance,
-        changed_tensors,
-        dtype: dtype.as_str().to_uppercase(),
-        notes,
-    })
+    Ok(Check { diff, relative, tolerance })
 }
 
 fn check_output(options: &MergeOptions) -> Result<()> {
@@ -147,11 +163,23 @@ fn folded(base: &Base, adapters: &[Weighted], dtype: DType) -> Result<(Vec<(Stri
     for (id, weight) in base.clip.sites().weights() {
         let mut value = weight.tensor.clone();
         let mut is_changed = false;
-        for (patches, share) in adapters {
-            let Some(new) = patches.fold(id, &value)? else { continue };
+        // As in a forward pass: what replaces weights comes first, whatever the order of the adapters.
+        let mut take = |value: &mut Tensor, new: Tensor, share: f64| -> Result<()> {
             is_changed = true;
             // W + w·(W' − W), exact where w is 1.
-            value = if *share == 1.0 { new } else { (&value + ((new - &value)? * *share)?)? };
+            *value = if share == 1.0 { new } else { (&*value + ((new - &*value)? * share)?)? };
+            Ok(())
+        };
+        for (patches, share) in adapters {
+            let new = patches.weight(id, &value)?;
+            if new.id() != value.id() {
+                take(&mut value, new.detach(), *share)?;
+            }
+        }
+        for (patches, share) in adapters {
+            if let Some(new) = patches.fold_onto(id, &value)? {
+                take(&mut value, new, *share)?;
+            }
         }
         changed += usize::from(is_changed);
         let cast = value.to_dtype(dtype)?;
@@ -184,10 +212,11 @@ fn expected(base: &Base, adapters: Vec<Weighted>, tensors: &[(String, Tensor)]) 
 /// When the disk refuses.
 pub fn write_trained(base: &Base, patches: Patches, output: &Path) -> Result<()> {
     let (tensors, _) = folded(base, &[(patches, 1.0)], DType::F32)?;
-    write(base, &tensors, DType::F32, output)
+    write(base, &tensors, DType::F32, output, |_| Ok(()))
 }
 
-fn write(base: &Base, tensors: &[(String, Tensor)], dtype: DType, output: &Path) -> Result<()> {
+/// Writes a base; `check` sees it before it takes its place.
+fn write(base: &Base, tensors: &[(String, Tensor)], dtype: DType, output: &Path, check: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let config = merged_config(base, dtype)?;
     files::replace_dir(output, |dir| {
         weights::save(&dir.join("model.safetensors"), tensors)?;
@@ -196,7 +225,7 @@ fn write(base: &Base, tensors: &[(String, Tensor)], dtype: DType, output: &Path)
         for (name, bytes) in Tokenizer::files(&base.source)? {
             files::write_atomic(&dir.join(name), &bytes)?;
         }
-        Ok(())
+        check(dir)
     })
 }
 

@@ -7,7 +7,7 @@ use peft_adapters::{ClassFeatures, Patches, Step};
 
 use crate::clip::base::Base;
 use crate::clip::decode::{self, DecodeOptions};
-use crate::clip::model::{class_logits, unit_rows};
+use crate::clip::model::{all_finite, class_logits, unit_rows};
 use crate::data::check_classes;
 use crate::delta::{Adapters, Delta, Manifest};
 use crate::error::{Error, Result};
@@ -21,12 +21,16 @@ const BATCH: usize = 32;
 ///
 /// ```
 /// # fn main() -> peft::Result<()> {
-/// let model = peft::Model::load("builtin:tiny")?;
-/// # let png = peft::builtin::sample();
 /// # let dir = std::env::temp_dir().join(format!("peft-doc-{}", std::process::id()));
 /// # std::fs::create_dir_all(&dir).ok();
 /// # let photo = dir.join("photo.png");
-/// # std::fs::write(&photo, png).ok();
+/// # std::fs::write(&photo, peft::builtin::sample()).ok();
+/// # let recipe = "{ model: 'builtin:tiny', method: lora, data: { builtin: emoji }, task: classify, train: { steps: 1 } }";
+/// # let mut recipe = peft::recipe::Recipe::parse("recipe", recipe, "recipe", &[])?;
+/// # recipe.output = Some(dir.join("run"));
+/// # peft::session::train(recipe, peft::run::Existing::Refuse, &candle_core::Device::Cpu, &mut peft::train::Silent)?;
+/// # let adapter = dir.join("run/adapter");
+/// let model = peft::Model::load("builtin:tiny")?.with_adapter(&adapter)?;
 /// let ranked = model.predict(&[&photo], &["clock", "heart", "building"])?;
 /// println!("{} {:.2}", ranked[0][0].label, ranked[0][0].probability);
 /// # assert_eq!(ranked[0].len(), 3);
@@ -34,8 +38,6 @@ const BATCH: usize = 32;
 /// # Ok(())
 /// # }
 /// ```
-///
-/// With an adapter: `Model::load(base)?.with_adapter(dir)?.predict(images, labels)?`.
 #[derive(Debug)]
 pub struct Model {
     base: Base,
@@ -180,7 +182,7 @@ impl Model {
             let pixels: Vec<Vec<f32>> =
                 chunk.par_iter().map(|p| self.base.preprocess.apply(&decode::open(p.as_ref(), &self.options)?)).collect::<Result<_>>()?;
             let pixels = Tensor::from_vec(pixels.concat(), (chunk.len(), 3, height, width), &Device::Cpu)?;
-            parts.push(self.base.clip.image_features(&pixels, &self.patches)?.to_dtype(DType::F32)?);
+            parts.push(finite("image", self.base.clip.image_features(&pixels, &self.patches)?.to_dtype(DType::F32)?)?);
         }
         self.joined(&parts)
     }
@@ -197,7 +199,8 @@ impl Model {
             return Ok((self.joined(&[])?, 0));
         }
         let prompts = Prompts::new(&self.base.tokenizer, texts, Pad::Longest)?;
-        Ok((prompts.features(&Forward::eval(&self.base.clip, &self.patches))?.to_dtype(DType::F32)?, prompts.truncated))
+        let features = prompts.features(&Forward::eval(&self.base.clip, &self.patches))?.to_dtype(DType::F32)?;
+        Ok((finite("text", features)?, prompts.truncated))
     }
 
     fn joined(&self, parts: &[Tensor]) -> Result<Tensor> {
@@ -255,7 +258,17 @@ impl Model {
         };
         templates.iter().try_for_each(|t| prompts::check_template("--template", t))?;
         let prompts = Prompts::of_classes(&self.base.tokenizer, &labels, &templates, Pad::Longest)?;
-        Ok(Scorer { classes: Some(prompts.class_features(&Forward::eval(&self.base.clip, &self.patches))?), labels })
+        let classes = prompts.class_features(&Forward::eval(&self.base.clip, &self.patches))?;
+        Ok(Scorer { classes: Some(finite("text", classes)?), labels })
+    }
+}
+
+/// Features that can be ranked.
+fn finite(what: &str, features: Tensor) -> Result<Tensor> {
+    match all_finite(&features)? {
+        true => Ok(features),
+        false => Err(Error::fault(format!("{what} features"), "are not finite")
+            .hint("the adapter's weights may be too large for this base, or --dtype too narrow")),
     }
 }
 

@@ -11,11 +11,12 @@ use crate::clip::decode::DecodeOptions;
 use crate::data::{Dataset, Images, Split};
 use crate::delta::{self, Adapters, BaseRef, Delta, Manifest};
 use crate::error::{Error, Result};
-use crate::estimate::{Estimate, estimate};
+use crate::estimate::{Estimate, Load, estimate};
 use crate::merge;
 use crate::recipe::{ModelConfig, Recipe};
 use crate::report::{Evaluation, TrainReport, peak_rss_mib};
 use crate::run::{Existing, Opened, RunDir};
+use crate::task::prompts::{self, Pad};
 use crate::task::{Task, TaskConfig, TaskParts};
 use crate::train::{Event, FeatureSource, Features, Observer, Run, StepRecord, Trainer};
 
@@ -108,6 +109,19 @@ impl Session {
             metric: metric.unwrap_or_else(|| self.recipe.task.metric().to_string()),
             features,
         })
+    }
+
+    /// Tokens of the longest text, at most `context`.
+    fn longest_text(&self, context: usize) -> Result<usize> {
+        let (texts, pad): (Vec<String>, _) = match &self.recipe.task {
+            TaskConfig::Classify(c) => (prompts::fill(&self.data.classes, &c.templates), c.pad),
+            TaskConfig::Retrieve(r) => (self.data.train.iter().flat_map(|e| e.texts.iter().cloned()).collect(), r.pad),
+        };
+        if pad == Pad::Max {
+            return Ok(context);
+        }
+        let (ids, _) = self.base.tokenizer.encode_all(&texts)?;
+        Ok(ids.iter().map(Vec::len).max().unwrap_or(0))
     }
 
     /// Everything that activations of the base depend on, the images apart.
@@ -318,7 +332,9 @@ pub fn check(recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Re
         TaskConfig::Classify(c) => classes * c.templates.len(),
         TaskConfig::Retrieve(_) => batch,
     };
-    let memory = estimate(session.base.clip.config(), &adapters, &session.recipe.train, texts, context);
+    let images = session.data.train.len() + session.data.val.len();
+    let load = Load { texts, tokens: session.longest_text(context)?, images };
+    let memory = estimate(session.base.clip.config(), &adapters, &session.recipe.train, load);
     let steps = session.trainer(&mut adapters, task)?.total_steps();
     let data = &session.data;
     Ok(Checked {
@@ -370,5 +386,9 @@ pub fn evaluate(recipe: Recipe, options: &EvalOptions, device: &Device, observer
     }
     let mut trainer = session.trainer(&mut adapters, task)?;
     observer.event(Event::Phase("evaluate", Some(examples)));
-    trainer.evaluate(options.split, observer)
+    let found = trainer.evaluate(options.split, observer)?;
+    match found.loss.is_finite() {
+        true => Ok(found),
+        false => Err(Error::fault("evaluation", "the loss is not finite").hint("the adapter's weights may be too large for this base")),
+    }
 }

@@ -50,6 +50,16 @@ fn malformed_recipes() {
         (good.replace("folder: { root: data }", "folder: { root: data }\n  split: { train: 0.9, val: 0.2, test: 0.2 }"), "add up to 1"),
         (good.replace("folder: { root: data }", "table: { path: nowhere.csv }"), "nowhere.csv"),
         (good.replace("model:", "model: base\nmodel:"), "duplicate"),
+        (good.replace("output: run", "output: \"\""), "output: expected a directory"),
+        (good.replace("model: base", "model: \"\""), "empty name"),
+        (good.replace("model: base", "model: { foo: 1 }"), "init"),
+        (good.replace("rank: 2", "rank: 2, alpha_pattern: { q_proj: .nan }"), "alpha_pattern.q_proj"),
+        (good.replace("rank: 2", "rank: 2, alpha: 1.0e+308"), "at most"),
+        (good.replace("rank: 2", "rank: -2"), "whole number"),
+        (good.replace("rank: 2", "targets: { a: 1 }"), "list of names"),
+        (good.replace("rank: 2", "layers: { last: 100 }"), "1 to 2"),
+        (good.replace("lora: { rank: 2 }", "bottleneck: { reduction: 1000000 }"), "reduction"),
+        (good.replace("lora: { rank: 2 }", "lora: { rank: 2 }, prefix: { length: 2 }"), "list"),
         ("a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n".into(), "recipe"),
         ("[1, 2".into(), "recipe.yaml"),
         (String::new(), "recipe.yaml"),
@@ -81,6 +91,10 @@ fn wrong_flags_and_files() {
     assert!(w.fails(&["inspect", "data"], 2).contains("neither"));
     assert!(w.fails(&["embed", "--model", "base", "--output", "x"], 2).contains("nothing to embed"));
     assert!(w.fails(&["merge", "--model", "base", "--adapter", "nowhere", "--output", "m"], 2).contains("nowhere"));
+    w.write("texts.txt", "one\ntwo\n");
+    assert!(w.fails(&["embed", "--model", "base", "--texts", "texts.txt", "--output", "texts.txt"], 2).contains("would replace"));
+    assert_eq!(std::fs::read(w.path("texts.txt")).unwrap(), b"one\ntwo\n");
+    assert!(w.fails(&["embed", "--model", "base", "--texts", "texts.txt", "--output", "data"], 2).contains("is a directory"));
     assert!(w.fails(&["merge", "--model", "base", "--output", "data"], 2).contains("no merged model"));
 }
 
@@ -128,4 +142,56 @@ fn damaged_bases() {
     refuse("model.safetensors", &original("model.safetensors")[..1000], "safetensors file");
     std::fs::remove_file(w.path("base/model.safetensors")).unwrap();
     assert!(w.fails(&["inspect", "base"], 2).contains("no weights"));
+}
+
+/// Reading from a pipe or a device may never end.
+#[cfg(unix)]
+#[test]
+fn devices_are_no_files() {
+    let w = World::new();
+    w.json(&["train", "recipe.yaml"]);
+    let zero = |name: &str| {
+        let path = w.path(name);
+        let _ = std::fs::remove_file(&path);
+        std::os::unix::fs::symlink("/dev/zero", path).unwrap();
+    };
+    for name in ["run/adapter/adapter_model.safetensors", "run/adapter/adapter_config.json", "run/adapter/peft.json", "base/config.json"] {
+        let before = std::fs::read(w.path(name)).unwrap();
+        zero(name);
+        let message = w.fails(&["predict", "--model", "base", "--adapter", "run/adapter", "data/red/0.png"], 2);
+        assert!(message.contains("a device") && message.contains(name.rsplit('/').next().unwrap()), "{message}");
+        std::fs::remove_file(w.path(name)).unwrap();
+        std::fs::write(w.path(name), before).unwrap();
+    }
+    zero("list.txt");
+    assert!(w.fails(&["embed", "--model", "base", "--texts", "list.txt", "--output", "x"], 2).contains("a device"));
+    assert!(w.fails(&["train", "list.txt"], 2).contains("a device"));
+    assert!(w.fails(&["train", "recipe.yaml", "--set", "data={table: {path: list.txt}}"], 2).contains("list.txt"));
+}
+
+/// Adapter weights that are finite, but not what is made of them.
+#[test]
+fn predictions_that_are_not_finite_are_an_error() {
+    let w = World::new();
+    w.json(&["train", "recipe.yaml"]);
+    let path = w.path("run/adapter/adapter_model.safetensors");
+    let (tensors, _) = peft::clip::weights::read_safetensors("adapter", &std::fs::read(&path).unwrap()).unwrap();
+    let write = |value: f64, dtype| {
+        let all: Vec<_> = tensors
+            .iter()
+            .map(|(n, t)| {
+                (
+                    n.clone(),
+                    ((t.zeros_like().unwrap().to_dtype(candle_core::DType::F64).unwrap() + value).unwrap()).to_dtype(dtype).unwrap(),
+                )
+            })
+            .collect();
+        peft::clip::weights::save(&path, &all).unwrap();
+    };
+    let predict = ["predict", "--model", "base", "--adapter", "run/adapter", "data/red/0.png"];
+    write(3e38, candle_core::DType::F32);
+    assert!(w.fails(&predict, 3).contains("not finite"));
+    assert!(w.fails(&["eval", "run"], 3).contains("not finite"));
+    write(1e300, candle_core::DType::F64);
+    assert!(w.fails(&predict, 2).contains("not finite in f32"));
 }

@@ -193,3 +193,26 @@ fn the_embedded_recipes_are_valid() {
     }
     assert!(w.fails(&["recipes", "nothing"], 2).contains("quickstart"));
 }
+
+/// In a forward pass a replaced weight comes before the update of the same layer, so it does in a merge.
+#[test]
+fn an_update_of_a_trained_weight_merges() {
+    let w = World::new();
+    for (i, method) in
+        ["[{lora: {rank: 2, targets: [fc1]}}, {full: {targets: [fc1]}}]", "[{full: {targets: [fc1]}}, {lora: {rank: 2, targets: [fc1]}}]"]
+            .iter()
+            .enumerate()
+    {
+        let (run, merged) = (format!("run{i}"), format!("merged{i}"));
+        w.json(&["train", "recipe.yaml", "--set", &format!("method={method}"), "--output", &run]);
+        let done = w.json(&["merge", "--model", "base", "--adapter", &format!("{run}/adapter"), "--output", &merged]);
+        assert!(number(&done["relative_diff"]) < 1e-4);
+    }
+}
+
+#[test]
+fn rows_of_texts_are_lines() {
+    let w = World::new();
+    w.write("texts.txt", "one\n\n  two \n");
+    assert_eq!(w.json(&["embed", "--model", "base", "--texts", "texts.txt", "--output", "out.safetensors"])["texts"], 3);
+}

@@ -203,6 +203,6 @@ fn sizes_are_checked_before_anything_is_decoded() {
 #[test]
 fn what_is_no_file_is_refused() {
     let options = DecodeOptions::default();
-    assert!(open(&data(), &options).unwrap_err().to_string().contains("is not a file"));
+    assert!(open(&data(), &options).unwrap_err().to_string().contains("expected a file"));
     assert!(open(&data().join("missing.png"), &options).unwrap_err().to_string().contains("no such file"));
 }

@@ -124,6 +124,8 @@ fn adapters_that_do_not_fit_are_refused_in_one_error() {
     let holds = |message: String, part: &str| assert!(message.contains(part), "{message}");
     holds(broken(&config("\"r\": 4", "\"r\": 5")), "expected [5, ");
     holds(broken(&config("\"use_dora\": false", "\"use_dora\": true")), "use_dora");
+    holds(broken(&config("\"init_lora_weights\": true", "\"init_lora_weights\": \"pissa\"")), "path_initial_model_for_weight_conversion");
+    holds(broken(&config("\"layers_pattern\": null", "\"layers_pattern\": \"h\"")), "expected `layers`");
     holds(broken(&config("\"peft_type\": \"LORA\"", "\"peft_type\": \"OFT\"")), "OFT");
     holds(broken(&config("\"q_proj\"", "\"query\"")), "unexpected: base_model.model.");
     holds(broken(&tensors(|t| drop(t.pop()))), "missing: ");

@@ -103,7 +103,13 @@ impl Method for Bottleneck {
         let mut adapters = HashMap::new();
         for (id, site) in found {
             let SiteKind::Branch { dim, .. } = site.kind else { continue };
-            let hidden = (dim / config.reduction).max(1);
+            if config.reduction > dim {
+                return Err(Error::config(
+                    "reduction",
+                    format!("expected 1 to {dim} at {} (its width), found {}", site.path, config.reduction),
+                ));
+            }
+            let hidden = dim / config.reduction;
             let mut declare = |part: &str, shape: &[usize], start| {
                 params.declare(Spec::new(format!("base_model.model.{}.{part}", site.path), shape, start))
             };

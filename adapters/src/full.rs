@@ -35,7 +35,7 @@ impl FullConfig {
     fn selects(&self, sites: &Sites) -> Result<Vec<WeightId>> {
         let matches = match &self.targets {
             Some(t) => t.matcher("targets")?,
-            None => Box::new(|_: &str| true) as Matcher,
+            None => Box::new(|_: &str| Ok(true)) as Matcher,
         };
         let layers = |tower| self.layers.as_ref().map(|l| l.resolve("layers", sites.depth(tower))).transpose();
         let (vision, text) = (layers(Tower::Vision)?, layers(Tower::Text)?);
@@ -47,16 +47,21 @@ impl FullConfig {
                 (Some(_), None) => matches!(self.layers, Some(Layers::Last(_))) && is_after_blocks(&w.name),
             }
         };
-        let found: Vec<_> = sites
-            .weights()
-            .filter(|(_, w)| self.towers.contains(w.tower) && in_layers(w))
-            .filter(|(_, w)| matches(&w.name) || matches(module_of(&w.name)))
-            .map(|(id, _)| id)
-            .collect();
+        let mut found = Vec::new();
+        for (id, w) in sites.weights().filter(|(_, w)| self.towers.contains(w.tower) && in_layers(w)) {
+            if matches(&w.name)? || matches(module_of(&w.name))? {
+                found.push(id);
+            }
+        }
         if found.is_empty() {
             return Err(Error::NoSites {
                 key: "targets".into(),
-                message: format!("{:?} matches no weight (towers: {:?}, layers: {:?})", self.targets, self.towers, self.layers),
+                message: format!(
+                    "{} matches no weight (towers: {}{})",
+                    self.targets.as_ref().map_or("the selection".into(), ToString::to_string),
+                    self.towers,
+                    self.layers.as_ref().map(|l| format!(", layers: {l}")).unwrap_or_default()
+                ),
                 sites: sites.summary(|_| true),
             });
         }
@@ -120,10 +125,8 @@ impl Patch for FullPatch {
         }
     }
 
-    fn fold(&self, id: WeightId, _value: &Tensor) -> TensorResult<Fold> {
-        Ok(match self.trained.get(&id) {
-            Some(w) => Fold::Replace(w.detach()),
-            None => Fold::Unchanged,
-        })
+    fn fold(&self, _id: WeightId, _value: &Tensor) -> TensorResult<Fold> {
+        // `weight` says it all.
+        Ok(Fold::Unchanged)
     }
 }

@@ -12,7 +12,7 @@ use crate::method::{Fold, Init, Method, Patch, Step};
 use crate::params::{Params, Spec, Start};
 use crate::rng;
 use crate::sites::{Site, SiteId, SiteKind, Sites, Tower, WeightId};
-use crate::targets::{Layers, Selection, Targets, Towers, full_regex, is_suffix};
+use crate::targets::{Layers, Selection, Targets, Towers, full_regex, is_suffix, matches_whole};
 use crate::{Error, Result};
 
 /// See [`LoraConfig`].
@@ -70,10 +70,13 @@ impl Default for LoraConfig {
     }
 }
 
+/// Beyond any use, and far from what overflows.
+const MAX_ALPHA: f64 = 1e9;
+
 /// HF PEFT's rule: the key, as a regex, matches the whole path or what follows a dot.
 fn pattern_value<T: Copy>(key: &str, patterns: &IndexMap<String, T>, path: &str) -> Result<Option<T>> {
     for (pattern, value) in patterns {
-        if full_regex(key, &format!("(?:.*\\.)?(?:{pattern})"))?.is_match(path) {
+        if matches_whole(key, &full_regex(key, &format!("(?:.*\\.)?(?:{pattern})"))?, path)? {
             return Ok(Some(*value));
         }
     }
@@ -85,8 +88,11 @@ impl LoraConfig {
         if !(0.0..1.0).contains(&self.dropout) {
             return Err(Error::config("dropout", format!("expected a probability in [0, 1), found {}", self.dropout)));
         }
-        if !self.alpha.is_finite() || self.alpha <= 0.0 {
-            return Err(Error::config("alpha", format!("expected a number above 0, found {}", self.alpha)));
+        let alphas = self.alpha_pattern.iter().map(|(k, a)| (format!("alpha_pattern.{k}"), *a));
+        for (key, alpha) in std::iter::once(("alpha".to_string(), self.alpha)).chain(alphas) {
+            if !(alpha > 0.0 && alpha <= MAX_ALPHA) {
+                return Err(Error::config(key, format!("expected a number above 0 and at most {MAX_ALPHA}, found {alpha}")));
+            }
         }
         Ok(())
     }
@@ -110,7 +116,13 @@ impl LoraConfig {
         let mut found = selection.sites(sites, |k| matches!(k, SiteKind::Linear { .. }))?;
         if let Some(exclude) = &self.exclude {
             let excluded = exclude.matcher("exclude")?;
-            found.retain(|(_, s)| !excluded(&s.path));
+            let mut kept = Vec::with_capacity(found.len());
+            for target in found {
+                if !excluded(&target.1.path)? {
+                    kept.push(target);
+                }
+            }
+            found = kept;
         }
         // A module that is trained whole needs no update as well, nor what is inside it; HF PEFT does the same.
         found.retain(|(_, s)| !self.modules_to_save.iter().any(|m| is_inside(&s.path, m)));
@@ -221,7 +233,11 @@ impl Method for Lora {
                 .ok_or_else(|| Error::config("target_modules", "expected a list of names or a regex"))?,
             towers: Towers::Both,
             layers: match optional("layers_to_transform") {
-                Some(Value::Number(n)) => Some(Layers::List(vec![n.as_u64().unwrap_or(u64::MAX) as usize])),
+                Some(Value::Number(n)) => {
+                    let layer =
+                        n.as_u64().ok_or_else(|| Error::config("layers_to_transform", format!("expected a layer from 0, found {n}")))?;
+                    Some(Layers::List(vec![layer as usize]))
+                }
                 Some(_) => field(object, "layers_to_transform")?.map(Layers::List),
                 None => None,
             },
@@ -280,18 +296,17 @@ fn refuse_unimplemented(object: &Map<String, Value>) -> Result<()> {
         "task_type",
         "inference_mode",
         "peft_version",
-        "init_lora_weights",
         "runtime_config",
         "ephemeral_gpu_offload",
         "loftq_config",
         "eva_config",
-        "corda_config",
-        "lora_ga_config",
         "megatron_core",
         "qalora_group_size",
         "ensure_weight_tying",
     ];
-    for (key, value) in object {
+    check_init(object.get("init_lora_weights"))?;
+    check_layers_pattern(object.get("layers_pattern"))?;
+    for (key, value) in object.iter().filter(|(k, _)| !["init_lora_weights", "layers_pattern"].contains(&k.as_str())) {
         let is_default = match value {
             Value::Null | Value::Bool(false) => true,
             Value::Object(o) => o.is_empty(),
@@ -304,6 +319,32 @@ fn refuse_unimplemented(object: &Map<String, Value>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Some initialisations change the base's weights too, which the adapter's files do not hold.
+fn check_init(value: Option<&Value>) -> Result<()> {
+    match value {
+        None | Some(Value::Null | Value::Bool(_)) => Ok(()),
+        Some(Value::String(s)) if ["gaussian", "eva", "orthogonal"].contains(&s.as_str()) => Ok(()),
+        Some(other) => Err(Error::config(
+            "init_lora_weights",
+            format!(
+                "expected true, false, gaussian, eva or orthogonal, found {other}: such adapters belong to changed base weights; \
+                 save them in HF PEFT with path_initial_model_for_weight_conversion, which makes plain LoRA of them"
+            ),
+        )),
+    }
+}
+
+/// CLIP's blocks stand in `layers`.
+fn check_layers_pattern(value: Option<&Value>) -> Result<()> {
+    let fits = |v: &Value| v.as_str().is_some_and(|s| s.is_empty() || s == "layers");
+    match value {
+        None | Some(Value::Null) => Ok(()),
+        Some(Value::Array(all)) if all.iter().all(fits) => Ok(()),
+        Some(v) if fits(v) => Ok(()),
+        Some(other) => Err(Error::config("layers_pattern", format!("expected `layers`, found {other}"))),
+    }
 }
 
 struct Term {
@@ -375,9 +416,6 @@ impl Patch for LoraPatch {
     }
 
     fn fold(&self, id: WeightId, value: &Tensor) -> TensorResult<Fold> {
-        if let Some(w) = self.saved.get(&id) {
-            return Ok(Fold::Replace(w.detach()));
-        }
         let Some(term) = self.by_weight.get(&id).and_then(|site| self.terms.get(site)) else {
             return Ok(Fold::Unchanged);
         };

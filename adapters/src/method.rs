@@ -186,7 +186,8 @@ pub trait Patch: Send + Sync {
         None
     }
 
-    /// What becomes of a base weight (f32) when this adapter is merged.
+    /// What becomes of a base weight (f32) when this adapter is merged, beyond what [`Patch::weight`] makes of it:
+    /// `value` is what all patches' `weight` hooks have left.
     ///
     /// # Errors
     /// When a tensor operation fails.
@@ -336,6 +337,16 @@ impl Patches {
     /// # Errors
     /// When a patch fails.
     pub fn fold(&self, id: WeightId, value: &Tensor) -> TensorResult<Option<Tensor>> {
+        let own = self.weight(id, value)?;
+        let replaced = (own.id() != value.id()).then(|| own.detach());
+        Ok(self.fold_onto(id, &own)?.or(replaced))
+    }
+
+    /// [`Patches::fold`] onto a weight that the `weight` hooks, perhaps of several adapters, have already replaced.
+    ///
+    /// # Errors
+    /// When a patch fails.
+    pub fn fold_onto(&self, id: WeightId, value: &Tensor) -> TensorResult<Option<Tensor>> {
         let mut folded: Option<Tensor> = None;
         for patch in self.iter() {
             let now = folded.as_ref().unwrap_or(value);

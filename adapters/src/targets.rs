@@ -1,6 +1,8 @@
 //! Which sites a method touches: targets, towers and layers, matched as HF PEFT does.
 
-use regex::Regex;
+use std::fmt;
+
+use fancy_regex::Regex;
 use serde::{Deserialize, Serialize};
 
 use crate::sites::{Site, SiteId, SiteKind, Sites, Tower};
@@ -8,7 +10,7 @@ use crate::{Error, Result};
 
 /// Module names: a list matches a path or its `.suffix`, a string is a regex over the whole path.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a list of names such as [q_proj, v_proj], or a regular expression")]
 pub enum Targets {
     /// Names such as `q_proj`; each matches the path itself or a path that ends in `.q_proj`.
     Names(Vec<String>),
@@ -17,7 +19,7 @@ pub enum Targets {
 }
 
 /// Says whether a path is meant.
-pub type Matcher = Box<dyn Fn(&str) -> bool>;
+pub type Matcher = Box<dyn Fn(&str) -> Result<bool>>;
 
 impl Targets {
     /// A list of names.
@@ -35,14 +37,31 @@ impl Targets {
             Self::Names(names) if names.is_empty() => Err(Error::config(key, "expected at least one name")),
             Self::Names(names) => {
                 let names = names.clone();
-                Ok(Box::new(move |path| names.iter().any(|n| is_suffix(path, n))))
+                Ok(Box::new(move |path| Ok(names.iter().any(|n| is_suffix(path, n)))))
             }
             Self::Pattern(pattern) => {
-                let regex = full_regex(key, pattern)?;
-                Ok(Box::new(move |path| regex.is_match(path)))
+                let (regex, key) = (full_regex(key, pattern)?, key.to_string());
+                Ok(Box::new(move |path| matches_whole(&key, &regex, path)))
             }
         }
     }
+}
+
+impl fmt::Display for Targets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Names(names) => write!(f, "[{}]", names.join(", ")),
+            Self::Pattern(pattern) => write!(f, "\"{pattern}\""),
+        }
+    }
+}
+
+/// Whether a [`full_regex`] matches.
+///
+/// # Errors
+/// When the pattern needs too much backtracking to tell.
+pub fn matches_whole(key: &str, regex: &Regex, path: &str) -> Result<bool> {
+    regex.is_match(path).map_err(|e| Error::config(key, format!("cannot be matched with `{path}`: {e}")))
 }
 
 /// Whether `path` is `name` or ends in `.name`.
@@ -51,7 +70,7 @@ pub fn is_suffix(path: &str, name: &str) -> bool {
     path.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 
-/// A regex that matches whole strings only, as Python's `re.fullmatch`.
+/// A regex that matches whole strings only, as Python's `re.fullmatch`; look-around and back references as in Python.
 ///
 /// # Errors
 /// When the pattern is not a regular expression.
@@ -84,9 +103,19 @@ impl Towers {
     }
 }
 
+impl fmt::Display for Towers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Vision => "vision",
+            Self::Text => "text",
+            Self::Both => "both",
+        })
+    }
+}
+
 /// Which blocks of a tower, counted from the input.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected blocks: [0, 1], \"6..12\" or { last: 2 }")]
 pub enum Layers {
     /// These blocks.
     List(Vec<usize>),
@@ -102,6 +131,16 @@ pub enum Layers {
 pub struct Last {
     /// How many blocks, counted from the output.
     pub last: usize,
+}
+
+impl fmt::Display for Layers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::List(list) => write!(f, "{list:?}"),
+            Self::Range(range) => write!(f, "\"{range}\""),
+            Self::Last(Last { last }) => write!(f, "{{ last: {last} }}"),
+        }
+    }
 }
 
 impl Layers {
@@ -146,7 +185,7 @@ impl Selection<'_> {
     pub fn sites<'s>(&self, sites: &'s Sites, kind: impl Fn(&SiteKind) -> bool) -> Result<Vec<(SiteId, &'s Site)>> {
         let matches = match self.targets {
             Some(t) => t.matcher("targets")?,
-            None => Box::new(|_: &str| true) as Matcher,
+            None => Box::new(|_: &str| Ok(true)) as Matcher,
         };
         let keep =
             |tower: Tower| -> Result<Option<Vec<usize>>> { self.layers.map(|l| l.resolve("layers", sites.depth(tower))).transpose() };
@@ -159,13 +198,18 @@ impl Selection<'_> {
                 Some(list) => site.layer.is_some_and(|l| list.contains(&l)),
             }
         };
-        let found: Vec<_> =
-            sites.iter().filter(|(_, s)| kind(&s.kind) && self.towers.contains(s.tower) && in_layers(s) && matches(&s.path)).collect();
+        let mut found = Vec::new();
+        for (id, site) in sites.iter() {
+            if kind(&site.kind) && self.towers.contains(site.tower) && in_layers(site) && matches(&site.path)? {
+                found.push((id, site));
+            }
+        }
         if found.is_empty() {
-            let asked = self.targets.map_or("nothing".to_string(), |t| format!("{t:?}"));
+            let asked = self.targets.map_or("the selection".to_string(), ToString::to_string);
+            let layers = self.layers.map(|l| format!(", layers: {l}")).unwrap_or_default();
             return Err(Error::NoSites {
                 key: "targets".into(),
-                message: format!("{asked} matches no site (towers: {:?}, layers: {:?})", self.towers, self.layers),
+                message: format!("{asked} matches no site (towers: {}{layers})", self.towers),
                 sites: sites.summary(|s| kind(&s.kind)),
             });
         }
@@ -180,6 +224,11 @@ impl Selection<'_> {
                 depth = depth.max(sites.depth(tower));
             }
         }
+        if let Some(Layers::Last(Last { last })) = self.layers
+            && (*last == 0 || *last > depth)
+        {
+            return Err(Error::config("layers", format!("expected {{ last: 1 to {depth} }}, found {last}")));
+        }
         let asked = [vision, text].into_iter().flatten().flatten().max();
         match asked {
             Some(&layer) if layer >= depth => Err(Error::config(
@@ -188,5 +237,26 @@ impl Selection<'_> {
             )),
             _ => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// HF PEFT's users know Python's regular expressions.
+    #[test]
+    fn patterns_match_whole_paths_as_in_python() {
+        let matches = Targets::Pattern(r"(?!text_model).*\.(q|v)_proj".into()).matcher("targets").unwrap();
+        assert!(matches("vision_model.encoder.layers.0.self_attn.q_proj").unwrap());
+        assert!(!matches("text_model.encoder.layers.0.self_attn.q_proj").unwrap());
+        assert!(!matches("vision_model.encoder.layers.0.self_attn.q_proj.base").unwrap());
+    }
+
+    #[test]
+    fn a_pattern_that_cannot_be_decided_is_an_error() {
+        let matches = Targets::Pattern(r"(?=(a+)+$)\1b".into()).matcher("targets").unwrap();
+        assert!(matches(&"ab".repeat(32)).is_err());
     }
 }

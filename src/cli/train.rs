@@ -68,7 +68,7 @@ fn check_text(checked: &session::Checked, yaml: &str) -> String {
     format!(
         "{yaml}\n# {train} training, {val} validation and {test} test examples; {} classes\n\
          # {} of {} parameters are trained, {} steps\n\
-         # about {:.0} MiB: {:.0} for the base, {:.0} for what is trained, {:.0} for activations\n",
+         # about {:.0} MiB: {:.0} for the base, {:.0} for what is trained, {:.0} for activations, {:.0} for images and the program\n",
         checked.classes.len(),
         checked.trainable_parameters,
         checked.total_parameters,
@@ -77,6 +77,7 @@ fn check_text(checked: &session::Checked, yaml: &str) -> String {
         mib(m.base),
         mib(m.trained),
         mib(m.activations),
+        mib(m.other),
     )
 }
 

@@ -9,7 +9,7 @@ mod gif;
 mod jpeg;
 mod tiff;
 
-use std::io::{Cursor, Read};
+use std::io::Cursor;
 use std::path::Path;
 
 use image::metadata::Orientation;
@@ -89,18 +89,7 @@ pub fn open(path: &Path, options: &DecodeOptions) -> Result<RgbImage> {
 /// # Errors
 /// When it cannot be read or is larger.
 pub fn read_file(path: &Path) -> Result<Vec<u8>> {
-    let meta = std::fs::metadata(path).map_err(|e| Error::read(path, e))?;
-    // Opening a pipe would wait for ever.
-    if !meta.is_file() {
-        return Err(Error::input(path.display(), "is not a file"));
-    }
-    let file = std::fs::File::open(path).map_err(|e| Error::read(path, e))?;
-    let mut bytes = Vec::with_capacity(meta.len().min(MAX_FILE) as usize);
-    file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(|e| Error::read(path, e))?;
-    if bytes.len() as u64 > MAX_FILE {
-        return Err(Error::input(path.display(), format!("larger than {} MiB", MAX_FILE >> 20)));
-    }
-    Ok(bytes)
+    crate::files::read(path, MAX_FILE)
 }
 
 fn turn(mut image: DynamicImage, orientation: Orientation, options: &DecodeOptions) -> DynamicImage {

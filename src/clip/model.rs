@@ -250,6 +250,15 @@ pub fn class_logits(clip: &Clip, images: &Tensor, classes: &ClassFeatures, patch
     }
 }
 
+/// Whether no value is infinite or NaN.
+///
+/// # Errors
+/// When the tensor cannot be read.
+pub fn all_finite(t: &Tensor) -> TensorResult<bool> {
+    // A finite value times zero is zero, everything else NaN.
+    Ok((widen(t)? * 0.0)?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()? == 0.0)
+}
+
 /// Features of groups of at most `rows` examples, joined.
 fn by_rows(count: usize, rows: usize, features: impl Fn(usize, usize) -> TensorResult<Tensor>) -> TensorResult<Tensor> {
     let parts = (0..count.max(1)).step_by(rows).map(|from| features(from, rows.min(count - from)));

@@ -6,6 +6,10 @@ use std::path::PathBuf;
 
 use crate::builtin;
 use crate::error::{Error, Result};
+use crate::files;
+
+/// The largest file that is read whole; weights are read piece by piece.
+const MAX_FILE: u64 = 1 << 30;
 
 /// A set of named files. Further kinds (a hub id, one checkpoint file) become further variants.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,11 +50,7 @@ impl Source {
             Self::Builtin(base) => Ok(builtin::file(base, name).map(Cow::Borrowed)),
             Self::Dir(dir) => {
                 let path = dir.join(name);
-                match std::fs::read(&path) {
-                    Ok(bytes) => Ok(Some(Cow::Owned(bytes))),
-                    Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-                    Err(e) => Err(Error::read(path, e)),
-                }
+                if path.exists() { files::read(&path, MAX_FILE).map(|bytes| Some(Cow::Owned(bytes))) } else { Ok(None) }
             }
         }
     }

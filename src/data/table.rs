@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 
 use super::{ImageRef, Raw, RawExample, Source, Split};
 use crate::error::{Error, Result};
+use crate::files;
 
 /// One row an example. The format follows the extension: csv, tsv, jsonl.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -170,7 +171,7 @@ fn texts(value: Option<&Value>) -> std::result::Result<Vec<String>, String> {
 type Each<'a> = &'a mut dyn FnMut(usize, &Row) -> Result<()>;
 
 fn delimited(path: &Path, delimiter: u8, each: Each<'_>) -> Result<()> {
-    let file = std::fs::File::open(path).map_err(|e| Error::read(path, e))?;
+    let file = files::open(path)?;
     let mut reader = csv::ReaderBuilder::new().delimiter(delimiter).from_reader(std::io::BufReader::new(file));
     let wrong = |e: csv::Error| {
         let line = e.position().map(|p| format!(":{}", p.line())).unwrap_or_default();
@@ -189,7 +190,7 @@ fn delimited(path: &Path, delimiter: u8, each: Each<'_>) -> Result<()> {
 
 fn json_lines(path: &Path, each: Each<'_>) -> Result<()> {
     use std::io::BufRead;
-    let file = std::fs::File::open(path).map_err(|e| Error::read(path, e))?;
+    let file = files::open(path)?;
     for (index, line) in std::io::BufReader::new(file).lines().enumerate() {
         let line = line.map_err(|e| Error::input(format!("{}:{}", path.display(), index + 1), e))?;
         if line.trim().is_empty() {

@@ -10,11 +10,16 @@ use serde_json::Value;
 use super::{Adapters, Manifest, file};
 use crate::clip::Clip;
 use crate::clip::base::Base;
+use crate::clip::model::all_finite;
 use crate::clip::weights;
 use crate::error::{Error, Result};
+use crate::files;
 
 /// The largest adapter file that is read.
 const MAX_BYTES: u64 = 64 << 30;
+
+/// The largest configuration; class names of a large set take a few MiB.
+const MAX_JSON: u64 = 256 << 20;
 
 /// An adapter directory's content.
 #[derive(Debug)]
@@ -38,7 +43,7 @@ impl Delta {
         if !dir.is_dir() {
             return Err(Error::input(dir.display(), "no such adapter directory"));
         }
-        crate::files::recover_dir(dir)?;
+        files::recover_dir(dir)?;
         let manifest = read_json::<Manifest>(&dir.join(file::MANIFEST))?;
         let mut methods = Vec::new();
         let listed = manifest.as_ref().map(|m| m.methods.clone()).unwrap_or_default();
@@ -158,31 +163,22 @@ fn broken(name: &str, t: &Tensor) -> Result<Option<String>> {
     if t.elem_count() == 0 {
         return Ok(None);
     }
-    let largest = t.to_dtype(DType::F32)?.abs()?.flatten_all()?.sum_all()?.to_scalar::<f32>()?;
-    if largest.is_finite() {
-        return Ok(None);
-    }
-    // A finite tensor's sum may overflow, so look closer.
-    let finite = t.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?.iter().all(|v| v.is_finite());
-    Ok((!finite).then(|| format!("{name}: holds values that are not finite")))
+    // Parameters are f32, so what f32 cannot hold is broken too.
+    Ok((!all_finite(&t.to_dtype(DType::F32)?)?).then(|| format!("{name}: holds values that are not finite in f32")))
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {
-    match std::fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::input(path.display(), format!("not as expected: {e}"))),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(Error::read(path, e)),
+    if !path.exists() {
+        return Ok(None);
     }
+    let bytes = files::read(path, MAX_JSON)?;
+    serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::input(path.display(), format!("not as expected: {e}")))
 }
 
 type Named = Vec<(String, Tensor)>;
 
 fn read_tensors(path: &Path) -> Result<(Named, String)> {
-    let size = std::fs::metadata(path).map_err(|e| Error::read(path, e))?.len();
-    if size > MAX_BYTES {
-        return Err(Error::input(path.display(), format!("has {size} bytes; expected at most {MAX_BYTES}")));
-    }
-    let bytes = std::fs::read(path).map_err(|e| Error::read(path, e))?;
+    let bytes = files::read(path, MAX_BYTES)?;
     let (tensors, _) = weights::read_safetensors(&path.display().to_string(), &bytes)?;
     Ok((tensors, format!("blake3:{}", blake3::hash(&bytes).to_hex())))
 }

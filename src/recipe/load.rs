@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::Recipe;
 use crate::error::{Error, Result};
+use crate::files;
 
 /// A recipe is a page of text; anything larger is a mistake.
 const MAX_BYTES: u64 = 1 << 20;
@@ -16,11 +17,7 @@ impl Recipe {
     /// # Errors
     /// With line, column, snippet and the nearest valid key where the file is wrong.
     pub fn load(path: &Path, sets: &[String]) -> Result<Self> {
-        let size = std::fs::metadata(path).map_err(|e| Error::read(path, e))?.len();
-        if size > MAX_BYTES {
-            return Err(Error::input(path.display(), format!("has {size} bytes; a recipe has at most {MAX_BYTES}")));
-        }
-        let text = std::fs::read_to_string(path).map_err(|e| Error::read(path, e))?;
+        let text = files::read_text(path, MAX_BYTES)?;
         let name = path.file_stem().map_or("recipe".into(), |s| s.to_string_lossy().into_owned());
         Self::parse(&path.display().to_string(), &text, &name, sets)
     }
@@ -116,7 +113,19 @@ fn assign(at: &mut Value, key: &str, new: Value) -> Result<()> {
 fn message(error: &serde_saphyr::Error) -> String {
     let text = error.without_snippet().to_string();
     // The position follows on the same line.
-    text.rsplit_once(" at line ").map_or(text.clone(), |(head, _)| head.to_string())
+    let text = text.rsplit_once(" at line ").map_or(text.as_str(), |(head, _)| head);
+    // What the crate's users may do about it is not what a recipe's author may.
+    let text = text.split(", set DuplicateKeyPolicy").next().unwrap_or(text);
+    if text.starts_with("invalid u") || text.starts_with("invalid usize") {
+        return "expected a whole number from 0".into();
+    }
+    if text.contains("from_str_multiple") || text.contains("multiple documents") {
+        return "expected one YAML document, found several".into();
+    }
+    if text.starts_with("expected mapping end") {
+        return "expected one key here, found more; several methods are written as a list: [{ lora: { … } }, { bottleneck: { … } }]".into();
+    }
+    text.to_string()
 }
 
 /// serde's message with the file's name, the snippet and the nearest valid key.

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 
 use peft_adapters::MethodConfig;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use crate::data::DataConfig;
@@ -42,13 +44,38 @@ pub struct Recipe {
 }
 
 /// The base model.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum ModelConfig {
     /// `builtin:tiny` or a directory.
     Pretrained(String),
     /// Random weights.
     Scratch(Scratch),
+}
+
+impl<'de> Deserialize<'de> for ModelConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        deserializer.deserialize_any(ModelVisitor)
+    }
+}
+
+/// A derived untagged enum would say only that nothing matched.
+struct ModelVisitor;
+
+impl<'de> Visitor<'de> for ModelVisitor {
+    type Value = ModelConfig;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the name of a base, or `init: { config: DIR }`")
+    }
+
+    fn visit_str<E: serde::de::Error>(self, name: &str) -> std::result::Result<ModelConfig, E> {
+        Ok(ModelConfig::Pretrained(name.to_string()))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> std::result::Result<ModelConfig, A::Error> {
+        Scratch::deserialize(MapAccessDeserializer::new(map)).map(ModelConfig::Scratch)
+    }
 }
 
 /// `{ init: { config: DIR } }`.
@@ -107,6 +134,15 @@ fn write_methods<S: serde::Serializer>(methods: &[MethodConfig], serializer: S) 
 impl Recipe {
     /// Everything that can be checked without opening the model or the data.
     fn validate(&self, place: &str) -> Result<()> {
+        if self.output.as_ref().is_some_and(|o| o.as_os_str().is_empty()) {
+            return Err(Error::input(format!("{place}: output"), "expected a directory, found an empty path")
+                .hint("leave it out for runs/<recipe name>"));
+        }
+        if self.model.spec().trim().is_empty() {
+            return Err(
+                Error::input(format!("{place}: model"), "expected a base, found an empty name").hint("builtin:tiny, or a directory")
+            );
+        }
         self.train.validate(place)?;
         self.task.validate(place)?;
         if let Some(metric) = self.train.early_stopping.as_ref().and_then(|e| e.metric.as_deref())
