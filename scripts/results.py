@@ -1,18 +1,21 @@
 #!/usr/bin/env python3
 """The table of README: every method on `builtin:emoji`, what it reaches and what it forgets.
 
-    cargo build --release && python3 scripts/results.py        # about 15 minutes on 2 cores; only the standard library
+    cargo build --release && python3 scripts/results.py --jobs 2     # about 15 minutes on 2 cores; only the standard library
 
 For each method the learning rate is chosen on validation (seed 0, the same number of trials each), then three seeds are
 trained and tested. `flat` is the zero-shot accuracy on the held-out coloured style afterwards: what was forgotten.
-Runs go to runs/results/, the figures to benches/results/emoji.json. Finished runs are kept, so an interrupted script goes on.
+Each run has one thread, `--jobs` of them go side by side. Runs go to runs/results/, the figures to benches/results/emoji.json. Finished runs are kept, so an interrupted script goes on.
 """
 
+import argparse
 import json
 import pathlib
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PEFT = ROOT / "target/release/peft"
@@ -24,14 +27,14 @@ METHODS = {
     # name: (method, learning rates, further settings)
     "linear probe": ("none", [0.01, 0.03, 0.1, 0.3], ["task={classify: {head: linear}}", "train.augment={}", "train.epochs=100"]),
     "LoRA": (None, [1e-3, 2e-3, 4e-3, 8e-3], []),
-    "prefix": ("{prefix: {length: 8}}", [5e-3, 1e-2, 2e-2, 4e-2], []),
-    "bottleneck": ("{bottleneck: {reduction: 16}}", [1e-3, 2e-3, 4e-3, 8e-3], []),
+    "prefix": ("{prefix: {length: 8}}", [2e-2, 4e-2, 8e-2, 1.6e-1], []),
+    "bottleneck": ("{bottleneck: {reduction: 16}}", [4e-3, 8e-3, 1.6e-2, 3.2e-2], []),
     "full": ("full", [1e-4, 2e-4, 4e-4, 8e-4], []),
 }
 
 
 def peft(*arguments):
-    done = subprocess.run([PEFT, *map(str, arguments), "--json", "--quiet"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([PEFT, *map(str, arguments), "--json", "--quiet", "--threads", "1"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(map(str, arguments))}\n{done.stderr}")
     return json.loads(done.stdout)
@@ -70,15 +73,18 @@ def percent(figure):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1)
+    side_by_side = ThreadPoolExecutor(parser.parse_args().jobs).map
     base_flat = flat()
     zero_shot = peft("eval", RECIPE)
     support = [row["support"] for row in zero_shot["classification"]["classes"]]
     majority = max(support) / sum(support)
     results = {"majority": majority, "zero_shot": zero_shot["accuracy"], "zero_shot_flat": base_flat, "methods": {}}
     for name, (method, rates, more) in METHODS.items():
-        trials = [train(name, method, lr, more, SEEDS[0]) for lr in rates]
+        trials = list(side_by_side(lambda lr: train(name, method, lr, more, SEEDS[0]), rates))
         best = max(trials, key=lambda t: (t["val"], -t["val_loss"]))
-        runs = [best] + [train(name, method, best["lr"], more, seed) for seed in SEEDS[1:]]
+        runs = [best, *side_by_side(partial(train, name, method, best["lr"], more), SEEDS[1:])]
         forgets = [base_flat] * len(runs) if method == "none" else [flat(r["run"] / "adapter") for r in runs]
         results["methods"][name] = {
             "lr": best["lr"], "trials": {f"{t['lr']:g}": t["val"] for t in trials}, "test": spread([r["test"] for r in runs]),

@@ -30,6 +30,17 @@ impl Linear {
         Ok(self.forward_sparing(x, patches)?.0)
     }
 
+    /// Applies the layer for the sake of its gradient: the values that come out may be wrong.
+    ///
+    /// # Shapes
+    /// `x` [..., in] → [..., out]
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub fn forward_unread(&self, x: &Tensor, patches: &Patches) -> Result<Tensor> {
+        self.out(x, patches)?.unread()
+    }
+
     /// Applies the layer and tells whether `x` can be [released](ops::release) once nobody else needs it.
     ///
     /// # Shapes
@@ -38,14 +49,18 @@ impl Linear {
     /// # Errors
     /// When shapes do not fit.
     pub fn forward_sparing(&self, x: &Tensor, patches: &Patches) -> Result<(Tensor, bool)> {
+        let out = self.out(x, patches)?;
+        let spare = out.spares(x);
+        Ok((out.value()?, spare))
+    }
+
+    fn out(&self, x: &Tensor, patches: &Patches) -> Result<LinearOut> {
         let weight = patches.weight(self.weight.0, &self.weight.1)?;
         let bias = match &self.bias {
             Some((id, b)) => Some(patches.weight(*id, b)?),
             None => None,
         };
-        let out = patches.linear(self.site, LinearOut::new(x.clone(), weight, bias))?;
-        let spare = out.spares(x);
-        Ok((out.value()?, spare))
+        patches.linear(self.site, LinearOut::new(x.clone(), weight, bias))
     }
 }
 

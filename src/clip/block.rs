@@ -1,5 +1,6 @@
 //! One transformer block, shared by both towers.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 
 use candle_core::{Result as TensorResult, Tensor};
@@ -62,6 +63,9 @@ pub struct Pass<'a> {
     pub patches: &'a Patches,
     /// [B, T] u8, 1 where a key may be attended.
     pub key_mask: Option<&'a Tensor>,
+    /// Set where the block runs twice. The first time notes whether its last product is its output as it is; if so, the
+    /// second time, whose output nobody reads, can do without that product.
+    pub plain: Option<&'a Cell<Option<bool>>>,
 }
 
 /// Pre-norm residual block: `x + attn(norm(x))`, then `x + mlp(norm(x))`.
@@ -138,7 +142,7 @@ impl Block {
         let Sequence { x, pool } = pass.patches.tokens(self.tokens, sequence)?;
         let h = self.norm1.forward(&x, pass.patches)?;
         let x = self.attend(&x, &h, &h, pass.key_mask, self.shape.causal, pass.patches)?;
-        Ok(Sequence { x: self.mlp(&x, pass.patches)?, pool })
+        Ok(Sequence { x: self.mlp(&x, pass)?, pool })
     }
 
     /// The last block of a tower that is pooled at one token: everything after the keys and
@@ -166,7 +170,7 @@ impl Block {
             }
         };
         let x = self.attend(&residual, &query, &h, visible.as_ref(), false, pass.patches)?;
-        self.mlp(&x, pass.patches)
+        self.mlp(&x, pass)
     }
 
     fn attend(
@@ -198,16 +202,23 @@ impl Block {
         Ok(sum)
     }
 
-    fn mlp(&self, x: &Tensor, patches: &Patches) -> TensorResult<Tensor> {
+    fn mlp(&self, x: &Tensor, pass: &Pass<'_>) -> TensorResult<Tensor> {
+        let patches = pass.patches;
         let h = self.norm2.forward(x, patches)?;
         let (up, spare_h) = self.fc1.forward_sparing(&h, patches)?;
         let active = ops::activation(&up, self.shape.act)?;
-        let (down, spare_active) = self.fc2.forward_sparing(&active, patches)?;
+        let (down, spare_active) = match pass.plain.and_then(Cell::get) {
+            Some(true) => (self.fc2.forward_unread(&active, patches)?, false),
+            _ => self.fc2.forward_sparing(&active, patches)?,
+        };
         if spare_active && active.id() != up.id() {
             ops::release(&active)?;
         }
         let branch = patches.branch(self.mlp_branch, x, &h, down.clone())?;
         let (sum, plain) = join(x, &branch, &down)?;
+        if let Some(noted) = pass.plain {
+            noted.set(Some(plain));
+        }
         if plain && spare_h {
             ops::release(&h)?;
         }
@@ -232,14 +243,14 @@ pub(super) fn pooled<'a>(blocks: &'a [Block], trunk: Trunk, patches: &'a Patches
     let Trunk { x, pool, mask, depth } = trunk;
     let mut sequence = Sequence { x, pool };
     let Some((last, others)) = blocks[depth..].split_last() else { return pick(&sequence.x, &sequence.pool) };
-    let pass = Pass { patches, key_mask: mask.as_ref() };
+    let pass = Pass { patches, key_mask: mask.as_ref(), plain: None };
     for block in others {
         sequence = match tape {
             None => block.forward(sequence, &pass)?,
             Some(tape) => {
-                let (mask, pool) = (mask.clone(), sequence.pool);
+                let (mask, pool, plain) = (mask.clone(), sequence.pool, Cell::new(None));
                 let again = move |x: &Tensor| {
-                    let pass = Pass { patches, key_mask: mask.as_ref() };
+                    let pass = Pass { patches, key_mask: mask.as_ref(), plain: Some(&plain) };
                     let out = block.forward(Sequence { x: x.clone(), pool: pool.clone() }, &pass)?;
                     Ok((out.x, out.pool))
                 };

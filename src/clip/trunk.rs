@@ -34,7 +34,7 @@ impl Trunk {
 
     /// Goes through `depth` more blocks.
     pub(super) fn through(self, blocks: &[Block], patches: &Patches) -> TensorResult<Self> {
-        let pass = Pass { patches, key_mask: self.mask.as_ref() };
+        let pass = Pass { patches, key_mask: self.mask.as_ref(), plain: None };
         let mut sequence = Sequence { x: self.x, pool: self.pool };
         for block in blocks {
             sequence = block.forward(sequence, &pass)?;

@@ -20,10 +20,20 @@ pub(super) fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tenso
         Some(b) if b.track_op() => x.apply_op3(&w, &b, Trained { bias: None }),
         bias if w.track_op() => x.apply_op2(&w, Trained { bias }),
         bias => {
-            let op = Frozen { weight: w, bias };
+            let op = Frozen { weight: w, bias, read: true };
             if x.track_op() { x.apply_op1(op) } else { x.apply_op1_no_bwd(&op) }
         }
     }
+}
+
+/// See [`super::linear_unread`].
+pub(super) fn linear_unread(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
+    let frozen = !w.track_op() && b.is_none_or(|b| !b.track_op());
+    if !frozen || !x.track_op() || !fused([x, w].into_iter().chain(b)) {
+        return linear(x, w, b);
+    }
+    check(x, w, b)?;
+    x.contiguous()?.apply_op1(Frozen { weight: w.contiguous()?, bias: None, read: false })
 }
 
 /// That the shapes fit.
@@ -113,6 +123,8 @@ fn forward<T: Float>(s: &CpuStorage, l: &Layout, w: &[T], b: Option<&[T]>, out: 
 struct Frozen {
     weight: Tensor,
     bias: Option<Tensor>,
+    /// Whether anybody reads the product; if not, zeros stand for it.
+    read: bool,
 }
 
 impl CustomOp1 for Frozen {
@@ -123,6 +135,10 @@ impl CustomOp1 for Frozen {
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
         let (w, b) = (View::new(&self.weight), self.bias.as_ref().map(View::new));
         by_float!(self.weight.dtype(), T => {
+            if !self.read {
+                let shape = with_last(l.dims(), self.weight.dims()[0]);
+                return Ok(result(vec![T::default(); shape.elem_count()], shape));
+            }
             let b = b.as_ref().map(View::slice::<T>).transpose()?;
             forward(s, l, w.slice::<T>()?, b, self.weight.dims()[0])
         })

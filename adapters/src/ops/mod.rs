@@ -92,6 +92,17 @@ pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
     linear::linear(x, w, b)
 }
 
+/// [`linear`] for the sake of its gradient: where weight and bias are frozen the product is not made and zeros stand for it.
+///
+/// # Shapes
+/// `x` [..., in], `w` [out, in], `b` [out] → [..., out]
+///
+/// # Errors
+/// When shapes do not fit.
+pub fn linear_unread(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
+    linear::linear_unread(x, w, b)
+}
+
 /// `x Wᵀ + b + s (x ∘ dropout) Aᵀ Bᵀ`, Hu et al. 2021, eq. 3.
 ///
 /// # Shapes

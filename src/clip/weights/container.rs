@@ -50,9 +50,14 @@ impl Bytes<'_> {
 }
 
 /// Opens anew each time, so that threads do not share a position.
-fn read_piece(path: &Path, range: Range<u64>) -> std::io::Result<Vec<u8>> {
+fn at(path: &Path, position: u64) -> std::io::Result<File> {
     let mut file = File::open(path)?;
-    file.seek(SeekFrom::Start(range.start))?;
+    file.seek(SeekFrom::Start(position))?;
+    Ok(file)
+}
+
+fn read_piece(path: &Path, range: Range<u64>) -> std::io::Result<Vec<u8>> {
+    let file = at(path, range.start)?;
     let len = range.end.saturating_sub(range.start);
     let mut bytes = Vec::with_capacity(len as usize);
     file.take(len).read_to_end(&mut bytes)?;
@@ -87,6 +92,19 @@ impl Container<'_> {
         match (&entry.strides, &entry.dtype) {
             (Some(strides), Ok(dtype)) => Ok(Cow::Owned(gather(&bytes, &entry.shape, strides, dtype.size_in_bytes()))),
             _ => Ok(bytes),
+        }
+    }
+
+    /// The values of a tensor that lies in the file as it will in memory, without a copy on the way.
+    pub(super) fn floats(&self, entry: &Entry) -> Result<Option<Vec<f32>>> {
+        let count = (entry.range.end - entry.range.start) / 4;
+        match (&self.bytes, &entry.strides, &entry.dtype) {
+            (Bytes::File(path, len), None, Ok(DType::F32)) if cfg!(target_endian = "little") && entry.range.end <= *len => {
+                let mut values = vec![0f32; count as usize];
+                let read = at(path, entry.range.start).and_then(|mut f| f.read_exact(bytemuck::cast_slice_mut(&mut values)));
+                read.map(|()| Some(values)).map_err(|e| Error::read(path, e))
+            }
+            _ => Ok(None),
         }
     }
 
