@@ -11,26 +11,28 @@ const imageOf = ({ set, slug }) => `img/${set}/${slug}.png`;
 const argument = (flag, fallback) => { const i = process.argv.indexOf(flag); return i < 0 ? fallback : process.argv[i + 1]; };
 const out = argument("--out", new URL("../../data/emoji", import.meta.url).pathname);
 
-const NAME_FORMS = ["an icon of {}", "an icon of a {}", "an emoji of a {}", "a drawing of a {}", "a picture of a {}", "{} icon", "a symbol of a {}", "an image of a {}"];
-const CLASS_FORMS = ["a {}", "an emoji of a {}", "a drawing of a {}", "a picture of a {}", "a photo of a {}", "an image of a {}", "{}", "{} icon"];
+const NAME_FORMS = ["an icon of {}", "an emoji of a {}", "a drawing of a {}", "a picture of a {}", "{} icon", "a symbol of a {}", "an image of a {}"];
 const pick = (list, ...key) => list[Math.floor(chance(...key) * list.length)];
 const fill = (form, text) => form.replace("{}", text);
 const shuffled = (list, ...key) => [...list].sort((a, b) => chance(...key, a) - chance(...key, b));
 
-/** Captions of one image: about a third name only, a third the class (in the adaptation prompts' words), a third both or keywords. */
-function captions({ set, slug, concept }) {
+/**
+ * Captions of one image: about a third name only, a third the class (in the adaptation prompts' words), a third both or keywords.
+ * The class alone has two wordings for all images, so that in a batch it belongs to every picture of its kind.
+ */
+function captions({ set, slug, plain, concept }) {
   const key = [set, slug];
   const { name, keywords } = concept;
   const kind = CLASSES[concept.subcategory];
   const few = shuffled(keywords, "keywords", ...key);
-  const other = pick([words(slug).replace(/^flag for /, "flag "), name, ...concept.aliases], "alias", ...key);
-  const list = [name, name, fill(pick(NAME_FORMS, "name", ...key), name), fill(pick(NAME_FORMS, "alias form", ...key), other)];
+  const other = pick([words(plain).replace(/^flag for /, "flag "), name, ...concept.aliases], "alias", ...key);
+  const list = [name, `an icon of a ${name}`, fill(pick(NAME_FORMS, "name", ...key), name), fill(pick(NAME_FORMS, "alias form", ...key), other)];
   if (few.length > 1) {
     list.push(`${name}, ${few.slice(0, 3).join(", ")}`, few.slice(0, 4).join(", "));
     list.push(`an icon of ${few.slice(-3).join(", ")}`);
   }
   if (kind) {
-    list.push(fill("an icon of a {}", kind), fill(pick(CLASS_FORMS, "class", ...key), kind), `${name}, a ${kind}`);
+    list.push(`an icon of a ${kind}`, kind, `${name}, a ${kind}`);
     list.push(few.length ? `a ${kind}, ${few.slice(0, 2).join(", ")}` : `a ${kind} called ${name}`);
   }
   return list.map((text) => text.split(" ").slice(0, MAX_WORDS).join(" ").replace(/,$/, ""));

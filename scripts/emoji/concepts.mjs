@@ -7,7 +7,7 @@ const json = (path) => JSON.parse(readFileSync(new URL(path, here)));
 const pkg = (path) => json(`node_modules/${path}`);
 
 export const SEED = "peft-emoji-1";
-export const TRAIN_SETS = ["noto", "twemoji", "openmoji", "emojione", "noto-v1", "fxemoji"];
+export const TRAIN_SETS = ["noto", "twemoji", "openmoji", "emojione", "noto-v1", "fxemoji", "emojione-v1", "streamline-emojis"];
 export const EVAL_SETS = ["fluent-emoji-flat", "fluent-emoji-high-contrast"];
 const HELD_OUT_SHARE = 0.1;
 
@@ -98,15 +98,16 @@ export function loadIcons() {
     const count = (counts[name] = { icons: 0, matched: 0, extra: 0, skin_tones: 0, unmatched: 0 });
     for (const [slug, icon] of Object.entries(set.icons)) {
       count.icons += 1;
-      const c = codes.get(slug) ?? index.get(squash(slug)) ?? index.get(squash(slug.replace(/^flag-for-/, "flag-")));
+      const plain = name === "streamline-emojis" ? slug.replace(/-\d$/, "") : slug; // it numbers several drawings of one emoji
+      const c = codes.get(slug) ?? index.get(squash(plain)) ?? index.get(squash(plain.replace(/^flag-for-/, "flag-")));
       if (/-(tone\d|(medium-|medium)?(light|dark)?(-skin-tone)?)$/.test(slug) && !table.has(c) || hasTone(c ?? "")) { count.skin_tones += 1; continue; }
       const concept = table.get(c) ?? extraOf(name, slug, c);
-      if (!concept || seen.has(c)) { count.unmatched += 1; continue; }
+      if (!concept || (seen.has(c) && plain === slug)) { count.unmatched += 1; continue; }
       seen.add(c);
       count[table.has(c) ? "matched" : "extra"] += 1;
       const width = icon.width ?? set.width ?? 16, height = icon.height ?? set.height ?? 16;
       const svg = `<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="${icon.left ?? 0} ${icon.top ?? 0} ${width} ${height}">${icon.body.replaceAll("currentColor", "#000")}</svg>`;
-      icons.push({ set: name, slug, concept, group: groupOf(c), svg, tall: height > width });
+      icons.push({ set: name, slug, plain, concept, group: groupOf(c), svg, tall: height > width });
     }
   }
   return { icons, counts };
