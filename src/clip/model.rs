@@ -180,9 +180,8 @@ impl Clip {
     /// # Errors
     /// When a tensor operation fails.
     pub fn image_features_from<'a>(&'a self, trunk: &Trunk, patches: &'a Patches, tape: Option<&Tape<'a>>) -> TensorResult<Tensor> {
-        let finish = |trunk: Trunk, tape: Option<&Tape<'a>>| self.vision.finish(trunk, patches, tape);
         let Some((tape, rows)) = tape.and_then(|t| Some((t, t.rows()?))) else {
-            return finish(trunk.clone(), tape);
+            return self.vision.finish(trunk.clone(), patches, tape);
         };
         by_rows(trunk.x.dim(0)?, rows, |from, count| {
             let part = trunk.narrow(from, count)?;

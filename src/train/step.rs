@@ -10,7 +10,7 @@ use super::observer::{Event, Observer, StepRecord};
 use super::{Bank, Run, Trainer, by_name};
 use crate::clip::Trunk;
 use crate::data::loader::LoaderConfig;
-use crate::data::{Example, Loader, Plan, Split};
+use crate::data::{Batch, Example, Loader, Plan, Split};
 use crate::error::{Error, Result};
 use crate::optim::{Accumulated, clip_factor, global_norm};
 use crate::task::Forward;
@@ -109,22 +109,24 @@ impl Stepper {
     }
 
     fn fetch(&mut self, position: usize, trainer: &Trainer<'_>) -> Result<MicroBatch> {
-        let indices = self.plan.indices(position);
-        let epoch = position / self.plan.per_epoch().max(1);
+        let plan = &self.plan;
+        let planned = || (plan.indices(position), position / plan.per_epoch().max(1));
         let clip = trainer.clip();
-        let input = match &mut self.feed {
+        let (input, (indices, epoch)) = match &mut self.feed {
             Feed::Images(loader) => match loader.next_batch()? {
-                Some(batch) => Input::Pixels(batch.pixels),
+                Some(Batch { pixels, indices, epoch }) => (Input::Pixels(pixels), (indices, epoch)),
                 None => return Err(Error::fault("loader", "ended before the last step")),
             },
             Feed::Bank(bank) => {
-                let rows: Vec<u32> = indices.iter().map(|&i| i as u32).collect();
-                let rows = Tensor::from_vec(rows, indices.len(), bank.device())?;
-                Input::Features(bank.index_select(&rows, 0)?)
+                let planned = planned();
+                let rows: Vec<u32> = planned.0.iter().map(|&i| i as u32).collect();
+                let rows = Tensor::from_vec(rows, planned.0.len(), bank.device())?;
+                (Input::Features(bank.index_select(&rows, 0)?), planned)
             }
             Feed::Trunk(bank) => {
-                let x = bank.gather(&indices, clip.dtype(), clip.device())?;
-                Input::Trunk(Trunk { x, pool: Vec::new(), mask: None, depth: bank.depth() })
+                let planned = planned();
+                let x = bank.gather(&planned.0, clip.dtype(), clip.device())?;
+                (Input::Trunk(Trunk { x, pool: Vec::new(), mask: None, depth: bank.depth() }), planned)
             }
         };
         Ok(MicroBatch { input, indices, epoch, position })
