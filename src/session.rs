@@ -90,6 +90,7 @@ impl Session {
     /// # Errors
     /// When a forward pass fails.
     pub fn trainer<'s>(&'s self, adapters: &'s mut Adapters, task: Box<dyn Task>) -> Result<Trainer<'s>> {
+        self.discard_replaced(adapters)?;
         let config = &self.recipe.train;
         let source = FeatureSource {
             images: self.images.clone(),
@@ -109,6 +110,17 @@ impl Session {
             metric: metric.unwrap_or_else(|| self.recipe.task.metric().to_string()),
             features,
         })
+    }
+
+    /// Base weights that the only method has replaced by its own take memory for nothing. With several methods another
+    /// one may still look at them.
+    fn discard_replaced(&self, adapters: &Adapters) -> Result<()> {
+        let mut patches = adapters.patches.iter();
+        let (Some(only), None) = (patches.next(), patches.next()) else { return Ok(()) };
+        for (_, weight) in self.base.clip.sites().weights().filter(|(id, _)| only.replaces(*id)) {
+            peft_adapters::ops::discard(&weight.tensor)?;
+        }
+        Ok(())
     }
 
     /// Tokens of the longest text, at most `context`.

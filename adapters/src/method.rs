@@ -103,6 +103,12 @@ pub trait Patch: Send + Sync {
         Ok(value)
     }
 
+    /// Whether [`Patch::weight`] never looks at the base's value of this weight: it has one of its own. Where memory is
+    /// short, the base's can then go.
+    fn replaces(&self, _id: WeightId) -> bool {
+        false
+    }
+
     /// A linear layer. `y` is not computed for the first patch, which may fuse with the frozen product.
     ///
     /// # Errors

@@ -81,12 +81,14 @@ impl VisionTower {
     /// When the image size is not the model's.
     pub fn forward<'a>(
         &'a self,
-        pixels: &Tensor,
+        pixels: Tensor,
         keep: Option<&Tensor>,
         patches: &'a Patches,
         tape: Option<&Tape<'a>>,
     ) -> TensorResult<Tensor> {
-        self.finish(self.embed(pixels, keep, patches)?, patches, tape)
+        let embedded = self.embed(&pixels, keep, patches)?;
+        drop(pixels);
+        self.finish(embedded, patches, tape)
     }
 
     /// How many blocks nothing that is trained reaches; 0 where the images' embedding is trained.
