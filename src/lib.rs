@@ -12,6 +12,9 @@ pub mod clip;
 pub mod data;
 pub mod delta;
 pub mod device;
+#[cfg(feature = "cli")]
+pub mod doctor;
+pub mod draft;
 pub mod embed;
 pub mod error;
 pub mod estimate;
@@ -24,7 +27,10 @@ pub mod optim;
 pub mod recipe;
 pub mod report;
 pub mod run;
+pub mod runs;
 pub mod session;
+pub mod sheet;
+pub mod survey;
 pub mod task;
 pub mod train;
 

@@ -7,6 +7,12 @@ use super::Context;
 use crate::builtin::recipes::{RECIPES, summary};
 use crate::error::{Error, Result};
 
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  peft recipes
+  peft recipes quickstart > mine.yaml
+  peft recipes clip-lora/dtd";
+
 /// Arguments of `peft recipes`.
 #[derive(Debug, Args)]
 pub(super) struct RecipesArgs {

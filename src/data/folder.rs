@@ -77,12 +77,12 @@ pub(crate) fn is_image(path: &Path) -> bool {
     known && !hidden
 }
 
-fn name(path: &Path) -> String {
+pub(super) fn name(path: &Path) -> String {
     path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
 /// Visible subdirectories, sorted.
-fn directories(dir: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn directories(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut list = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(|e| Error::read(dir, e))? {
         let path = entry.map_err(|e| Error::read(dir, e))?.path();
