@@ -53,7 +53,7 @@ pub fn draft(wishes: &Wishes, file: &str, name: &str) -> Result<Draft> {
     let source = DataConfig::locate(&wishes.data)?;
     let data = DataConfig { shots: wishes.shots, ..source.clone() }.open(0)?;
     let task = task(wishes, &data)?;
-    let has_splits = has_own_splits(&source);
+    let has_splits = source.has_own_splits();
     let page = Page { wishes, source: &source, data: &data, task, has_splits, file, name };
     let text = page.text();
     // Nobody should be handed a recipe that is refused.
@@ -66,12 +66,6 @@ pub fn draft(wishes: &Wishes, file: &str, name: &str) -> Result<Draft> {
         notes: notes(&data, task),
         classes: data.classes,
     })
-}
-
-/// Whether fractions of one's own would be refused.
-fn has_own_splits(source: &DataConfig) -> bool {
-    let split = Some(crate::data::SplitConfig::default());
-    DataConfig { split, ..source.clone() }.open(0).is_err()
 }
 
 fn task(wishes: &Wishes, data: &Dataset) -> Result<&'static str> {
@@ -198,9 +192,7 @@ impl Page<'_> {
         };
         let split = match self.has_splits {
             true => "",
-            false => {
-                "  split: { train: 0.7, val: 0.1, test: 0.2, seed: 0 }   # the data has no splits of its own; a column `group` keeps rows together\n"
-            }
+            false => "  split: { train: 0.7, val: 0.1, test: 0.2, seed: 0 }   # the data has no splits of its own\n",
         };
         let shots = match (self.wishes.shots, self.task) {
             (Some(n), _) => format!("  shots: {n}   # training examples of each class, drawn by train.seed\n"),

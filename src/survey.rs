@@ -163,7 +163,12 @@ const SPLITS: [Split; 3] = [Split::Train, Split::Val, Split::Test];
 /// # Errors
 /// When the source is missing or malformed, or the tokeniser cannot be read. Images that cannot be read are part of the result.
 pub fn survey(subject: &Subject, observer: &mut dyn Observer) -> Result<(Survey, Dataset)> {
-    let data = subject.data.open(subject.seed)?;
+    let mut data = subject.data.open(subject.seed)?;
+    if !subject.data.has_own_splits() {
+        let split = subject.data.split.clone().unwrap_or_default();
+        let fractions = format!("{}, {}, {} (seed {})", split.train, split.val, split.test, split.seed);
+        data.notes.push(format!("the source has no splits of its own; `data.split` divides it: {fractions}"));
+    }
     let all: Vec<(Split, &Example)> = SPLITS.into_iter().flat_map(|s| data.split(s).iter().map(move |e| (s, e))).collect();
     observer.event(Event::Phase("images", Some(all.len())));
     let mut seen = Vec::with_capacity(all.len());

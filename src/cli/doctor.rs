@@ -62,6 +62,6 @@ fn text(found: &Diagnosis) -> String {
 }
 
 fn cache(cache: &Cache) -> String {
-    let found = cache.bytes.map_or("nothing there".to_string(), size);
+    let found = cache.bytes.map_or("nothing".to_string(), size);
     format!("{} in {}", found, cache.path.display())
 }

@@ -26,6 +26,8 @@ mod predict;
 mod progress;
 mod recipes;
 mod runs;
+#[cfg(test)]
+mod tests;
 mod train;
 
 use progress::Progress;
@@ -48,20 +50,23 @@ Examples:
 
 Exit codes: 0 done, 1 a check failed, 2 bad input, 3 a fault of the machine, 130 and 143 after a signal.";
 
+/// So that a verb's own options stand together.
+const GLOBAL: &str = "Options of every verb";
+
 /// What every verb takes.
 #[derive(Debug, Clone, Args)]
 struct Global {
     /// Print one JSON document on stdout; text and progress go to stderr
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = GLOBAL)]
     json: bool,
     /// Where to compute: auto, cpu, cuda, cuda:N or metal
-    #[arg(long, global = true, default_value = "auto", value_name = "DEVICE")]
+    #[arg(long, global = true, default_value = "auto", value_name = "DEVICE", help_heading = GLOBAL)]
     device: String,
     /// Threads of all pools; all cores when left out
-    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = GLOBAL)]
     threads: Option<u16>,
     /// Say nothing but results and errors
-    #[arg(long, short, global = true)]
+    #[arg(long, short, global = true, help_heading = GLOBAL)]
     quiet: bool,
 }
 

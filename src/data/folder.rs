@@ -22,7 +22,7 @@ impl Source for FolderConfig {
     }
 
     fn read(&self) -> Result<Raw> {
-        let top = directories(&self.root)?;
+        let top = directories(&self.root).map_err(|e| e.hint("data.folder.root is relative to the working directory"))?;
         let split = |path: &PathBuf| Split::parse(&name(path));
         let mut raw = Raw::default();
         if top.iter().any(|d| split(d) == Some(Split::Train)) {

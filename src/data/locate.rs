@@ -47,6 +47,12 @@ impl DataConfig {
         }
     }
 
+    /// Whether the source says itself what is trained on and what is tested.
+    #[must_use]
+    pub fn has_own_splits(&self) -> bool {
+        self.source().and_then(|s| s.read()).is_ok_and(|raw| raw.examples.iter().any(|e| e.split.is_some()))
+    }
+
     /// The source's key in a recipe.
     #[must_use]
     pub fn kind(&self) -> &'static str {
