@@ -121,8 +121,9 @@ struct Page<'a> {
 
 /// A string as YAML; JSON's strings are YAML's.
 fn quoted(text: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-".contains(c);
-    let safe = text.chars().all(plain) && text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '/' || c == '_');
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-:".contains(c);
+    let safe =
+        text.chars().all(plain) && !text.ends_with(':') && text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '/' || c == '_');
     // Words that YAML takes for something else.
     let reserved = ["true", "false", "null", "yes", "no", "on", "off", "y", "n", "nan", "inf"];
     if safe && !reserved.contains(&text.to_ascii_lowercase().as_str()) {
@@ -215,6 +216,7 @@ impl Page<'_> {
     fn settings(&self, train: usize, tiny: bool) -> String {
         let batch = if self.task == "retrieve" { 64 } else { BATCH };
         let epochs = (STEPS * batch).div_ceil(train.max(1)).clamp(3, 50);
+        let steps = epochs * train.div_ceil(batch);
         let lr = match (self.wishes.method.as_str(), tiny) {
             ("full", false) => "1.0e-5",
             ("full", true) => "2.0e-4",
@@ -222,7 +224,7 @@ impl Page<'_> {
             (_, false) => "5.0e-4",
         };
         format!(
-            "  epochs: {epochs}   # about {STEPS} steps\n\
+            "  epochs: {epochs}   # {steps} steps\n\
              \x20 batch: {batch}   # higher: steadier, faster for each image, more memory\n\
              \x20 lr: {lr}   # the first value to try others of; validation says which\n\
              \x20 schedule: {{ cosine: {{ warmup: 0.05 }} }}\n\
@@ -247,7 +249,7 @@ mod tests {
 
     #[test]
     fn strings_stay_strings_in_yaml() {
-        for text in ["data/pets", "a: b", "yes", "1e3", "#x", "it's", "C:\\data", "ünï", "~", "-x"] {
+        for text in ["data/pets", "builtin:tiny", "a:", "a: b", "yes", "1e3", "#x", "it's", "C:\\data", "ünï", "~", "-x"] {
             let value = serde_saphyr::from_str::<String>(&quoted(text));
             assert_eq!(value.ok().as_deref(), Some(text));
         }

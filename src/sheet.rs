@@ -37,11 +37,11 @@ struct Row<'a> {
 }
 
 /// Writes the sheet: a row a class with up to ten of its images, evenly taken from all splits; without classes as many rows as
-/// there is something to show. Images that cannot be read are left out.
+/// there is something to show. Images that cannot be read are left out. Returns the number of rows, at most 100.
 ///
 /// # Errors
 /// When there is no image, or the file cannot be written.
-pub fn draw(data: &Dataset, options: &DecodeOptions, file: &Path) -> Result<()> {
+pub fn draw(data: &Dataset, options: &DecodeOptions, file: &Path) -> Result<usize> {
     let rows = rows(data);
     let row_height = TITLE + SIDE + GAP;
     let (width, height) = (GAP + COLUMNS * (SIDE + GAP), GAP + rows.len() as u32 * row_height);
@@ -58,7 +58,8 @@ pub fn draw(data: &Dataset, options: &DecodeOptions, file: &Path) -> Result<()> 
     }
     let mut png = Cursor::new(Vec::new());
     sheet.0.write_to(&mut png, ImageFormat::Png).map_err(|e| Error::fault(file.display(), e))?;
-    files::write_atomic(file, png.get_ref())
+    files::write_atomic(file, png.get_ref())?;
+    Ok(rows.len())
 }
 
 fn rows(data: &Dataset) -> Vec<Row<'_>> {

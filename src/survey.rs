@@ -139,12 +139,14 @@ pub struct Unreadable {
 }
 
 impl Subject {
-    /// What `path` names: a recipe (then its model and image settings count), or anything that [`DataConfig::locate`] finds.
+    /// What `path` names: a recipe or a run (then its model and image settings count), or anything that [`DataConfig::locate`] finds.
     ///
     /// # Errors
     /// When it is neither.
     pub fn open(path: &str, model: Option<&str>) -> Result<Self> {
         let place = Path::new(path);
+        let inner = place.join("recipe.yaml");
+        let place = if inner.is_file() { inner.as_path() } else { place };
         if place.is_file() && place.extension().is_some_and(|e| e == "yaml" || e == "yml") {
             let recipe = Recipe::load(place, &[])?;
             let images = DecodeOptions { background: recipe.images.background, orient: recipe.images.orient, ..Default::default() };

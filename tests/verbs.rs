@@ -137,6 +137,8 @@ fn runs_are_listed_with_their_state_and_compared() {
     // A failed run can be done again, and is then no longer failed.
     w.json(&["train", "recipe.yaml", "--output", "runs/d", "--force"]);
     assert_eq!(w.json(&["runs", "runs/d"])[0]["state"], "finished");
+    // Where a run's images came from.
+    assert_eq!(w.json(&["data", "runs/a"])["splits"]["train"], 21);
 }
 
 #[test]
@@ -147,7 +149,9 @@ fn a_drafted_recipe_passes_the_check_and_trains() {
     assert_eq!(drafted["draft"]["classes"], json!(["blue", "green", "red"]));
     let recipe = String::from_utf8(read(&w.path("data.yaml"))).unwrap();
     assert!(recipe.starts_with("# peft train data.yaml\n"), "{recipe}");
-    assert_eq!(w.json(&["train", "data.yaml", "--check"])["examples"], drafted["draft"]["examples"]);
+    let checked = w.json(&["train", "data.yaml", "--check"]);
+    assert_eq!(checked["examples"], drafted["draft"]["examples"]);
+    assert!(recipe.contains(&format!("# {} steps", checked["steps"])), "{recipe}");
     let trained = w.json(&["train", "data.yaml", "--set", "train.epochs=2"]);
     assert_eq!(trained["run"], "runs/data");
     assert!(w.fails(&["new", "--data", "data"], 2).contains("--force"));

@@ -20,7 +20,7 @@ Examples:
 /// Arguments of `peft data`.
 #[derive(Debug, Args)]
 pub(super) struct DataArgs {
-    /// A directory, a table, builtin:NAME or a recipe
+    /// A directory, a table, builtin:NAME, a recipe or a run directory
     #[arg(value_name = "PATH")]
     source: String,
     /// Draw a contact sheet: a PNG with up to ten images of each class
@@ -40,8 +40,9 @@ pub(super) fn run(args: &DataArgs, context: &Context) -> Result<()> {
     let (found, data) = survey(&subject, &mut progress)?;
     drop(progress);
     if let Some(file) = &args.sheet {
-        sheet::draw(&data, &subject.images, file)?;
-        context.say(&format!("contact sheet in {}", file.display()));
+        let rows = sheet::draw(&data, &subject.images, file)?;
+        let part = if rows < data.classes.len() { format!(", the first {rows} of {} classes", data.classes.len()) } else { String::new() };
+        context.say(&format!("contact sheet in {}{part}", file.display()));
     }
     context.print(&found, || text(&found))
 }
@@ -61,7 +62,11 @@ fn text(found: &Survey) -> String {
     }
     if let Some(c) = &found.captions {
         let t = c.tokens;
-        let _ = writeln!(out, "captions  {}: {} to {} tokens, median {}, as {} counts them", c.count, t.min, t.max, t.median, c.tokenizer);
+        let _ = writeln!(
+            out,
+            "captions  {}: {} to {} tokens, median {}, of the {} that {} takes",
+            c.count, t.min, t.max, t.median, c.context, c.tokenizer
+        );
         if c.too_long > 0 {
             let _ = writeln!(
                 out,

@@ -92,8 +92,11 @@ fn ask(args: &mut NewArgs) -> dialoguer::Result<()> {
     let first = names.iter().position(|n| *n == args.method).unwrap_or(0);
     args.method = names[Select::new().with_prompt("The method").items(&names).default(first).interact()?].to_string();
     args.template = Input::new().with_prompt("The prompt around a class name").default(args.template.clone()).interact_text()?;
-    let shots: String = Input::new().with_prompt("Training examples of each class (empty: all)").allow_empty(true).interact_text()?;
-    args.shots = shots.trim().parse().ok();
+    let number =
+        |n: &String| (n.is_empty() || n.parse::<usize>().is_ok_and(|n| n > 0)).then_some(()).ok_or("expected a number from 1, or nothing");
+    let shots = Input::<String>::new().with_prompt("Training examples of each class (empty: all)").allow_empty(true);
+    let shots = shots.validate_with(number).interact_text()?;
+    args.shots = shots.parse().ok();
     let file = args.recipe.clone().unwrap_or_else(|| format!("{}.yaml", stem(args.data.as_deref().unwrap_or("recipe"))).into());
     let file = PathBuf::from(Input::<String>::new().with_prompt("The recipe").default(file.display().to_string()).interact_text()?);
     if file.exists() && !args.force {
