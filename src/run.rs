@@ -15,8 +15,9 @@ const REPORT: &str = "report.json";
 const METRICS: &str = "metrics.jsonl";
 const PREDICTIONS: &str = "predictions.jsonl";
 const LOCK: &str = "lock";
+const FAILURE: &str = "failure.txt";
 /// All that `--force` may remove.
-const OURS: [&str; 8] = [RECIPE, REPORT, METRICS, PREDICTIONS, LOCK, "adapter", "checkpoint", "model"];
+const OURS: [&str; 9] = [RECIPE, REPORT, METRICS, PREDICTIONS, LOCK, FAILURE, "adapter", "checkpoint", "model"];
 
 /// What to do with a directory that is not empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +75,7 @@ impl RunDir {
                 }
             }
         }
+        remove(&run.path.join(FAILURE))?;
         Ok(Opened::Open(Box::new(run)))
     }
 
@@ -173,6 +175,17 @@ impl RunDir {
         file.write_all(line.as_bytes()).map_err(|e| Error::write(self.path.join(METRICS), e))
     }
 
+    /// Notes why the run ended early, for whoever lists runs. Signals are no failure.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn note_failure(&self, error: &Error) -> Result<()> {
+        match error {
+            Error::Interrupted { .. } => Ok(()),
+            error => files::write_atomic(&self.path.join(FAILURE), format!("{error}\n").as_bytes()),
+        }
+    }
+
     /// Writes the predictions and, as the mark of a finished run, the report.
     ///
     /// # Errors
@@ -206,6 +219,13 @@ pub fn read_report(run: &Path) -> Result<Option<TrainReport>> {
         Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::input(path.display(), e)),
         Err(_) => Ok(None),
     }
+}
+
+/// Why the last attempt at a run failed, if it did.
+#[must_use]
+pub fn read_failure(run: &Path) -> Option<String> {
+    let text = files::read_text(&run.join(FAILURE), 1 << 20).ok()?;
+    Some(text.trim().to_string())
 }
 
 /// The recipe of a run directory.

@@ -240,7 +240,12 @@ pub fn train(recipe: Recipe, existing: Existing, device: &Device, observer: &mut
     }
     let mut logged = Logged { inner: observer, run: *run, failed: None };
     logged.run.open_metrics(state.state().step)?;
-    let report = session.execute(&mut trainer, &mut state, &mut logged)?;
+    let done = session.execute(&mut trainer, &mut state, &mut logged);
+    if let Err(e) = &done {
+        // The disk may be what failed; the error itself is the one to report.
+        let _ = logged.run.note_failure(e);
+    }
+    let report = done?;
     match logged.failed {
         Some(e) => Err(e),
         None => Ok((report, false)),

@@ -5,7 +5,7 @@ use std::path::Path;
 
 /// Each module and what it may import; `session` and `cli` put everything together. What is right about
 /// this table is the direction: nothing below knows of recipes, nothing but `cli` of the command line.
-const TABLE: [(&str, &[&str]); 20] = [
+const TABLE: [(&str, &[&str]); 25] = [
     ("error", &[]),
     ("named", &[]),
     ("builtin", &[]),
@@ -25,6 +25,11 @@ const TABLE: [(&str, &[&str]); 20] = [
     ("model", &["clip", "data", "delta", "error", "task"]),
     ("embed", &["clip", "data", "error", "files", "model"]),
     ("inspect", &["clip", "delta", "error", "files", "recipe", "run"]),
+    ("survey", &["clip", "data", "error", "recipe", "train"]),
+    ("sheet", &["clip", "data", "error", "files"]),
+    ("runs", &["error", "recipe", "report", "run"]),
+    ("draft", &["data", "error", "recipe"]),
+    ("doctor", &["device", "files", "train"]),
     ("bench", &["error", "recipe", "report", "session", "train"]),
 ];
 

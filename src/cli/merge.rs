@@ -9,6 +9,12 @@ use super::Context;
 use crate::error::{Error, Result};
 use crate::merge::{MergeOptions, merge};
 
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  peft merge --model path/to/clip --adapter runs/pets/adapter --output pets-clip
+  peft merge --model path/to/clip --adapter a=0.5 --adapter b=0.5 --output mix --dtype f16
+  peft merge --model path/to/clip --output clip-f16 --dtype f16";
+
 /// Arguments of `peft merge`.
 #[derive(Debug, Args)]
 pub(super) struct MergeArgs {

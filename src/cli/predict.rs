@@ -11,6 +11,12 @@ use super::{Context, ModelArgs};
 use crate::embed::read_lines;
 use crate::error::{Error, Result};
 
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  peft predict --model builtin:tiny --adapter runs/quickstart/adapter photo.png
+  peft predict --model path/to/clip --labels cat,dog --template \"a photo of a {}.\" 'photos/*.jpg'
+  find photos -name '*.png' | peft predict --model path/to/clip --labels labels.txt --json -";
+
 /// Arguments of `peft predict`.
 #[derive(Debug, Args)]
 pub(super) struct PredictArgs {

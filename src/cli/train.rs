@@ -14,6 +14,13 @@ use crate::report::{Evaluation, TrainReport};
 use crate::run::Existing;
 use crate::session;
 
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  peft train recipes/quickstart.yaml
+  peft train pets.yaml --check                       opens everything, trains nothing
+  peft train pets.yaml --set train.lr=5e-4 --output runs/pets-lr5e-4
+  peft train pets.yaml --resume                      goes on after Ctrl-C or a crash";
+
 /// Arguments of `peft train`.
 #[derive(Debug, Args)]
 pub(super) struct TrainArgs {

@@ -125,10 +125,7 @@ impl Images {
     /// # Errors
     /// When one cannot be read.
     pub fn digests(&self, examples: &[Example]) -> Result<Vec<blake3::Hash>> {
-        let digest = |e: &Example| match &e.image {
-            ImageRef::Embedded(bytes) => Ok(blake3::hash(bytes)),
-            ImageRef::File(path) => Ok(blake3::hash(&decode::read_file(path)?)),
-        };
+        let digest = |e: &Example| Ok(blake3::hash(&e.bytes()?));
         examples.par_iter().map(digest).collect()
     }
 

@@ -61,10 +61,7 @@ impl Tokenizer {
     /// # Errors
     /// When the vocabulary has neither a character nor an unknown token.
     pub fn encode(&self, text: &str) -> Result<(Vec<u32>, bool)> {
-        let encoding = guarded(|| self.inner.encode_fast(text, false)).map_err(|e| {
-            let start: String = text.chars().take(80).collect();
-            Error::input("tokeniser", format!("cannot encode `{start}`: {e}"))
-        })?;
+        let encoding = self.encoding(text)?;
         let room = self.context - 2;
         let ids = encoding.get_ids();
         let mut all = Vec::with_capacity(ids.len().min(room) + 2);
@@ -72,6 +69,21 @@ impl Tokenizer {
         all.extend_from_slice(&ids[..ids.len().min(room)]);
         all.push(self.eos);
         Ok((all, ids.len() > room))
+    }
+
+    /// How many ids a text has before it is cut, begin and end included.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn count(&self, text: &str) -> Result<usize> {
+        Ok(self.encoding(text)?.len() + 2)
+    }
+
+    fn encoding(&self, text: &str) -> Result<tokenizers::Encoding> {
+        guarded(|| self.inner.encode_fast(text, false)).map_err(|e| {
+            let start: String = text.chars().take(80).collect();
+            Error::input("tokeniser", format!("cannot encode `{start}`: {e}"))
+        })
     }
 
     /// The ids of many texts, and how many were cut. For the caller to warn about.
