@@ -36,13 +36,12 @@ fn the_same_shots_as_python_draws() {
         let shots = draw["shots"].as_u64().unwrap() as usize;
         let data = config(dir.path().into(), order, Some(shots)).open(draw["seed"].as_u64().unwrap()).unwrap();
         assert_eq!((ids(&data.train), ids(&data.val)), (draw["train"].clone(), draw["val"].clone()), "{shots} shots");
-        assert_eq!(data.test.len(), 4);
+        assert_eq!(data.test.len(), 8);
     }
     let all = config(dir.path().into(), Draw::Coop, None).open(0).unwrap();
-    assert_eq!((all.train.len(), all.val.len()), (240, 56));
-    assert_eq!(all.classes, ["class 0", "class 1", "class 2", "class 3"]);
-    assert_eq!(all.train[0].label, Some(3));
-    assert!(format!("{:?}", all.train[0].image).contains("pictures/deep/a/c3/000.jpg"));
+    assert_eq!((all.train.len(), all.val.len()), (454, 105));
+    assert_eq!((all.classes.len(), all.classes[7].as_str(), all.train[0].label), (8, "class 7", Some(7)));
+    assert!(format!("{:?}", all.train[0].image).contains("pictures/deep/a/c7/000.jpg"));
 }
 
 fn imagenet(root: &Path) -> Dataset {
