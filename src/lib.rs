@@ -44,9 +44,13 @@
 //! ```
 //! # fn main() -> peft::Result<()> {
 //! # let dir = std::env::temp_dir().join(format!("peft-predict-{}", std::process::id()));
-//! # let recipe = "{ model: 'builtin:tiny', method: lora, data: { builtin: emoji, shots: 1 }, task: classify, train: { steps: 1, batch: 4 } }";
-//! # let mut recipe = peft::recipe::Recipe::parse("recipe", recipe, "recipe", &[])?;
 //! # let _ = std::fs::remove_dir_all(&dir);
+//! # for name in ["clock/1.png", "clock/2.png", "clock/3.png", "heart/1.png", "heart/2.png", "heart/3.png"] {
+//! #     peft::files::write_atomic(&dir.join("images").join(name), peft::builtin::sample())?;
+//! # }
+//! # let data = format!("data: {{ folder: {{ root: '{}' }} }}", dir.join("images").display());
+//! # let recipe = format!("{{ model: 'builtin:tiny', method: lora, {data}, task: classify, train: {{ steps: 1 }} }}");
+//! # let mut recipe = peft::recipe::Recipe::parse("recipe", &recipe, "recipe", &[])?;
 //! # recipe.output = Some(dir.join("run"));
 //! # peft::session::train(recipe, peft::run::Existing::Refuse, &candle_core::Device::Cpu, &mut peft::train::Silent)?;
 //! # let (adapter, photo) = (dir.join("run/adapter"), dir.join("photo.png"));
@@ -70,9 +74,13 @@
 //!
 //! # fn main() -> peft::Result<()> {
 //! # let dir = std::env::temp_dir().join(format!("peft-merge-{}", std::process::id()));
-//! # let recipe = "{ model: 'builtin:tiny', method: lora, data: { builtin: emoji, shots: 1 }, task: classify, train: { steps: 1, batch: 4 } }";
-//! # let mut recipe = peft::recipe::Recipe::parse("recipe", recipe, "recipe", &[])?;
 //! # let _ = std::fs::remove_dir_all(&dir);
+//! # for name in ["clock/1.png", "clock/2.png", "clock/3.png", "heart/1.png", "heart/2.png", "heart/3.png"] {
+//! #     peft::files::write_atomic(&dir.join("images").join(name), peft::builtin::sample())?;
+//! # }
+//! # let data = format!("data: {{ folder: {{ root: '{}' }} }}", dir.join("images").display());
+//! # let recipe = format!("{{ model: 'builtin:tiny', method: lora, {data}, task: classify, train: {{ steps: 1 }} }}");
+//! # let mut recipe = peft::recipe::Recipe::parse("recipe", &recipe, "recipe", &[])?;
 //! # recipe.output = Some(dir.join("run"));
 //! # peft::session::train(recipe, peft::run::Existing::Refuse, &candle_core::Device::Cpu, &mut peft::train::Silent)?;
 //! # let (adapter, output) = (dir.join("run/adapter"), dir.join("merged"));

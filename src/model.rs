@@ -24,11 +24,14 @@ const BATCH: usize = 32;
 /// ```
 /// # fn main() -> peft::Result<()> {
 /// # let dir = std::env::temp_dir().join(format!("peft-doc-{}", std::process::id()));
-/// # std::fs::create_dir_all(&dir).ok();
-/// # let photo = dir.join("photo.png");
-/// # std::fs::write(&photo, peft::builtin::sample()).ok();
-/// # let recipe = "{ model: 'builtin:tiny', method: lora, data: { builtin: emoji }, task: classify, train: { steps: 1 } }";
-/// # let mut recipe = peft::recipe::Recipe::parse("recipe", recipe, "recipe", &[])?;
+/// # let _ = std::fs::remove_dir_all(&dir);
+/// # for name in ["clock/1.png", "clock/2.png", "clock/3.png", "heart/1.png", "heart/2.png", "heart/3.png"] {
+/// #     peft::files::write_atomic(&dir.join("images").join(name), peft::builtin::sample())?;
+/// # }
+/// # let photo = dir.join("images/clock/1.png");
+/// # let data = format!("data: {{ folder: {{ root: '{}' }} }}", dir.join("images").display());
+/// # let recipe = format!("{{ model: 'builtin:tiny', method: lora, {data}, task: classify, train: {{ steps: 1 }} }}");
+/// # let mut recipe = peft::recipe::Recipe::parse("recipe", &recipe, "recipe", &[])?;
 /// # recipe.output = Some(dir.join("run"));
 /// # peft::session::train(recipe, peft::run::Existing::Refuse, &candle_core::Device::Cpu, &mut peft::train::Silent)?;
 /// # let adapter = dir.join("run/adapter");

@@ -3,6 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
+mod common;
+
+use common::World;
 use peft::data::{CoopConfig, DataConfig, Dataset, Draw, Example};
 use serde_json::{Value, json};
 
@@ -36,13 +39,12 @@ fn the_same_shots_as_python_draws() {
         let shots = draw["shots"].as_u64().unwrap() as usize;
         let data = config(dir.path().into(), order, Some(shots)).open(draw["seed"].as_u64().unwrap()).unwrap();
         assert_eq!((ids(&data.train), ids(&data.val)), (draw["train"].clone(), draw["val"].clone()), "{shots} shots");
-        assert_eq!(data.test.len(), 4);
+        assert_eq!(data.test.len(), 8);
     }
     let all = config(dir.path().into(), Draw::Coop, None).open(0).unwrap();
-    assert_eq!((all.train.len(), all.val.len()), (240, 56));
-    assert_eq!(all.classes, ["class 0", "class 1", "class 2", "class 3"]);
-    assert_eq!(all.train[0].label, Some(3));
-    assert!(format!("{:?}", all.train[0].image).contains("pictures/deep/a/c3/000.jpg"));
+    assert_eq!((all.train.len(), all.val.len()), (454, 105));
+    assert_eq!((all.classes.len(), all.classes[7].as_str(), all.train[0].label), (8, "class 7", Some(7)));
+    assert!(format!("{:?}", all.train[0].image).contains("pictures/deep/a/c7/000.jpg"));
 }
 
 fn imagenet(root: &Path) -> Dataset {
@@ -103,4 +105,26 @@ fn what_is_missing_is_said() {
     assert!(message().contains("expected {\"train\""));
     std::fs::write(dir.path().join("split_zhou_B.json"), "{}").unwrap();
     assert!(message().contains("several splits"));
+}
+
+/// One of the CLIP-LoRA recipes through the binary, on a small base and few images: the paper's way of training works as it stands.
+#[test]
+fn a_clip_lora_recipe_runs_on_a_split_of_coops() {
+    let w = World::new();
+    let item = |class: &str, label: u32, i: usize| json!([format!("{class}/{i}.png"), label, format!("{class} thing")]);
+    let items = |range: std::ops::Range<usize>| -> Value {
+        json!(range.flat_map(|i| [item("red", 0, i), item("green", 1, i), item("blue", 2, i)]).collect::<Vec<_>>())
+    };
+    let split = json!({"train": items(0..5), "val": items(5..7), "test": items(7..10)});
+    w.write("split_zhou_DescribableTextures.json", &split.to_string());
+    let text = w.json(&["recipes", "clip-lora/dtd"])["text"].as_str().unwrap().to_string();
+    w.write("dtd.yaml", &text);
+    let small =
+        ["--set", "model=base", "--set", "data.coop.root=.", "--set", "data.shots=4", "--set", "train.steps=40", "--set", "train.lr=0.02"];
+    let report = w.json(&[&["train", "dtd.yaml"], &small[..]].concat());
+    assert!(report["after"]["accuracy"].as_f64().unwrap() > report["before"]["accuracy"].as_f64().unwrap(), "{report}");
+    // 12 images make one step an epoch; nothing is chosen but the last weights.
+    assert_eq!((&report["steps"], &report["best_epoch"]), (&json!(40), &json!(40)));
+    assert_eq!(w.json(&["eval", "runs/clip-lora/dtd"])["examples"], 9);
+    assert_eq!(w.json(&["data", "runs/clip-lora/dtd"])["splits"], json!({"train": 12, "val": 12, "test": 9}));
 }
