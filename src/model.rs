@@ -59,7 +59,7 @@ pub struct Ranked {
 }
 
 impl Model {
-    /// Loads `builtin:tiny` or a directory on the CPU in f32.
+    /// Loads a base on the CPU in f32: `builtin:tiny`, a directory, a checkpoint file or a hub id.
     ///
     /// # Errors
     /// When a file is missing or malformed.
@@ -78,18 +78,11 @@ impl Model {
     /// A model without adapters.
     #[must_use]
     pub fn from_base(base: Base) -> Self {
-        Self {
-            base,
-            adapters: Vec::new(),
-            patches: Patches::none(),
-            manifest: None,
-            head: None,
-            options: DecodeOptions::default(),
-            notes: Vec::new(),
-        }
+        let notes = base.source.notes().to_vec();
+        Self { base, adapters: Vec::new(), patches: Patches::none(), manifest: None, head: None, options: DecodeOptions::default(), notes }
     }
 
-    /// Puts an adapter directory on top of what is there.
+    /// Puts an adapter (a directory, a `.pt` of CLIP-LoRA's, a hub id) on top of what is there.
     ///
     /// # Errors
     /// When it does not fit the base.
