@@ -7,9 +7,11 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::clip::base::Base;
-use crate::delta::{Delta, Manifest};
+use crate::clip::spec::Spec;
+use crate::delta::{Delta, Manifest, is_clip_lora};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::hub;
 use crate::recipe::Recipe;
 use crate::run;
 
@@ -40,12 +42,21 @@ pub struct Inspected {
 /// # Errors
 /// When it is none of the four kinds, or broken.
 pub fn inspect(path: &str) -> Result<Inspected> {
-    let place = Path::new(path);
-    if path.starts_with("builtin:") || place.join("config.json").exists() {
+    let spec = Spec::parse(path)?;
+    let place = Path::new(&spec.name);
+    if place.join("adapter_config.json").exists() || place.join("peft.json").exists() || (place.is_file() && is_clip_lora(place)) {
+        return adapter(place);
+    }
+    let holds = |name: &str| place.join(name).exists();
+    let checkpoint = place.is_file() && place.extension().is_some_and(|e| CHECKPOINTS.iter().any(|c| e == *c));
+    if path.starts_with("builtin:") || holds("config.json") || holds("open_clip_config.json") || checkpoint {
         return base(path);
     }
-    if place.join("adapter_config.json").exists() || place.join("peft.json").exists() {
-        return adapter(place);
+    if !place.exists()
+        && let Some(repo) = hub::Repo::parse(&spec.name)
+    {
+        let is_adapter = hub::Snapshot::open(&repo)?.get("adapter_config.json", &mut |_| Ok(()))?.is_some();
+        return if is_adapter { adapter(place) } else { base(path) };
     }
     if place.is_dir() && place.join("recipe.yaml").exists() {
         return run_dir(place);
@@ -58,6 +69,9 @@ pub fn inspect(path: &str) -> Result<Inspected> {
         false => Err(Error::input(path, "no such file or directory").hint("name a base, an adapter, a run directory or a recipe")),
     }
 }
+
+/// What checkpoint files are called.
+const CHECKPOINTS: [&str; 5] = ["pt", "pth", "bin", "ckpt", "safetensors"];
 
 fn facts(pairs: &[(&str, Value)]) -> serde_json::Map<String, Value> {
     pairs.iter().map(|(k, v)| ((*k).to_string(), v.clone())).collect()

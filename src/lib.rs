@@ -122,6 +122,7 @@ pub mod embed;
 pub mod error;
 pub mod estimate;
 pub mod files;
+pub mod hub;
 pub mod inspect;
 pub mod merge;
 pub mod model;

@@ -1,4 +1,4 @@
-//! Folding adapters into the base: a complete HF-layout directory, checked after it is written.
+//! Folding adapters into the base: a complete directory in HF or open_clip layout, checked after it is written.
 
 use std::path::{Path, PathBuf};
 
@@ -8,10 +8,31 @@ use serde::Serialize;
 
 use crate::clip::base::Base;
 use crate::clip::tokenizer::Tokenizer;
-use crate::clip::{Clip, TextBatch, weights};
+use crate::clip::{Clip, TextBatch, foreign, weights};
 use crate::delta::Delta;
 use crate::error::{Error, Result};
 use crate::files;
+
+/// Whose layout a model is written in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Layout {
+    /// transformers' `save_pretrained`.
+    #[default]
+    Hf,
+    /// open_clip's: its tensor names and `open_clip_config.json`.
+    OpenClip,
+}
+
+impl Layout {
+    /// The configuration and the weights.
+    fn files(self) -> [&'static str; 2] {
+        match self {
+            Self::Hf => ["config.json", "model.safetensors"],
+            Self::OpenClip => [foreign::CONFIG, foreign::WEIGHTS[0]],
+        }
+    }
+}
 
 /// What to merge.
 #[derive(Debug, Clone)]
@@ -24,6 +45,8 @@ pub struct MergeOptions {
     pub output: PathBuf,
     /// The files' dtype; the base's when left out.
     pub dtype: Option<DType>,
+    /// Whose layout is written.
+    pub layout: Layout,
     /// Replace a directory that exists.
     pub force: bool,
     /// Accept adapters of another base.
@@ -45,6 +68,8 @@ pub struct Merged {
     pub changed_tensors: usize,
     /// `F32`, `F16`, `BF16`.
     pub dtype: String,
+    /// `hf` or `open_clip`.
+    pub layout: Layout,
     /// What is worth knowing.
     pub notes: Vec<String>,
 }
@@ -61,11 +86,13 @@ pub fn merge(options: &MergeOptions) -> Result<Merged> {
     check_output(options)?;
     let base = Base::load(&options.model, DType::F32, &Device::Cpu)?;
     let dtype = options.dtype.unwrap_or(base.file_dtype);
-    let (adapters, notes) = adapters(&base, options)?;
+    let mut notes = base.source.notes().to_vec();
+    let (adapters, more) = adapters(&base, options)?;
+    notes.extend(more);
     let (tensors, changed_tensors) = folded(&base, &adapters, dtype)?;
     let expected = expected(&base, adapters, &tensors)?;
     let mut check = Check::default();
-    write(&base, &tensors, dtype, &options.output, |dir| {
+    write(&base, &tensors, dtype, options.layout, &options.output, &mut notes, |dir| {
         check = verify(dir, &expected, dtype, &options.output)?;
         Ok(())
     })?;
@@ -76,6 +103,7 @@ pub fn merge(options: &MergeOptions) -> Result<Merged> {
         tolerance: check.tolerance,
         changed_tensors,
         dtype: dtype.as_str().to_uppercase(),
+        layout: options.layout,
         notes,
     })
 }
@@ -118,7 +146,7 @@ fn check_output(options: &MergeOptions) -> Result<()> {
     if !out.exists() {
         return Ok(());
     }
-    let ours = out.join("config.json").exists() && out.join("model.safetensors").exists();
+    let ours = [Layout::Hf, Layout::OpenClip].iter().any(|l| l.files().iter().all(|f| out.join(f).exists()));
     let empty = out.read_dir().is_ok_and(|mut d| d.next().is_none());
     match (empty, options.force && ours) {
         (true, _) | (_, true) => Ok(()),
@@ -212,16 +240,37 @@ fn expected(base: &Base, adapters: Vec<Weighted>, tensors: &[(String, Tensor)]) 
 /// When the disk refuses.
 pub fn write_trained(base: &Base, patches: Patches, output: &Path) -> Result<()> {
     let (tensors, _) = folded(base, &[(patches, 1.0)], DType::F32)?;
-    write(base, &tensors, DType::F32, output, |_| Ok(()))
+    write(base, &tensors, DType::F32, Layout::Hf, output, &mut Vec::new(), |_| Ok(()))
 }
 
 /// Writes a base; `check` sees it before it takes its place.
-fn write(base: &Base, tensors: &[(String, Tensor)], dtype: DType, output: &Path, check: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let config = merged_config(base, dtype)?;
+fn write(
+    base: &Base,
+    tensors: &[(String, Tensor)],
+    dtype: DType,
+    layout: Layout,
+    output: &Path,
+    notes: &mut Vec<String>,
+    check: impl FnOnce(&Path) -> Result<()>,
+) -> Result<()> {
+    let [config_file, weights_file] = layout.files();
+    let config = match layout {
+        Layout::Hf => merged_config(base, dtype)?,
+        Layout::OpenClip => {
+            let (config, unsaid) = foreign::export::config(base)?;
+            notes.extend(unsaid);
+            config
+        }
+    };
     files::replace_dir(output, |dir| {
-        weights::save(&dir.join("model.safetensors"), tensors)?;
-        files::write_json(&dir.join("config.json"), &config)?;
-        files::write_atomic(&dir.join("preprocessor_config.json"), &preprocessor(base)?)?;
+        match layout {
+            Layout::Hf => {
+                weights::save(&dir.join(weights_file), tensors)?;
+                files::write_atomic(&dir.join("preprocessor_config.json"), &preprocessor(base)?)?;
+            }
+            Layout::OpenClip => weights::save(&dir.join(weights_file), &weights::state_dict(tensors)?)?,
+        }
+        files::write_json(&dir.join(config_file), &config)?;
         for (name, bytes) in Tokenizer::files(&base.source)? {
             files::write_atomic(&dir.join(name), &bytes)?;
         }

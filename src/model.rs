@@ -64,7 +64,7 @@ pub struct Ranked {
 }
 
 impl Model {
-    /// Loads `builtin:tiny` or a directory on the CPU in f32.
+    /// Loads a base on the CPU in f32: `builtin:tiny`, a directory, a checkpoint file or a hub id.
     ///
     /// # Errors
     /// When a file is missing or malformed.
@@ -83,14 +83,16 @@ impl Model {
     /// A model without adapters.
     #[must_use]
     pub fn from_base(base: impl Into<Arc<Base>>) -> Self {
+        let base = base.into();
+        let notes = base.source.notes().to_vec();
         Self {
-            base: base.into(),
+            base,
             adapters: Vec::new(),
             patches: Patches::none(),
             manifest: None,
             head: None,
             options: DecodeOptions::default(),
-            notes: Vec::new(),
+            notes,
         }
     }
 
@@ -100,7 +102,7 @@ impl Model {
         Self::from_base(self.base.clone()).with_images(self.options)
     }
 
-    /// Puts an adapter directory on top of what is there.
+    /// Puts an adapter (a directory, a `.pt` of CLIP-LoRA's, a hub id) on top of what is there.
     ///
     /// # Errors
     /// When it does not fit the base.

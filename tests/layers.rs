@@ -5,16 +5,17 @@ use std::path::Path;
 
 /// Each module and what it may import; `session` and `cli` put everything together. What is right about
 /// this table is the direction: nothing below knows of recipes, nothing but `cli` of the command line.
-const TABLE: [(&str, &[&str]); 25] = [
+const TABLE: [(&str, &[&str]); 26] = [
     ("error", &[]),
     ("named", &[]),
     ("builtin", &[]),
     ("report", &[]),
     ("device", &["error"]),
     ("files", &["error"]),
-    ("clip", &["builtin", "error", "files"]),
+    ("hub", &["error", "files"]),
+    ("clip", &["builtin", "error", "files", "hub"]),
     ("data", &["builtin", "clip", "error", "files"]),
-    ("delta", &["clip", "error", "files"]),
+    ("delta", &["clip", "error", "files", "hub"]),
     ("optim", &["error"]),
     ("task", &["clip", "data", "error", "report"]),
     ("train", &["clip", "data", "delta", "error", "named", "optim", "report", "task"]),
@@ -24,7 +25,7 @@ const TABLE: [(&str, &[&str]); 25] = [
     ("merge", &["clip", "delta", "error", "files"]),
     ("model", &["clip", "data", "delta", "error", "task"]),
     ("embed", &["clip", "data", "error", "files", "model"]),
-    ("inspect", &["clip", "delta", "error", "files", "recipe", "run"]),
+    ("inspect", &["clip", "delta", "error", "files", "hub", "recipe", "run"]),
     ("survey", &["clip", "data", "error", "recipe", "train"]),
     ("sheet", &["clip", "data", "error", "files"]),
     ("runs", &["error", "recipe", "report", "run"]),

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use clap::Args;
 use serde_json::Value;
 
-use super::Context;
+use super::{BaseOptions, Context};
 use crate::error::Result;
 use crate::inspect::{Inspected, inspect};
 
@@ -18,12 +18,14 @@ Examples:
 /// Arguments of `peft inspect`.
 #[derive(Debug, Args)]
 pub(super) struct InspectArgs {
-    /// A base, an adapter directory, a run directory or a recipe
+    /// A base, an adapter, a run directory or a recipe
     path: String,
+    #[command(flatten)]
+    options: BaseOptions,
 }
 
 pub(super) fn run(args: &InspectArgs, context: &Context) -> Result<()> {
-    let found = inspect(&args.path)?;
+    let found = inspect(&args.options.spec(&args.path)?)?;
     context.print(&found, || text(&found))
 }
 

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use candle_core::DType;
 use clap::{Args, ValueEnum};
 
-use super::Context;
+use super::{BaseArgs, Context};
 use crate::error::{Error, Result};
-use crate::merge::{MergeOptions, merge};
+use crate::merge::{Layout, MergeOptions, merge};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -18,12 +18,11 @@ Examples:
 /// Arguments of `peft merge`.
 #[derive(Debug, Args)]
 pub(super) struct MergeArgs {
-    /// The base: builtin:tiny or a directory
-    #[arg(long, value_name = "BASE")]
-    model: String,
-    /// An adapter directory, with =WEIGHT to fold only a part of it or more; may be repeated.
+    #[command(flatten)]
+    base: BaseArgs,
+    /// An adapter (a directory, a .pt of CLIP-LoRA, a hub id), with =WEIGHT to fold only a part of it or more; may be repeated.
     /// Without any, the base is written in another dtype
-    #[arg(long = "adapter", value_name = "DIR[=WEIGHT]")]
+    #[arg(long = "adapter", value_name = "ADAPTER[=WEIGHT]")]
     adapters: Vec<String>,
     /// The directory to write
     #[arg(long, short, value_name = "DIR")]
@@ -31,6 +30,9 @@ pub(super) struct MergeArgs {
     /// The files' dtype; the base's when left out
     #[arg(long, value_enum)]
     dtype: Option<FileDtype>,
+    /// Whose layout to write
+    #[arg(long, value_enum, default_value_t)]
+    to: FileLayout,
     /// Replace a merged model that exists
     #[arg(long)]
     force: bool,
@@ -39,8 +41,27 @@ pub(super) struct MergeArgs {
     allow_base_mismatch: bool,
 }
 
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+pub(super) enum FileLayout {
+    /// transformers': config.json, model.safetensors
+    #[default]
+    Hf,
+    /// open_clip's: open_clip_config.json, open_clip_model.safetensors
+    #[value(name = "open_clip", alias = "open-clip")]
+    OpenClip,
+}
+
+impl From<FileLayout> for Layout {
+    fn from(layout: FileLayout) -> Self {
+        match layout {
+            FileLayout::Hf => Self::Hf,
+            FileLayout::OpenClip => Self::OpenClip,
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum FileDtype {
+pub(super) enum FileDtype {
     F32,
     F16,
     Bf16,
@@ -57,11 +78,13 @@ impl From<FileDtype> for DType {
 }
 
 pub(super) fn run(args: MergeArgs, context: &Context) -> Result<()> {
+    let adapters = args.adapters.iter().map(|a| weighted(a)).collect::<Result<Vec<_>>>()?;
     let options = MergeOptions {
-        model: args.model,
-        adapters: args.adapters.iter().map(|a| weighted(a)).collect::<Result<_>>()?,
+        model: args.base.fetched(context)?,
+        adapters: adapters.into_iter().map(|(a, w)| Ok((context.adapter(&a)?, w))).collect::<Result<_>>()?,
         output: args.output,
         dtype: args.dtype.map(Into::into),
+        layout: args.to.into(),
         force: args.force,
         allow_base_mismatch: args.allow_base_mismatch,
     };

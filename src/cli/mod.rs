@@ -1,19 +1,25 @@
 //! The command line: arguments, rendering and exit codes; no logic of its own.
 
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use candle_core::Device;
 use clap::{Args, Parser, Subcommand};
 
+use crate::clip::base::Base;
 use crate::clip::decode::DecodeOptions;
 use crate::clip::preprocess::Background;
+use crate::clip::source::Source;
+use crate::clip::spec::Spec;
+use crate::delta::locate_with;
 use crate::error::{Error, Result};
 use crate::model::Model;
+use crate::session::fetched;
 
 mod bench;
 mod completions;
+mod convert;
 mod data;
 mod doctor;
 mod embed;
@@ -84,6 +90,8 @@ enum Verb {
     /// Write features of images and texts
     #[command(after_help = embed::EXAMPLES)]
     Embed(embed::EmbedArgs),
+    /// Write a checkpoint of another layout as transformers or HF PEFT would have saved it
+    Convert(convert::ConvertArgs),
     /// Fold adapters into the base
     #[command(after_help = merge::EXAMPLES)]
     Merge(merge::MergeArgs),
@@ -116,14 +124,50 @@ enum Verb {
     Man(man::ManArgs),
 }
 
+/// What names a base.
+#[derive(Debug, Args)]
+struct BaseArgs {
+    /// The base: builtin:tiny, a directory, a checkpoint of OpenAI or open_clip, or a hub id owner/name[@revision]
+    #[arg(long, value_name = "BASE")]
+    model: String,
+    #[command(flatten)]
+    options: BaseOptions,
+}
+
+/// What a base's files may leave open.
+#[derive(Debug, Args)]
+struct BaseOptions {
+    /// open_clip's name of the architecture, for checkpoints that do not say it (ViT-B-32, ViT-L-14-quickgelu)
+    #[arg(long, value_name = "NAME")]
+    arch: Option<String>,
+    /// Another input size in pixels; positional embeddings are interpolated
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=8192))]
+    image_size: Option<u16>,
+}
+
+impl BaseOptions {
+    /// The name with these options.
+    fn spec(&self, name: &str) -> Result<String> {
+        Spec::with(name, self.arch.as_deref(), self.image_size.map(usize::from))
+    }
+}
+
+impl BaseArgs {
+    /// The base's name with its options; what has to be fetched is fetched, with a bar.
+    fn fetched(&self, context: &Context) -> Result<String> {
+        let spec = self.options.spec(&self.model)?;
+        context.source(&spec)?;
+        Ok(spec)
+    }
+}
+
 /// What verbs that use a model take.
 #[derive(Debug, Args)]
 struct ModelArgs {
-    /// The base: builtin:tiny or a directory
-    #[arg(long, value_name = "BASE")]
-    model: String,
-    /// An adapter directory; may be repeated
-    #[arg(long = "adapter", value_name = "DIR")]
+    #[command(flatten)]
+    base: BaseArgs,
+    /// An adapter: a directory, a .pt of CLIP-LoRA, or a hub id; may be repeated
+    #[arg(long = "adapter", value_name = "ADAPTER")]
     adapters: Vec<PathBuf>,
     /// Accept an adapter that was made for another base
     #[arg(long)]
@@ -138,9 +182,10 @@ struct ModelArgs {
 
 impl ModelArgs {
     fn open(&self, context: &Context) -> Result<Model> {
-        let mut model = Model::load_on(&self.model, candle_core::DType::F32, &context.device)?;
-        for dir in &self.adapters {
-            model = model.with_adapter_of(dir, self.allow_base_mismatch)?;
+        let base = context.source(&self.base.options.spec(&self.base.model)?)?;
+        let mut model = Model::from_base(Base::from_source(base, candle_core::DType::F32, &context.device)?);
+        for adapter in &self.adapters {
+            model = model.with_adapter_of(&context.adapter(adapter)?, self.allow_base_mismatch)?;
         }
         model.notes().iter().for_each(|note| context.say(&format!("note: {note}")));
         let background = if self.background == "white" { Background::White } else { Background::Keep };
@@ -157,6 +202,22 @@ struct Context {
 impl Context {
     fn progress(&self) -> Progress {
         Progress::new(self.global.quiet)
+    }
+
+    /// A base's files, fetched with a bar where they have to be.
+    fn source(&self, spec: &str) -> Result<Source> {
+        let mut progress = self.progress();
+        let source = fetched(&mut progress, |p| Source::resolve_with(spec, p));
+        progress.clear();
+        source
+    }
+
+    /// An adapter's files, fetched with a bar where they have to be.
+    fn adapter(&self, name: &Path) -> Result<PathBuf> {
+        let mut progress = self.progress();
+        let path = fetched(&mut progress, |p| locate_with(name, p));
+        progress.clear();
+        path
     }
 
     /// A line for people, on stderr.
@@ -240,6 +301,7 @@ fn run(cli: Cli) -> Result<()> {
         Verb::Eval(args) => eval::run(args, &context),
         Verb::Predict(args) => predict::run(&args, &context),
         Verb::Embed(args) => embed::run(args, &context),
+        Verb::Convert(args) => convert::run(&args, &context),
         Verb::Merge(args) => merge::run(args, &context),
         Verb::Inspect(args) => inspect::run(&args, &context),
         Verb::Data(args) => data::run(&args, &context),

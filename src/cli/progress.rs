@@ -54,6 +54,11 @@ impl Progress {
         }
     }
 
+    /// Takes the bar away.
+    pub(super) fn clear(&self) {
+        self.bar.finish_and_clear();
+    }
+
     fn start(&mut self, total: usize, done: usize, template: &str) {
         self.bar.finish_and_clear();
         if !self.terminal {

@@ -48,7 +48,14 @@ impl Parts {
     /// # Errors
     /// When a file is missing or malformed, or they do not fit together.
     pub fn load(spec: &str) -> Result<Self> {
-        let source = Source::resolve(spec)?;
+        Self::from_source(Source::resolve(spec)?)
+    }
+
+    /// [`Parts::load`] of what a name was resolved to.
+    ///
+    /// # Errors
+    /// As [`Parts::load`].
+    pub fn from_source(source: Source) -> Result<Self> {
         let config = ClipConfig::from_json(&source.place("config.json"), &source.require("config.json")?)?;
         let tokenizer = Tokenizer::load(&source, &config.text)?;
         let place = source.place("preprocessor_config.json");
@@ -73,12 +80,20 @@ impl Parts {
 }
 
 impl Base {
-    /// Loads `builtin:tiny` or a directory to compute in `dtype` on `device`.
+    /// Loads any base that [`Source::resolve`] understands to compute in `dtype` on `device`.
     ///
     /// # Errors
     /// When a file is missing or malformed.
     pub fn load(spec: &str, dtype: DType, device: &Device) -> Result<Self> {
-        let parts = Parts::load(spec)?;
+        Self::from_source(Source::resolve(spec)?, dtype, device)
+    }
+
+    /// [`Base::load`] of what a name was resolved to.
+    ///
+    /// # Errors
+    /// As [`Base::load`].
+    pub fn from_source(source: Source, dtype: DType, device: &Device) -> Result<Self> {
+        let parts = Parts::from_source(source)?;
         let weights = weights::load(&parts.source, &parts.config)?;
         parts.with(weights.tensors, weights.digest, weights.dtype, dtype, device)
     }

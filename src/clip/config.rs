@@ -140,8 +140,12 @@ impl ClipConfig {
         if let Some(kind) = root.get("model_type").and_then(Value::as_str)
             && kind != "clip"
         {
-            return Err(Error::input(place, format!("`model_type`: expected \"clip\", found \"{kind}\""))
-                .hint("name the directory of a whole CLIP model (both towers)"));
+            let what = match kind {
+                "siglip" | "siglip2" => ": SigLIP (sigmoid loss with a bias, no class token) is not supported",
+                _ => "",
+            };
+            return Err(Error::input(place, format!("`model_type`: expected \"clip\", found \"{kind}\"{what}"))
+                .hint("name a whole CLIP model (both towers), for example openai/clip-vit-base-patch32"));
         }
         let top = Section { place: place.to_string(), map: Some(root) };
         let section = |name: &str| Section {

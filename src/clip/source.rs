@@ -2,43 +2,226 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use super::config::ClipConfig;
+use super::foreign::{self, Foreign, Interpolation};
+use super::spec::Spec;
+use super::tokenizer::FILES;
+use super::weights;
 use crate::builtin;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::hub;
 
 /// The largest file that is read whole; weights are read piece by piece.
 const MAX_FILE: u64 = 1 << 30;
 
-/// A set of named files. Further kinds (a hub id, one checkpoint file) become further variants.
+/// A set of named files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
     /// A directory in HF layout.
     Dir(PathBuf),
     /// A base inside the binary, by name.
     Builtin(&'static str),
+    /// A base whose files are not all as they lie on disk.
+    Derived(Arc<Derived>),
+}
+
+/// Files that were made from others.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Derived {
+    name: String,
+    /// Derived files by name; they hide those of `inner`.
+    files: Vec<(String, Vec<u8>)>,
+    /// Where other files are, in HF layout.
+    inner: Option<Source>,
+    /// A checkpoint with the tensor names of OpenAI and open_clip.
+    weights: Option<PathBuf>,
+    /// How positions come to be others than the weights have.
+    interpolation: Option<Interpolation>,
+    notes: Vec<String>,
+}
+
+/// Fetches what a base needs and returns its directory and notes. The configuration comes first, so that what is no CLIP is refused
+/// before its weights come.
+fn fetch(repo: &hub::Repo, progress: &mut hub::Progress<'_>) -> Result<(PathBuf, Vec<String>)> {
+    let mut snapshot = hub::Snapshot::open(repo)?;
+    let own = match snapshot.get("config.json", progress)? {
+        Some(path) if is_transformers(&path)? => {
+            ClipConfig::from_json(&format!("{repo} (config.json)"), &files::read(&path, MAX_FILE)?)?;
+            true
+        }
+        _ => false,
+    };
+    if !own && snapshot.get(foreign::CONFIG, progress)?.is_none() {
+        return Err(snapshot.lacks("config.json of a CLIP model"));
+    }
+    let tokenizer = match snapshot.get("tokenizer.json", progress)? {
+        Some(_) => &["tokenizer_config.json", "special_tokens_map.json"][..],
+        None => &FILES[1..],
+    };
+    for name in tokenizer.iter().chain(own.then_some(&"preprocessor_config.json")) {
+        snapshot.get(name, progress)?;
+    }
+    let weights: &[&str] = if own { &weights::FILES } else { &foreign::WEIGHTS };
+    for name in weights {
+        let Some(path) = snapshot.get(name, progress)? else { continue };
+        if name.ends_with(".index.json") {
+            for shard in weights::shards(&format!("{repo} ({name})"), &files::read(&path, MAX_FILE)?)?.keys() {
+                snapshot.get(shard, progress)?.ok_or_else(|| snapshot.lacks(shard))?;
+            }
+        }
+        let dir = snapshot.dir().ok_or_else(|| snapshot.lacks(name))?;
+        return Ok((dir, snapshot.notes().to_vec()));
+    }
+    Err(snapshot.lacks(&format!("weights ({})", weights.join(", "))))
+}
+
+/// Whether a `config.json` is transformers', not another library's of the same name.
+fn is_transformers(config: &Path) -> Result<bool> {
+    let value: serde_json::Value = serde_json::from_slice(&files::read(config, MAX_FILE)?).unwrap_or_default();
+    Ok(["model_type", "text_config", "vision_config", "architectures"].iter().any(|key| value.get(key).is_some()))
+}
+
+/// What a name turned out to be.
+enum Place {
+    Builtin(&'static str),
+    Dir(PathBuf),
+    File(PathBuf),
+    Hub(hub::Repo),
+}
+
+impl Place {
+    /// A path that exists is a path; `owner/name` is a hub id.
+    fn of(name: &str) -> Result<Self> {
+        if let Some(base) = name.strip_prefix("builtin:") {
+            return builtin::BASES.iter().find(|b| **b == base).map(|b| Self::Builtin(b)).ok_or_else(|| {
+                Error::input(name, format!("there is no such embedded base; there is builtin:{}", builtin::BASES.join(", builtin:")))
+            });
+        }
+        let path = PathBuf::from(name);
+        match (path.is_dir(), path.is_file(), hub::Repo::parse(name)) {
+            (true, _, _) => Ok(Self::Dir(path)),
+            (_, true, _) => Ok(Self::File(path)),
+            (_, _, Some(repo)) => Ok(Self::Hub(repo)),
+            _ => {
+                let found = if path.exists() { "is neither a file nor a directory" } else { "no such directory or file" };
+                Err(Error::input(name, found).hint(
+                    "a base is a directory in transformers' layout, a checkpoint of OpenAI's or open_clip's, a hub id such as \
+                     openai/clip-vit-base-patch32, or builtin:tiny",
+                ))
+            }
+        }
+    }
 }
 
 impl Source {
-    /// Understands `builtin:<name>` and directories.
+    /// Understands `builtin:<name>`, directories, checkpoint files and hub ids, with the options of [`Spec`].
+    /// Files of a hub id are fetched where they are not in the cache.
     ///
     /// # Errors
-    /// When there is no such base.
+    /// When there is no such base, or it cannot be fetched.
     pub fn resolve(spec: &str) -> Result<Self> {
-        if let Some(name) = spec.strip_prefix("builtin:") {
-            return builtin::BASES.iter().find(|b| **b == name).map(|b| Self::Builtin(b)).ok_or_else(|| {
-                Error::input(spec, format!("there is no such embedded base; there is builtin:{}", builtin::BASES.join(", builtin:")))
-            });
+        Self::resolve_with(spec, &mut |_| Ok(()))
+    }
+
+    /// [`Source::resolve`], telling `progress` of what is fetched.
+    ///
+    /// # Errors
+    /// As [`Source::resolve`], and what `progress` returns.
+    pub fn resolve_with(spec: &str, progress: &mut hub::Progress<'_>) -> Result<Self> {
+        let spec = Spec::parse(spec)?;
+        match Place::of(&spec.name)? {
+            Place::Builtin(base) => Self::Builtin(base).sized(&spec),
+            Place::Dir(dir) => Self::directory(dir, &spec),
+            Place::File(file) => Ok(Self::foreign(Foreign::open(&file, &spec)?, &spec)),
+            Place::Hub(repo) => {
+                let (dir, notes) = fetch(&repo, progress)?;
+                let source = Self::directory(dir, &spec)?;
+                match notes.is_empty() {
+                    true => Ok(source),
+                    false => Ok(source.noted(&spec.name, notes)),
+                }
+            }
         }
-        let path = PathBuf::from(spec);
-        if path.is_dir() {
-            return Ok(Self::Dir(path));
+    }
+
+    fn directory(dir: PathBuf, spec: &Spec) -> Result<Self> {
+        // Repositories that have both are in HF layout, too.
+        let config = dir.join("config.json");
+        if dir.join(foreign::CONFIG).is_file() && !(config.is_file() && is_transformers(&config)?) {
+            return Ok(Self::foreign(Foreign::in_dir(&dir, spec)?, spec));
         }
-        let found = if path.exists() { "is a file, not a directory" } else { "no such directory" };
-        Err(Error::input(spec, found).hint(
-            "a base is a directory with config.json, model.safetensors, tokenizer.json and preprocessor_config.json, or builtin:tiny",
-        ))
+        Self::Dir(dir).sized(spec)
+    }
+
+    fn foreign(found: Foreign, spec: &Spec) -> Self {
+        let Foreign { weights, files, notes } = found;
+        let (name, interpolation) = (spec.name.clone(), Some(Interpolation::OpenClip));
+        Self::Derived(Arc::new(Derived { name, files, inner: None, weights: Some(weights), interpolation, notes }))
+    }
+
+    /// Files in memory.
+    pub(super) fn of_files(name: &str, files: Vec<(String, Vec<u8>)>) -> Self {
+        let name = name.to_string();
+        Self::Derived(Arc::new(Derived { name, files, inner: None, weights: None, interpolation: None, notes: Vec::new() }))
+    }
+
+    /// The same with more to say about it.
+    fn noted(self, name: &str, mut notes: Vec<String>) -> Self {
+        notes.extend(self.notes().iter().cloned());
+        let (weights, interpolation) = (self.checkpoint().map(Path::to_path_buf), self.interpolation());
+        let (name, inner) = (name.to_string(), Some(self));
+        Self::Derived(Arc::new(Derived { name, files: Vec::new(), inner, weights, interpolation, notes }))
+    }
+
+    /// A base in HF layout for the image size that is asked for.
+    fn sized(self, spec: &Spec) -> Result<Self> {
+        if let Some(arch) = &spec.arch {
+            return Err(Error::input(&spec.name, format!("is described by its config.json; arch={arch} is for checkpoints that are not")));
+        }
+        let Some(size) = spec.image_size else { return Ok(self) };
+        let (config, preprocess) = (self.require("config.json")?, self.read("preprocessor_config.json")?);
+        let (files, note) = foreign::resized_files(&self.to_string(), &config, preprocess.as_deref(), size)?;
+        let (name, notes) = (spec.name.clone(), note.into_iter().collect());
+        let interpolation = Some(Interpolation::Transformers);
+        Ok(Self::Derived(Arc::new(Derived { name, files, inner: Some(self), weights: None, interpolation, notes })))
+    }
+
+    /// What is worth knowing about how the files were derived.
+    #[must_use]
+    pub fn notes(&self) -> &[String] {
+        match self {
+            Self::Derived(derived) => &derived.notes,
+            _ => &[],
+        }
+    }
+
+    /// Whether files are in the binary.
+    pub(crate) fn embedded(&self) -> bool {
+        match self {
+            Self::Builtin(_) => true,
+            Self::Dir(_) => false,
+            Self::Derived(derived) => derived.inner.as_ref().is_some_and(Self::embedded),
+        }
+    }
+
+    /// A checkpoint with the tensor names of OpenAI and open_clip.
+    pub(crate) fn checkpoint(&self) -> Option<&Path> {
+        match self {
+            Self::Derived(derived) => derived.weights.as_deref(),
+            _ => None,
+        }
+    }
+
+    /// How positions are interpolated where the configuration asks for others than the weights have.
+    pub(crate) fn interpolation(&self) -> Option<Interpolation> {
+        match self {
+            Self::Derived(derived) => derived.interpolation,
+            _ => None,
+        }
     }
 
     /// The content of a file, or nothing where there is no such file.
@@ -52,6 +235,11 @@ impl Source {
                 let path = dir.join(name);
                 if path.exists() { files::read(&path, MAX_FILE).map(|bytes| Some(Cow::Owned(bytes))) } else { Ok(None) }
             }
+            Self::Derived(derived) => match (derived.file(name), &derived.inner) {
+                (Some(bytes), _) => Ok(Some(Cow::Owned(bytes.to_vec()))),
+                (None, Some(inner)) => inner.read(name),
+                (None, None) => Ok(None),
+            },
         }
     }
 
@@ -69,6 +257,7 @@ impl Source {
         match self {
             Self::Builtin(_) => None,
             Self::Dir(dir) => Some(dir.join(name)).filter(|p| p.exists()),
+            Self::Derived(derived) => derived.inner.as_ref().filter(|_| derived.file(name).is_none()).and_then(|inner| inner.path(name)),
         }
     }
 
@@ -78,7 +267,17 @@ impl Source {
         match self {
             Self::Builtin(base) => format!("builtin:{base}/{name}"),
             Self::Dir(dir) => dir.join(name).display().to_string(),
+            Self::Derived(derived) => match &derived.inner {
+                Some(inner) if derived.file(name).is_none() => inner.place(name),
+                _ => format!("{} ({name})", derived.name),
+            },
         }
+    }
+}
+
+impl Derived {
+    fn file(&self, name: &str) -> Option<&[u8]> {
+        self.files.iter().find(|(n, _)| n == name).map(|(_, bytes)| bytes.as_slice())
     }
 }
 
@@ -87,6 +286,7 @@ impl fmt::Display for Source {
         match self {
             Self::Builtin(base) => write!(f, "builtin:{base}"),
             Self::Dir(dir) => write!(f, "{}", dir.display()),
+            Self::Derived(derived) => f.write_str(&derived.name),
         }
     }
 }

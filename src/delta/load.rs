@@ -1,4 +1,4 @@
-//! Reading an adapter directory, ours or HF PEFT's: whatever does not fit is listed in one error.
+//! Reading an adapter, ours, HF PEFT's or CLIP-LoRA's: whatever does not fit is listed in one error.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -7,11 +7,11 @@ use candle_core::{DType, Tensor};
 use peft_adapters::{MethodConfig, Params, registry};
 use serde_json::Value;
 
-use super::{Adapters, Manifest, file};
+use super::{Adapters, Manifest, clip_lora, file, locate};
 use crate::clip::Clip;
 use crate::clip::base::Base;
 use crate::clip::model::all_finite;
-use crate::clip::weights;
+use crate::clip::weights::{self, Content};
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -35,15 +35,22 @@ pub struct Delta {
 }
 
 impl Delta {
-    /// Reads a directory; nothing is checked against a base yet.
+    /// Reads a directory, a file of CLIP-LoRA's or what a hub id stands for; nothing is checked against a base yet.
     ///
     /// # Errors
-    /// When files are missing or malformed.
+    /// When files are missing or malformed, or cannot be fetched.
     pub fn read(dir: &Path) -> Result<Self> {
-        if !dir.is_dir() {
-            return Err(Error::input(dir.display(), "no such adapter directory"));
+        let dir = &locate(dir)?;
+        if dir.is_file() {
+            let (config, tensors) = clip_lora::read(dir)?;
+            let method = registry::from_adapter_config(&config).map_err(|e| Error::input(dir.display(), e))?;
+            return Ok(Self { dir: dir.clone(), methods: vec![(method, tensors)], own: Vec::new(), manifest: None });
         }
         files::recover_dir(dir)?;
+        if !dir.is_dir() {
+            return Err(Error::input(dir.display(), "no such adapter directory")
+                .hint("an adapter is a directory, a .pt of CLIP-LoRA's, or a hub id owner/name"));
+        }
         let manifest = read_json::<Manifest>(&dir.join(file::MANIFEST))?;
         let mut methods = Vec::new();
         let listed = manifest.as_ref().map(|m| m.methods.clone()).unwrap_or_default();
@@ -183,13 +190,40 @@ fn read_tensors(path: &Path) -> Result<(Named, String)> {
     Ok((tensors, format!("blake3:{}", blake3::hash(&bytes).to_hex())))
 }
 
+/// HF PEFT's older files, and those saved with `safe_serialization=False`.
+fn read_pickled(path: &Path) -> Result<Named> {
+    let not_plain = || Error::input(path.display(), "expected a dict of tensors");
+    let Content::Map(entries) = weights::read_torch(path)? else { return Err(not_plain()) };
+    entries
+        .into_iter()
+        .map(|(name, value)| match value {
+            Content::Tensor(tensor) => Ok((name, tensor)),
+            _ => Err(not_plain()),
+        })
+        .collect()
+}
+
+/// Writes an adapter that was made elsewhere as a directory of HF PEFT's. Returns its method and the bytes written.
+///
+/// # Errors
+/// When it is none that is known, or the disk refuses.
+pub fn convert(source: &Path, output: &Path) -> Result<(String, u64)> {
+    let (config, tensors) = clip_lora::read(source)?;
+    let method = registry::from_adapter_config(&config).map_err(|e| Error::input(source.display(), e))?;
+    files::replace_dir(output, |dir| {
+        weights::save(&dir.join(file::WEIGHTS), &tensors)?;
+        files::write_json(&dir.join(file::CONFIG), &config)
+    })?;
+    Ok((method.name().to_string(), files::dir_size(output)))
+}
+
 fn read_method(dir: &Path, digest: Option<&str>) -> Result<(MethodConfig, Named)> {
     let path = dir.join(file::CONFIG);
     let config: Value = read_json(&path)?.ok_or_else(|| Error::input(path.display(), "no such file"))?;
     let method = registry::from_adapter_config(&config).map_err(|e| Error::input(path.display(), e))?;
     let weights = dir.join(file::weights(method.name()));
-    if !weights.exists() && dir.join("adapter_model.bin").exists() {
-        return Err(Error::input(dir.display(), "holds adapter_model.bin only").hint("save it again with safe_serialization=True"));
+    if !weights.exists() && dir.join(file::PICKLED).exists() {
+        return Ok((method, read_pickled(&dir.join(file::PICKLED))?));
     }
     let (tensors, found) = read_tensors(&weights)?;
     match digest {

@@ -10,10 +10,14 @@ use serde_json::Value;
 use crate::clip::method_error;
 use crate::error::Result;
 
+mod clip_lora;
+mod fetch;
 mod load;
 mod save;
 
-pub use load::Delta;
+pub use clip_lora::is_clip_lora;
+pub use fetch::{locate, locate_with};
+pub use load::{Delta, convert};
 pub use save::save;
 
 /// Planned methods: parameters, hooks for training and hooks for evaluation.
@@ -129,6 +133,7 @@ pub struct MethodRef {
 pub(crate) mod file {
     pub(crate) const CONFIG: &str = "adapter_config.json";
     pub(crate) const WEIGHTS: &str = "adapter_model.safetensors";
+    pub(crate) const PICKLED: &str = "adapter_model.bin";
     pub(crate) const FULL: &str = "model.safetensors";
     pub(crate) const MANIFEST: &str = "peft.json";
     pub(crate) const TASK: &str = "task.safetensors";

@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use peft_adapters::MethodConfig;
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{Deserializer, MapAccess, Visitor};
+use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+use crate::clip::spec::Spec;
 use crate::data::DataConfig;
 use crate::error::{Error, Result};
 use crate::named;
@@ -19,7 +20,8 @@ mod load;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
-    /// The base: `builtin:tiny`, a directory, or `{ init: { config: DIR } }` for random weights.
+    /// The base: `builtin:tiny`, a directory, a checkpoint file or a hub id; `{ base: FILE, arch: NAME, image_size: N }` where
+    /// the files do not say it; or `{ init: { config: DIR } }` for random weights.
     pub model: ModelConfig,
     /// What is trained: `none`, one method, or a list of them in the order in which they apply.
     #[serde(deserialize_with = "named::list", serialize_with = "write_methods")]
@@ -47,7 +49,7 @@ pub struct Recipe {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum ModelConfig {
-    /// `builtin:tiny` or a directory.
+    /// A base, with its options as [`crate::clip::spec::Spec`] writes them.
     Pretrained(String),
     /// Random weights.
     Scratch(Scratch),
@@ -66,7 +68,7 @@ impl<'de> Visitor<'de> for ModelVisitor {
     type Value = ModelConfig;
 
     fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("the name of a base, or `init: { config: DIR }`")
+        f.write_str("the name of a base, `{ base: FILE, arch: NAME }`, or `init: { config: DIR }`")
     }
 
     fn visit_str<E: serde::de::Error>(self, name: &str) -> std::result::Result<ModelConfig, E> {
@@ -74,8 +76,26 @@ impl<'de> Visitor<'de> for ModelVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> std::result::Result<ModelConfig, A::Error> {
-        Scratch::deserialize(MapAccessDeserializer::new(map)).map(ModelConfig::Scratch)
+        let map = ModelMap::deserialize(MapAccessDeserializer::new(map))?;
+        match (map.init, map.base, map.arch.is_some() || map.image_size.is_some()) {
+            (Some(init), None, false) => Ok(ModelConfig::Scratch(Scratch { init })),
+            (None, Some(base), _) => {
+                let spec = Spec::with(&base, map.arch.as_deref(), map.image_size).map_err(A::Error::custom)?;
+                Ok(ModelConfig::Pretrained(spec))
+            }
+            _ => Err(A::Error::custom("expected `base`, with `arch` and `image_size` where they are needed, or `init` alone")),
+        }
     }
+}
+
+/// What may stand in place of a name.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ModelMap {
+    init: Option<InitConfig>,
+    base: Option<String>,
+    arch: Option<String>,
+    image_size: Option<usize>,
 }
 
 /// `{ init: { config: DIR } }`.

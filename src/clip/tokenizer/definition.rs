@@ -6,7 +6,7 @@ use crate::clip::source::Source;
 use crate::error::{Error, Result};
 
 /// All that may define a tokeniser.
-pub(super) const FILES: [&str; 6] =
+pub(crate) const FILES: [&str; 6] =
     ["tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"];
 
 const BOS: &str = "<|startoftext|>";

@@ -8,6 +8,7 @@ use super::config::TextConfig;
 use super::source::Source;
 use crate::error::{Error, Result};
 use definition::Definition;
+pub(crate) use definition::FILES;
 
 /// Below this many texts threads cost more than they save.
 const PARALLEL: usize = 32;

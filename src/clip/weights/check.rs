@@ -7,6 +7,7 @@ use candle_core::DType;
 use super::container::{Container, Entry};
 use super::names;
 use crate::clip::config::ClipConfig;
+use crate::clip::foreign::Interpolation;
 use crate::clip::source::Source;
 use crate::error::{Error, Result};
 
@@ -23,6 +24,8 @@ pub(super) struct Chosen<'a> {
     pub(super) shape: Vec<usize>,
     pub(super) container: &'a Container<'a>,
     pub(super) entry: &'a Entry,
+    /// How to come from the file's shape to the model's, for positional embeddings.
+    pub(super) resize: Option<Interpolation>,
 }
 
 /// What is wrong with a set of tensors, by kind.
@@ -71,12 +74,13 @@ pub(super) fn choose<'a>(source: &Source, containers: &'a [Container<'a>], confi
             problems.add("missing", name);
             continue;
         };
-        if !same_shape(&name, &shape, &entry.shape) {
+        let resize = source.interpolation().filter(|_| resizable(&name, &shape, &entry.shape));
+        if resize.is_none() && !same_shape(&name, &shape, &entry.shape) {
             problems.add("misshapen", format!("{name} {:?} instead of {shape:?}", entry.shape));
             continue;
         }
         match &entry.dtype {
-            Ok(dtype) if is_float(*dtype) => chosen.push(Chosen { name, dtype: *dtype, shape, container, entry }),
+            Ok(dtype) if is_float(*dtype) => chosen.push(Chosen { name, dtype: *dtype, shape, container, entry, resize }),
             Ok(dtype) => problems.add("not in floating point", format!("{name} ({})", dtype.as_str())),
             Err(dtype) => problems.add("of an unsupported type", format!("{name} ({dtype})")),
         }
@@ -93,6 +97,17 @@ pub(super) fn choose<'a>(source: &Source, containers: &'a [Container<'a>], confi
 /// The logit scale is a scalar that some save as a vector of one.
 fn same_shape(name: &str, expected: &[usize], found: &[usize]) -> bool {
     expected == found || (name == "logit_scale" && found == [1])
+}
+
+/// Tables of positions of the same width; an image's are a class token and a square.
+fn resizable(name: &str, expected: &[usize], found: &[usize]) -> bool {
+    let ([rows, width], [old, same]) = (expected, found) else { return false };
+    let square = |n: usize| n > 1 && (n - 1).isqrt().pow(2) == n - 1;
+    match name {
+        "vision_model.embeddings.position_embedding.weight" => width == same && square(*rows) && square(*old),
+        "text_model.embeddings.position_embedding.weight" => width == same && *old > 0,
+        _ => false,
+    }
 }
 
 fn is_float(dtype: DType) -> bool {

@@ -88,11 +88,7 @@ pub(super) struct Container<'a> {
 impl Container<'_> {
     /// The tensor's bytes, row by row.
     pub(super) fn data(&self, entry: &Entry) -> Result<Cow<'_, [u8]>> {
-        let bytes = self.bytes.read(entry.range.clone())?;
-        match (&entry.strides, &entry.dtype) {
-            (Some(strides), Ok(dtype)) => Ok(Cow::Owned(gather(&bytes, &entry.shape, strides, dtype.size_in_bytes()))),
-            _ => Ok(bytes),
-        }
+        data(&self.bytes, entry)
     }
 
     /// The values of a tensor that lies in the file as it will in memory, without a copy on the way.
@@ -110,13 +106,23 @@ impl Container<'_> {
 
     /// The tensor, if its type is one of ours.
     pub(super) fn tensor(&self, entry: &Entry) -> Result<Tensor> {
-        let dtype = self.dtype(entry)?;
-        Ok(Tensor::from_raw_buffer(&self.data(entry)?, dtype, &entry.shape, &Device::Cpu)?)
+        tensor(&self.place, &self.bytes, entry)
     }
+}
 
-    fn dtype(&self, entry: &Entry) -> Result<DType> {
-        entry.dtype.clone().map_err(|found| Error::input(&self.place, format!("tensor `{}` has the unsupported type {found}", entry.name)))
+fn data<'b>(bytes: &'b Bytes<'_>, entry: &Entry) -> Result<Cow<'b, [u8]>> {
+    let bytes = bytes.read(entry.range.clone())?;
+    match (&entry.strides, &entry.dtype) {
+        (Some(strides), Ok(dtype)) => Ok(Cow::Owned(gather(&bytes, &entry.shape, strides, dtype.size_in_bytes()))),
+        _ => Ok(bytes),
     }
+}
+
+/// See [`Container::tensor`].
+pub(super) fn tensor(place: &str, bytes: &Bytes<'_>, entry: &Entry) -> Result<Tensor> {
+    let unsupported = |found| Error::input(place, format!("tensor `{}` has the unsupported type {found}", entry.name));
+    let dtype = entry.dtype.clone().map_err(unsupported)?;
+    Ok(Tensor::from_raw_buffer(&data(bytes, entry)?, dtype, &entry.shape, &Device::Cpu)?)
 }
 
 /// Copies a strided tensor row by row. Offsets lie inside since the extent was checked.

@@ -1,9 +1,12 @@
-//! Checkpoint files: what HF transformers saves, in any of its containers, under its names.
+//! Checkpoint files: what HF transformers saves, in any of its containers, under its names; and what OpenAI and open_clip
+//! save, brought to these names.
 
 mod check;
 mod container;
 mod names;
+mod open_clip;
 mod pickle;
+mod plain;
 mod safetensors;
 mod torch;
 
@@ -16,11 +19,14 @@ use rayon::prelude::*;
 use serde_json::Value;
 
 use super::config::ClipConfig;
+use super::foreign;
 use super::source::Source;
 use crate::error::{Error, Result};
 use crate::files::write_atomic;
 use check::Chosen;
 use container::{Bytes, Container};
+pub(crate) use open_clip::state_dict;
+pub(crate) use plain::{Content, read_torch};
 pub use safetensors::{Contents, read_safetensors};
 
 /// The tensors of a base.
@@ -35,7 +41,8 @@ pub struct Weights {
 }
 
 /// Where weights may be, in transformers' order of preference.
-const FILES: [&str; 4] = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"];
+pub(crate) const FILES: [&str; 4] =
+    ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"];
 
 /// Reads a base's weights: one file or shards, safetensors or PyTorch's own format.
 ///
@@ -64,6 +71,9 @@ struct Read {
 }
 
 fn read(chosen: &Chosen<'_>) -> Result<Read> {
+    if chosen.shape != chosen.entry.shape && chosen.resize.is_some() {
+        return resized(chosen);
+    }
     if let Some(values) = chosen.container.floats(chosen.entry)? {
         let bytes: &[u8] = bytemuck::cast_slice(&values);
         let (hash, finite) = (blake3::hash(bytes), !container::non_finite(bytes, chosen.dtype));
@@ -75,6 +85,19 @@ fn read(chosen: &Chosen<'_>) -> Result<Read> {
     Ok(Read { tensor, hash: blake3::hash(&bytes), finite })
 }
 
+/// Positional embeddings for another number of positions, in the file's type.
+fn resized(chosen: &Chosen<'_>) -> Result<Read> {
+    let table = chosen.container.tensor(chosen.entry)?;
+    let rows = chosen.shape.first().copied().unwrap_or(0);
+    let tensor = match chosen.resize {
+        Some(how) if chosen.name.starts_with("vision_model.") => foreign::image_positions(&table, rows.saturating_sub(1).isqrt(), how)?,
+        _ => foreign::text_positions(&table, rows)?,
+    };
+    let tensor = tensor.to_dtype(chosen.dtype)?;
+    let bytes = tensor.data();
+    Ok(Read { finite: !container::non_finite(&bytes, chosen.dtype), hash: blake3::hash(&bytes), tensor: tensor.clone() })
+}
+
 fn common_dtype(dtypes: impl Iterator<Item = DType>) -> DType {
     let mut counts = BTreeMap::new();
     for dtype in dtypes {
@@ -83,8 +106,29 @@ fn common_dtype(dtypes: impl Iterator<Item = DType>) -> DType {
     counts.into_values().max_by_key(|(n, _)| *n).map_or(DType::F32, |(_, dtype)| dtype)
 }
 
+/// The shapes of a checkpoint's tensors by open_clip's names.
+///
+/// # Errors
+/// When the file is damaged or of an unknown kind.
+pub(crate) fn shapes(file: &Path) -> Result<HashMap<String, Vec<usize>>> {
+    Ok(open_clip::shapes(&open_path(file)?))
+}
+
+/// A file by its content: zip archives are PyTorch's, anything else has to be safetensors.
+fn open_path(path: &Path) -> Result<Container<'static>> {
+    let (place, bytes) = (path.display().to_string(), Bytes::open(path)?);
+    let named = path.extension().is_some_and(|e| e == "safetensors");
+    let zipped = bytes.len() >= 2 && bytes.read(0..2)?[..] == *b"PK";
+    if named && !zipped { safetensors::open(&place, bytes).map(|(c, _)| c) } else { torch::open(&place, bytes) }
+}
+
 /// Opens the first kind of weights that is there.
 fn open(source: &Source) -> Result<Vec<Container<'static>>> {
+    if let Some(file) = source.checkpoint() {
+        let mut container = open_path(file)?;
+        open_clip::translate(&mut container)?;
+        return Ok(vec![container]);
+    }
     for name in FILES {
         if !exists(source, name)? {
             continue;
@@ -96,10 +140,7 @@ fn open(source: &Source) -> Result<Vec<Container<'static>>> {
 }
 
 fn exists(source: &Source, name: &str) -> Result<bool> {
-    match source {
-        Source::Builtin(_) => Ok(source.read(name)?.is_some()),
-        Source::Dir(_) => Ok(source.path(name).is_some()),
-    }
+    Ok(source.path(name).is_some() || (source.embedded() && source.read(name)?.is_some()))
 }
 
 fn open_file(source: &Source, name: &str) -> Result<Container<'static>> {
@@ -114,34 +155,43 @@ fn open_file(source: &Source, name: &str) -> Result<Container<'static>> {
 /// Opens the shards that an index names and checks that each holds what it should.
 fn open_shards(source: &Source, index: &str) -> Result<Vec<Container<'static>>> {
     let place = source.place(index);
-    let json: Value = serde_json::from_slice(&source.require(index)?).map_err(|e| Error::input(&place, format!("not valid JSON: {e}")))?;
-    let Some(map) = json.get("weight_map").and_then(Value::as_object).filter(|m| !m.is_empty()) else {
-        return Err(Error::input(&place, "expected an object `weight_map` of tensors and their files"));
-    };
-    let mut shards: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
-    for (tensor, file) in map {
-        let file = file.as_str().ok_or_else(|| Error::input(&place, format!("the file of `{tensor}` is no string")))?;
-        shards.entry(shard_name(&place, file)?).or_default().insert(tensor);
-    }
+    let shards = shards(&place, &source.require(index)?)?;
     let extension = if index.starts_with("model.") { ".safetensors" } else { ".bin" };
     let mut containers = Vec::with_capacity(shards.len());
     for (file, tensors) in shards {
         if !file.ends_with(extension) {
             return Err(Error::input(&place, format!("names the shard `{file}`, expected a {extension} file")));
         }
-        if !exists(source, file)? {
-            return Err(Error::input(source.place(file), format!("this shard is missing; {index} names it for {} tensors", tensors.len()))
-                .hint("fetch the base again, with all its files"));
+        if !exists(source, &file)? {
+            return Err(Error::input(
+                source.place(&file),
+                format!("this shard is missing; {index} names it for {} tensors", tensors.len()),
+            )
+            .hint("fetch the base again, with all its files"));
         }
-        let container = open_file(source, file)?;
-        let held: BTreeSet<&str> = container.entries.iter().map(|e| e.name.as_str()).collect();
-        let lacking: Vec<&str> = tensors.difference(&held).copied().collect();
+        let container = open_file(source, &file)?;
+        let held: BTreeSet<String> = container.entries.iter().map(|e| e.name.clone()).collect();
+        let lacking: Vec<&String> = tensors.difference(&held).collect();
         if !lacking.is_empty() {
-            return Err(Error::input(source.place(file), format!("lacks what {index} promises: {}", check::list(&lacking))));
+            return Err(Error::input(source.place(&file), format!("lacks what {index} promises: {}", check::list(&lacking))));
         }
         containers.push(container);
     }
     Ok(containers)
+}
+
+/// The files that an index names, each with its tensors.
+pub(crate) fn shards(place: &str, index: &[u8]) -> Result<BTreeMap<String, BTreeSet<String>>> {
+    let json: Value = serde_json::from_slice(index).map_err(|e| Error::input(place, format!("not valid JSON: {e}")))?;
+    let Some(map) = json.get("weight_map").and_then(Value::as_object).filter(|m| !m.is_empty()) else {
+        return Err(Error::input(place, "expected an object `weight_map` of tensors and their files"));
+    };
+    let mut shards: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for (tensor, file) in map {
+        let file = file.as_str().ok_or_else(|| Error::input(place, format!("the file of `{tensor}` is no string")))?;
+        shards.entry(shard_name(place, file)?.to_string()).or_default().insert(tensor.clone());
+    }
+    Ok(shards)
 }
 
 /// Shards lie beside their index, nowhere else.

@@ -1,8 +1,10 @@
 //! A pickle machine that can rebuild tensors and nothing else.
 //!
 //! A pickle is a program; Python runs whatever it names. This machine knows the opcodes of plain
-//! data and four names of PyTorch; anything else is refused. Values live in arenas, so hostile
-//! nesting cannot exhaust the stack, and no opcode makes more than it was given bytes for.
+//! data and four names of PyTorch; anything else is refused. The classes of a TorchScript archive
+//! (`__torch__.…`) are opaque: their objects are bags of attributes, their code is not looked at.
+//! Values live in arenas, so hostile nesting cannot exhaust the stack, and no opcode makes more
+//! than it was given bytes for.
 
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -47,11 +49,12 @@ enum Value {
     None,
     Bool,
     Int(i64),
-    Float,
+    Float(f64),
     Text(Rc<str>),
     Tuple(Rc<Vec<Value>>, usize),
     List,
     Dict(usize),
+    Object(usize),
     Global(Callable),
     Storage(Rc<Storage>),
     Tensor(Rc<Strided>),
@@ -63,10 +66,31 @@ enum Callable {
     RebuildParameter,
     OrderedDict,
     StorageType(Rc<str>),
+    /// A class or function of TorchScript, which is never called.
+    Opaque,
 }
 
 /// Tuples deeper than any that PyTorch writes.
 const MAX_DEPTH: usize = 16;
+
+/// Modules inside modules, and dicts inside dicts.
+const MAX_NESTING: usize = 32;
+
+/// Attributes of a module that are looked at; one that is shared counts each time.
+const MAX_VISITED: usize = 1 << 20;
+
+/// Plain data around tensors, as training scripts save it.
+#[derive(Debug)]
+pub(super) enum Node {
+    /// With the keys that are strings.
+    Map(Vec<(String, Node)>),
+    Tensor(Rebuilt),
+    Int(i64),
+    Float(f64),
+    Text(String),
+    /// Lists and anything else.
+    Other,
+}
 
 #[derive(Default)]
 struct Machine<'a> {
@@ -75,14 +99,27 @@ struct Machine<'a> {
     marks: Vec<usize>,
     memo: HashMap<u32, Value>,
     dicts: Vec<Vec<(Value, Value)>>,
+    /// The dict of attributes of each object.
+    objects: Vec<Option<usize>>,
 }
 
-/// The tensors of a pickled state dict.
+/// The tensors of a pickled state dict, or of a TorchScript module under their attributes' paths.
 pub(super) fn state_dict(pickle: &[u8]) -> Outcome<Vec<Rebuilt>> {
+    let (machine, top) = run(pickle)?;
+    machine.tensors(&top)
+}
+
+/// The whole content.
+pub(super) fn tree(pickle: &[u8]) -> Outcome<Node> {
+    let (machine, top) = run(pickle)?;
+    machine.node("", &top, 0, &mut 0)
+}
+
+fn run(pickle: &[u8]) -> Outcome<(Machine<'_>, Value)> {
     let mut machine = Machine { rest: pickle, ..Machine::default() };
     while machine.step()? {}
     let top = machine.pop()?;
-    machine.tensors(&top)
+    Ok((machine, top))
 }
 
 impl Machine<'_> {
@@ -111,6 +148,7 @@ impl Machine<'_> {
             b'c' | 0x93 => self.global(op)?,
             b'Q' => self.persistent()?,
             b'R' => self.reduce()?,
+            0x81 => self.new_object()?,
             b'b' => self.build()?,
             b's' | b'u' | b'a' | b'e' => self.fill(op)?,
             _ => self.scalar(op)?,
@@ -188,10 +226,7 @@ impl Machine<'_> {
             b'M' => Value::Int(i64::from(u16::from_le_bytes(self.take()?))),
             b'J' => Value::Int(i64::from(i32::from_le_bytes(self.take()?))),
             0x8a => Value::Int(self.long()?),
-            b'G' => {
-                self.take::<8>()?;
-                Value::Float
-            }
+            b'G' => Value::Float(f64::from_be_bytes(self.take()?)),
             0x8c | b'U' | b'X' | 0x8d => self.text(op)?,
             _ => return Err(format!("it uses opcode 0x{op:02x}, which no saved state dict needs")),
         };
@@ -237,6 +272,7 @@ impl Machine<'_> {
             ("torch._utils", "_rebuild_parameter") => Callable::RebuildParameter,
             ("collections", "OrderedDict") => Callable::OrderedDict,
             ("torch" | "torch.storage", kind) if kind.ends_with("Storage") => Callable::StorageType(kind.into()),
+            (module, _) if module == "__torch__" || module.starts_with("__torch__.") || module == "torch.jit._pickle" => Callable::Opaque,
             _ => return Err(format!("it would call `{module}.{name}`, which has nothing to do with tensors")),
         };
         self.stack.push(Value::Global(callable));
@@ -272,6 +308,7 @@ impl Machine<'_> {
         };
         match (callable, args.as_slice()) {
             (Callable::OrderedDict, []) => self.new_dict(),
+            (Callable::Opaque, _) => self.stack.push(Value::None),
             (Callable::RebuildParameter, [Value::Tensor(tensor), ..]) => self.stack.push(Value::Tensor(tensor.clone())),
             (Callable::RebuildTensor, [Value::Storage(storage), Value::Int(offset), shape, strides, ..]) => {
                 let offset = usize::try_from(*offset).map_err(|_| "a tensor has a negative offset")?;
@@ -287,11 +324,27 @@ impl Machine<'_> {
         Ok(())
     }
 
+    fn new_object(&mut self) -> Outcome<()> {
+        self.pop()?;
+        let Value::Global(Callable::Opaque) = self.pop()? else {
+            return Err("it makes an object of something that is no class of a TorchScript archive".into());
+        };
+        self.stack.push(Value::Object(self.objects.len()));
+        self.objects.push(None);
+        Ok(())
+    }
+
     /// Attributes of a dict (`_metadata`) say nothing about tensors.
     fn build(&mut self) -> Outcome<()> {
-        self.pop()?;
-        match self.stack.last() {
-            Some(Value::Dict(_)) => Ok(()),
+        let state = self.pop()?;
+        match (self.stack.last(), state) {
+            (Some(Value::Dict(_)), _) => Ok(()),
+            (Some(Value::Object(at)), Value::Dict(attributes)) => {
+                *self.objects.get_mut(*at).ok_or("an object is missing")? = Some(attributes);
+                Ok(())
+            }
+            // Packed parameters and the like; there are none in CLIP.
+            (Some(Value::Object(_)), _) => Ok(()),
             _ => Err("it sets the state of something that is no dict".into()),
         }
     }
@@ -318,7 +371,15 @@ impl Machine<'_> {
 
     /// The top dict's tensors; training scripts put it under `state_dict`.
     fn tensors(&self, top: &Value) -> Outcome<Vec<Rebuilt>> {
-        let Value::Dict(at) = top else { return Err("it holds no state dict".into()) };
+        let at = match top {
+            Value::Dict(at) => at,
+            Value::Object(_) => {
+                let mut found = Vec::new();
+                self.attributes("", top, 0, &mut 0, &mut found)?;
+                return Ok(found);
+            }
+            _ => return Err("it holds no state dict".into()),
+        };
         let dict = self.dicts.get(*at).ok_or("a dict is missing")?;
         let inner = dict.iter().find_map(|(key, value)| match (key, value) {
             (Value::Text(k), Value::Dict(at)) if &**k == "state_dict" => self.dicts.get(*at),
@@ -326,6 +387,51 @@ impl Machine<'_> {
         });
         inner.unwrap_or(dict).iter().map(|(key, value)| rebuilt(key, value)).collect()
     }
+
+    /// The tensors among an object's attributes, and its submodules'.
+    fn attributes(&self, path: &str, object: &Value, depth: usize, visited: &mut usize, found: &mut Vec<Rebuilt>) -> Outcome<()> {
+        let Value::Object(at) = object else { return Ok(()) };
+        let Some(attributes) = self.objects.get(*at).copied().flatten().and_then(|dict| self.dicts.get(dict)) else { return Ok(()) };
+        for (key, value) in attributes {
+            visit(depth, visited)?;
+            let Value::Text(key) = key else { continue };
+            let name = if path.is_empty() { key.to_string() } else { format!("{path}.{key}") };
+            match value {
+                Value::Tensor(_) => found.push(rebuilt(&Value::Text(name.into()), value)?),
+                _ => self.attributes(&name, value, depth + 1, visited, found)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn node(&self, name: &str, value: &Value, depth: usize, visited: &mut usize) -> Outcome<Node> {
+        visit(depth, visited)?;
+        Ok(match value {
+            Value::Dict(at) => {
+                let mut map = Vec::new();
+                for (key, value) in self.dicts.get(*at).ok_or("a dict is missing")? {
+                    if let Value::Text(key) = key {
+                        map.push((key.to_string(), self.node(key, value, depth + 1, visited)?));
+                    }
+                }
+                Node::Map(map)
+            }
+            Value::Tensor(_) => Node::Tensor(rebuilt(&Value::Text(name.into()), value)?),
+            Value::Int(n) => Node::Int(*n),
+            Value::Float(x) => Node::Float(*x),
+            Value::Text(text) => Node::Text(text.to_string()),
+            _ => Node::Other,
+        })
+    }
+}
+
+/// Shared and cyclic containers are walked each time they are met, so walks are bounded.
+fn visit(depth: usize, visited: &mut usize) -> Outcome<()> {
+    *visited += 1;
+    if depth > MAX_NESTING || *visited > MAX_VISITED {
+        return Err("it is nested too deeply".into());
+    }
+    Ok(())
 }
 
 fn rebuilt(key: &Value, value: &Value) -> Outcome<Rebuilt> {

@@ -1,4 +1,5 @@
-//! `pytorch_model.bin`: a zip archive of one pickle and raw storages.
+//! `pytorch_model.bin`, `.pt`: a zip archive of one pickle and raw storages. TorchScript archives are
+//! the same with code beside it, which is left alone.
 
 use std::collections::HashMap;
 use std::io::{Cursor, Read, Seek};
@@ -6,60 +7,112 @@ use std::ops::Range;
 
 use zip::{CompressionMethod, ZipArchive};
 
-use super::container::{Bytes, Container, Entry, elements};
-use super::pickle::{self, Rebuilt};
+use candle_core::Tensor;
+
+use super::container::{self, Bytes, Container, Entry, elements};
+use super::pickle::{self, Node, Rebuilt};
 use crate::error::{Error, Result};
 
 /// A CLIP's pickle has some 100 kB.
 const MAX_PICKLE: u64 = 64 << 20;
 
-type Records = HashMap<String, Range<u64>>;
+/// Where each record lies, or why that is of no use.
+type Records = HashMap<String, std::result::Result<Range<u64>, String>>;
+
+/// An archive whose pickle was not looked at yet.
+struct Archive<'a> {
+    place: String,
+    bytes: Bytes<'a>,
+    records: Records,
+    prefix: String,
+    pickle: Range<u64>,
+}
 
 /// Reads the archive's directory and its pickle.
 pub(super) fn open<'a>(place: &str, bytes: Bytes<'a>) -> Result<Container<'a>> {
-    let refuse = |why: String| Error::input(place, format!("is not a usable PyTorch checkpoint: {why}")).hint(HINT);
-    if bytes.len() >= 4 && bytes.read(0..2)?[..] != *b"PK" {
-        return Err(refuse("it is no zip archive (PyTorch before 1.6 wrote another format), or it is damaged".into()));
+    let archive = Archive::open(place, bytes)?;
+    let tensors = pickle::state_dict(&archive.bytes.read(archive.pickle.clone())?)
+        .map_err(|why| refuse(place, format!("its pickle was refused: {why}")))?;
+    archive.container(tensors)
+}
+
+/// Plain data around tensors: the content, whose tensors are entries of the container by name.
+pub(super) fn open_tree<'a>(place: &str, bytes: Bytes<'a>) -> Result<(Node, Archived<'a>)> {
+    let archive = Archive::open(place, bytes)?;
+    let tree = pickle::tree(&archive.bytes.read(archive.pickle.clone())?)
+        .map_err(|why| refuse(place, format!("its pickle was refused: {why}")))?;
+    Ok((tree, Archived(archive)))
+}
+
+/// What tensors of a tree are read from.
+pub(super) struct Archived<'a>(Archive<'a>);
+
+impl Archived<'_> {
+    /// One tensor.
+    pub(super) fn tensor(&self, rebuilt: &Rebuilt) -> Result<Tensor> {
+        let archive = &self.0;
+        let len = archive.bytes.len();
+        let entry = entry(rebuilt.clone(), &archive.prefix, &archive.records, len).map_err(|why| refuse(&archive.place, why))?;
+        container::tensor(&archive.place, &archive.bytes, &entry)
     }
-    let records = match &bytes {
-        Bytes::File(path, _) => records(std::fs::File::open(path).map_err(|e| Error::read(path, e))?),
-        Bytes::Memory(bytes) => records(Cursor::new(bytes)),
-    }
-    .map_err(refuse)?;
-    let (prefix, at) = pickle_record(&records).map_err(refuse)?;
-    if at.end > bytes.len() {
-        return Err(refuse("it is cut off".into()));
-    }
-    let tensors = pickle::state_dict(&bytes.read(at)?).map_err(|why| refuse(format!("its pickle was refused: {why}")))?;
-    if let Some(order) = records.get(&format!("{prefix}byteorder"))
-        && bytes.read(order.clone())?[..] != *b"little"
-    {
-        return Err(refuse("its numbers are big-endian".into()));
-    }
-    let entries = tensors
-        .into_iter()
-        .map(|tensor| entry(tensor, &prefix, &records, bytes.len()))
-        .collect::<std::result::Result<_, _>>()
+}
+
+fn refuse(place: &str, why: String) -> Error {
+    Error::input(place, format!("is not a usable PyTorch checkpoint: {why}")).hint(HINT)
+}
+
+impl<'a> Archive<'a> {
+    fn open(place: &str, bytes: Bytes<'a>) -> Result<Self> {
+        let refuse = |why: String| refuse(place, why);
+        if bytes.len() >= 4 && bytes.read(0..2)?[..] != *b"PK" {
+            return Err(refuse("it is no zip archive (PyTorch before 1.6 wrote another format), or it is damaged".into()));
+        }
+        let records = match &bytes {
+            Bytes::File(path, _) => records(std::fs::File::open(path).map_err(|e| Error::read(path, e))?),
+            Bytes::Memory(bytes) => records(Cursor::new(bytes)),
+        }
         .map_err(refuse)?;
-    Ok(Container { place: place.to_string(), bytes, entries })
+        let (prefix, pickle) = pickle_record(&records).map_err(refuse)?;
+        if pickle.end > bytes.len() {
+            return Err(refuse("it is cut off".into()));
+        }
+        if let Some(order) = records.get(&format!("{prefix}byteorder"))
+            && bytes.read(order.clone().map_err(refuse)?)?[..] != *b"little"
+        {
+            return Err(refuse("its numbers are big-endian".into()));
+        }
+        Ok(Self { place: place.to_string(), bytes, records, prefix, pickle })
+    }
+
+    fn container(self, tensors: Vec<Rebuilt>) -> Result<Container<'a>> {
+        let entries = tensors
+            .into_iter()
+            .map(|tensor| entry(tensor, &self.prefix, &self.records, self.bytes.len()))
+            .collect::<std::result::Result<_, _>>()
+            .map_err(|why| refuse(&self.place, why))?;
+        Ok(Container { place: self.place, bytes: self.bytes, entries })
+    }
 }
 
 const HINT: &str =
     "convert it where it was made: `safetensors.torch.save_file(torch.load(file, weights_only=True), \"model.safetensors\")`";
 
-/// Where the archive's records lie. PyTorch stores them uncompressed, so a record is a piece of the file.
+/// Where the archive's records lie. PyTorch stores tensors uncompressed, so a record is a piece of the file;
+/// the code in a TorchScript archive is compressed, and not needed.
 fn records(file: impl Read + Seek) -> std::result::Result<Records, String> {
     let mut archive = ZipArchive::new(file).map_err(|e| e.to_string())?;
     let mut records = Records::with_capacity(archive.len());
     for i in 0..archive.len() {
         let record = archive.by_index_raw(i).map_err(|e| e.to_string())?;
         let name = String::from_utf8_lossy(record.name_raw()).into_owned();
-        if record.compression() != CompressionMethod::Stored || record.encrypted() {
-            return Err(format!("record `{name}` is compressed or encrypted"));
-        }
-        let start = record.data_start().ok_or_else(|| format!("record `{name}` has no data"))?;
-        let end = start.checked_add(record.size()).ok_or_else(|| format!("record `{name}` is too large"))?;
-        if records.insert(name.clone(), start..end).is_some() {
+        let range = if record.compression() != CompressionMethod::Stored || record.encrypted() {
+            Err(format!("record `{name}` is compressed or encrypted"))
+        } else {
+            let start = record.data_start().ok_or_else(|| format!("record `{name}` has no data"))?;
+            let end = start.checked_add(record.size()).ok_or_else(|| format!("record `{name}` is too large"))?;
+            Ok(start..end)
+        };
+        if records.insert(name.clone(), range).is_some() {
             return Err(format!("record `{name}` occurs twice"));
         }
     }
@@ -72,23 +125,22 @@ fn pickle_record(records: &Records) -> std::result::Result<(String, Range<u64>),
     let Some((prefix, range)) = found.find(|(prefix, _)| prefix.is_empty() || prefix.ends_with('/')) else {
         return Err("the archive holds no data.pkl".into());
     };
-    if records.contains_key(&format!("{prefix}constants.pkl")) {
-        return Err("it is a TorchScript archive, not a state dict".into());
-    }
+    let range = range.clone()?;
     if range.end - range.start > MAX_PICKLE {
         return Err(format!("its pickle is larger than {MAX_PICKLE} bytes"));
     }
-    Ok((prefix.to_string(), range.clone()))
+    Ok((prefix.to_string(), range))
 }
 
 fn entry(t: Rebuilt, prefix: &str, records: &Records, len: u64) -> std::result::Result<Entry, String> {
     let outside = || format!("tensor `{}` lies outside its storage", t.name);
     let record = records.get(&format!("{prefix}data/{}", t.key)).ok_or_else(|| format!("the storage of tensor `{}` is missing", t.name))?;
+    let record = record.clone()?;
     if record.end > len {
         return Err(format!("it is cut off: the storage of tensor `{}` is not complete", t.name));
     }
     let Ok(dtype) = t.dtype else {
-        return Ok(Entry { name: t.name, dtype: t.dtype, shape: t.shape, strides: None, range: record.clone() });
+        return Ok(Entry { name: t.name, dtype: t.dtype, shape: t.shape, strides: None, range: record });
     };
     let size = dtype.size_in_bytes() as u64;
     let count = elements(&t.shape).ok_or_else(outside)? as u64;
@@ -172,6 +224,35 @@ mod tests {
             assert!(refusal(&stored(&pickle(offset, shape, strides))).contains("outside its storage"));
         }
         assert!(refusal(&stored(&pickle(0, &[2, 2], &[1]))).contains("more dimensions"));
+    }
+
+    /// `__torch__.A`'s object whose attributes follow.
+    const OBJECT: &[u8] = b"\x80\x02c__torch__.A\nB\n)\x81q\x01}";
+
+    #[test]
+    fn a_scripted_module_is_its_attributes() {
+        let inner = pickle(0, &[2, 2], &[2, 1]);
+        // The tensor of the state dict above, without its dict.
+        let tensor = inner.strip_prefix(b"\x80\x02}X\x01\0\0\0w").unwrap().strip_suffix(b"s.").unwrap();
+        let module = [
+            OBJECT,
+            b"(X\x05\0\0\0childc__torch__.C\nD\n)\x81}X\x01\0\0\0w",
+            tensor,
+            b"sbX\x04\0\0\0listctorch.jit._pickle\nbuild_intlist\n(]tRub.",
+        ]
+        .concat();
+        let bytes = archive(&module, CompressionMethod::Stored);
+        let container = open("x.pt", Bytes::Memory(Cow::Borrowed(&bytes))).unwrap();
+        let names: Vec<&str> = container.entries.iter().map(|e| e.name.as_str()).collect();
+        assert_eq!(names, ["child.w"]);
+    }
+
+    #[test]
+    fn scripted_modules_cannot_loop_or_make_objects_of_anything() {
+        let own = [OBJECT, b"X\x01\0\0\0ah\x01sb."].concat();
+        assert!(refusal(&archive(&own, CompressionMethod::Stored)).contains("nested too deeply"));
+        let other = b"\x80\x02ccollections\nOrderedDict\n)\x81.";
+        assert!(refusal(&archive(other, CompressionMethod::Stored)).contains("no class of a TorchScript"));
     }
 
     #[test]

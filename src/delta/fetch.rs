@@ -1,0 +1,61 @@
+//! Adapters by name: a directory, a file of CLIP-LoRA's, or a repository on the hub.
+
+use std::path::{Path, PathBuf};
+
+use super::{Manifest, file};
+use crate::error::{Error, Result};
+use crate::files;
+use crate::hub::{Progress, Repo, Snapshot};
+
+/// The largest `peft.json` that is read.
+const MAX_JSON: u64 = 256 << 20;
+
+/// Where the files of an adapter are; those of a hub id are fetched where they are not in the cache.
+///
+/// # Errors
+/// When there is no such adapter, or it cannot be fetched.
+pub fn locate(name: &Path) -> Result<PathBuf> {
+    locate_with(name, &mut |_| Ok(()))
+}
+
+/// [`locate`], telling `progress` of what is fetched.
+///
+/// # Errors
+/// As [`locate`], and what `progress` returns.
+pub fn locate_with(name: &Path, progress: &mut Progress<'_>) -> Result<PathBuf> {
+    if name.exists() {
+        return Ok(name.to_path_buf());
+    }
+    match name.to_str().and_then(Repo::parse) {
+        Some(repo) => fetch(&repo, progress),
+        // A directory that a kill moved aside is found by who reads it.
+        None => Ok(name.to_path_buf()),
+    }
+}
+
+fn fetch(repo: &Repo, progress: &mut Progress<'_>) -> Result<PathBuf> {
+    let mut snapshot = Snapshot::open(repo)?;
+    let mut parts = vec![String::new()];
+    if let Some(path) = snapshot.get(file::MANIFEST, progress)? {
+        let place = format!("{repo} ({})", file::MANIFEST);
+        let manifest: Manifest =
+            serde_json::from_slice(&files::read(&path, MAX_JSON)?).map_err(|e| Error::input(place, format!("not as expected: {e}")))?;
+        parts.extend(manifest.methods.iter().map(|m| format!("{}/", m.dir)));
+    }
+    let mut found = snapshot.get(file::TASK, progress)?.is_some();
+    for part in parts {
+        if snapshot.get(&format!("{part}{}", file::CONFIG), progress)?.is_none() {
+            continue;
+        }
+        found = true;
+        let weights = [file::WEIGHTS, file::PICKLED, file::FULL].map(|name| format!("{part}{name}"));
+        let mut here = false;
+        for name in &weights {
+            here = here || snapshot.get(name, progress)?.is_some();
+        }
+        if !here {
+            return Err(snapshot.lacks(&weights.join(" or ")));
+        }
+    }
+    snapshot.dir().filter(|_| found).ok_or_else(|| snapshot.lacks(&format!("adapter ({})", file::CONFIG)))
+}

@@ -1,0 +1,230 @@
+//! Checkpoints of OpenAI, open_clip and CLIP-LoRA through the real binary, against `scripts/goldens/checkpoints.py`.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Tensor};
+use common::World;
+
+fn data(name: &str) -> String {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/open_clip").join(name).display().to_string()
+}
+
+fn tensors(path: impl AsRef<Path>) -> HashMap<String, Tensor> {
+    candle_core::safetensors::load(path, &Device::Cpu).unwrap()
+}
+
+fn off(a: &Tensor, b: &Tensor) -> f32 {
+    (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
+}
+
+/// Features of the image and the texts that the goldens are of; what stood on stderr.
+fn embed(w: &World, model: &[&str]) -> (HashMap<String, Tensor>, String) {
+    w.write("image.txt", &data("image.png"));
+    let texts = data("texts.txt");
+    let args = [&["embed", "--images", "image.txt", "--texts", &texts, "--output", "out.safetensors", "--model"], model].concat();
+    let out = w.peft(&args);
+    let message = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(out.status.success(), "{model:?}: {message}");
+    (tensors(w.path("out.safetensors")), message)
+}
+
+fn agrees(w: &World, model: &[&str], golden: &str) -> String {
+    let (ours, message) = embed(w, model);
+    for (name, theirs) in tensors(data(golden)) {
+        let off = off(&ours[&name], &theirs);
+        assert!(off < 1e-4, "{model:?}: {name} differs by {off}");
+    }
+    message
+}
+
+/// A copy of a case that a test may change.
+fn copy(w: &World, case: &str) -> PathBuf {
+    let to = w.path(case);
+    std::fs::create_dir(&to).unwrap();
+    for entry in std::fs::read_dir(data(case)).unwrap().flatten() {
+        std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+    to
+}
+
+#[test]
+fn features_are_those_of_the_source() {
+    let w = World::new();
+    for (model, golden) in [
+        ("openai/model.pt", "openai"),
+        ("gelu32", "gelu32"),
+        ("gelu32/open_clip_model.safetensors", "gelu32"),
+        ("quick16", "quick16"),
+        ("quick16/open_clip_pytorch_model.bin", "quick16"),
+        ("custom", "custom"),
+    ] {
+        let notes = agrees(&w, &[&data(model)], &format!("{golden}/golden.safetensors"));
+        assert!(!notes.contains("interpolated"), "{notes}");
+    }
+}
+
+#[test]
+fn positions_are_interpolated_as_the_source_does_it() {
+    let w = World::new();
+    let file = data("resized/epoch_3.pt");
+    let larger = agrees(&w, &[&file], "resized/golden.safetensors");
+    assert!(larger.contains("3×3 to 5×5") && larger.contains("open_clip") && larger.contains("14 to 20 tokens"), "{larger}");
+    agrees(&w, &[&file, "--image-size", "16"], "resized/golden16.safetensors");
+    for size in ["40", "16"] {
+        let note = agrees(&w, &[&data("hf"), "--image-size", size], &format!("hf/golden{size}.safetensors"));
+        assert!(note.contains("transformers"), "{note}");
+    }
+}
+
+#[test]
+fn the_activation_is_never_guessed() {
+    let w = World::new();
+    let dir = copy(&w, "quick16");
+    std::fs::remove_file(dir.join("open_clip_config.json")).unwrap();
+    let file = "quick16/open_clip_pytorch_model.bin";
+    let args = ["embed", "--model", file, "--texts", "x", "--output", "o.safetensors"];
+    let message = w.fails(&args, 2);
+    assert!(message.contains("--arch") && message.contains("ViT-B-32-quickgelu"), "{message}");
+    let message = w.fails(&[&args[..], &["--arch", "ViT-B-32"]].concat(), 2);
+    assert!(message.contains("ViT-B-32 has"), "{message}");
+    let message = w.fails(&[&args[..], &["--arch", "ViT-B-16-SigLIP"]].concat(), 2);
+    assert!(message.contains("SigLIP"), "{message}");
+    let message = w.fails(&["inspect", "quick16/open_clip_pytorch_model.bin?arch=ViT-B-23"], 2);
+    assert!(message.contains("did you mean"), "{message}");
+    let recipe = w.recipe("lora: { rank: 2 }").replace("model: base", &format!("model: {{ base: {file}, arch: ViT-B-32 }}"));
+    w.write("arch.yaml", &recipe);
+    assert!(w.fails(&["train", "arch.yaml", "--check"], 2).contains("ViT-B-32 has"));
+    w.write("wrong.yaml", &recipe.replace("arch: ViT-B-32", "init: { config: base }"));
+    assert!(w.fails(&["train", "wrong.yaml", "--check"], 2).contains("`base`"));
+}
+
+#[test]
+fn other_models_are_refused_by_name() {
+    let w = World::new();
+    let save = |name: &str, tensors: &[&str]| {
+        let one = Tensor::zeros(1, candle_core::DType::F32, &Device::Cpu).unwrap();
+        let all: Vec<_> = tensors.iter().map(|n| ((*n).to_string(), one.clone())).collect();
+        peft::clip::weights::save(&w.path(name), &all).unwrap();
+    };
+    for (name, tensors, said) in [
+        ("siglip.safetensors", &["logit_bias", "visual.trunk.x"][..], "SigLIP"),
+        ("coca.safetensors", &["text_decoder.x"], "CoCa"),
+        ("timm.safetensors", &["visual.trunk.x"], "timm"),
+        ("resnet.safetensors", &["visual.layer1.0.conv1.weight"], "ResNet"),
+        ("roberta.safetensors", &["text.transformer.encoder.x"], "transformers'"),
+        ("hf.safetensors", &["vision_model.x"], "name its directory"),
+        ("other.safetensors", &["fc.weight"], "no CLIP model"),
+    ] {
+        save(name, tensors);
+        let message = w.fails(&["inspect", name], 2);
+        assert!(message.contains(said), "{name}: {message}");
+    }
+}
+
+#[test]
+fn a_converted_model_is_the_same_model() {
+    let w = World::new();
+    for case in ["openai/model.pt", "custom", "resized/epoch_3.pt"] {
+        let (before, _) = embed(&w, &[&data(case)]);
+        let done = w.json(&["convert", &data(case), "--output", "hf", "--dtype", "f32", "--force"]);
+        assert_eq!(done["layout"], "hf");
+        let (after, notes) = embed(&w, &["hf"]);
+        assert!(!notes.contains("interpolated"), "{notes}");
+        for name in ["image_embeds", "text_embeds"] {
+            assert!(off(&before[name], &after[name]) < 1e-5, "{case}: {name}");
+        }
+        let config: serde_json::Value = serde_json::from_slice(&common::read(&w.path("hf/config.json"))).unwrap();
+        assert_eq!(config["architectures"][0], "CLIPModel");
+    }
+}
+
+#[test]
+fn to_open_clip_and_back_nothing_changes() {
+    let w = World::new();
+    for case in ["quick16", "custom"] {
+        let there = format!("there-{case}");
+        w.json(&["convert", &data(case), "--output", "hf", "--force"]);
+        w.json(&["merge", "--model", "hf", "--output", &there, "--to", "open_clip"]);
+        let file = if case == "quick16" { None } else { Some(tensors(data(&format!("{case}/open_clip_model.safetensors")))) };
+        let found = tensors(w.path(&there).join("open_clip_model.safetensors"));
+        for (name, tensor) in file.iter().flatten() {
+            // A text tower of its own has another prefix there.
+            let ours = &found[name.strip_prefix("text.").unwrap_or(name)];
+            assert_eq!((ours.dims(), ours.dtype()), (tensor.dims(), tensor.dtype()), "{name}");
+            let f32 = |t: &Tensor| t.to_dtype(candle_core::DType::F32).unwrap();
+            assert_eq!(off(&f32(ours), &f32(tensor)), 0.0, "{name}");
+        }
+        let (before, _) = embed(&w, &[&data(case)]);
+        let (after, _) = embed(&w, &[&there]);
+        for name in ["image_embeds", "text_embeds"] {
+            assert_eq!(off(&before[name], &after[name]), 0.0, "{case}: {name}");
+        }
+        assert_eq!(w.json(&["inspect", &there])["facts"]["digest"], w.json(&["inspect", "hf"])["facts"]["digest"]);
+    }
+}
+
+#[test]
+fn clip_lora_adapters_scale_by_the_root_of_the_rank() {
+    let w = World::new();
+    let (model, adapter) = (data("quick16"), data("clip_lora/lora_weights.pt"));
+    let notes = agrees(&w, &[&model, "--adapter", &adapter], "clip_lora/golden.safetensors");
+    assert!(notes.contains("made elsewhere"), "{notes}");
+    let done = w.json(&["convert", &adapter, "--output", "adapter"]);
+    assert_eq!(done["method"], "lora");
+    agrees(&w, &[&model, "--adapter", "adapter"], "clip_lora/golden.safetensors");
+    let config: serde_json::Value = serde_json::from_slice(&common::read(&w.path("adapter/adapter_config.json"))).unwrap();
+    assert_eq!((&config["use_rslora"], &config["r"], &config["lora_alpha"]), (&true.into(), &2.into(), &3.into()));
+    w.json(&["merge", "--model", &model, "--adapter", &adapter, "--output", "merged", "--to", "open_clip"]);
+    agrees(&w, &["merged"], "clip_lora/golden.safetensors");
+    assert_eq!(w.json(&["inspect", &adapter])["kind"], "adapter");
+    assert!(w.fails(&["convert", &adapter, "--output", "adapter"], 2).contains("--force"));
+    let message = w.fails(&["predict", "--model", &model, "--adapter", &data("openai/model.pt"), "--labels", "a", "x.png"], 2);
+    assert!(message.contains("CLIP-LoRA"), "{message}");
+}
+
+#[test]
+fn the_embedded_tokeniser_is_clips() {
+    let dir = tempfile::tempdir().unwrap();
+    // A bare checkpoint with CLIP's whole vocabulary, as OpenAI's are.
+    let config = peft::clip::ClipConfig::from_json(
+        "config.json",
+        br#"{"projection_dim": 4, "text_config": {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1},
+            "vision_config": {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 8,
+            "patch_size": 8}}"#,
+    )
+    .unwrap();
+    let hf = dir.path().join("hf");
+    std::fs::create_dir(&hf).unwrap();
+    let random = peft::clip::model::random_weights(&config, 1, &Device::Cpu).unwrap();
+    let mut tensors: Vec<_> = random.into_iter().filter(|(n, _)| n.starts_with("text_model.embeddings.")).collect();
+    let rename = |n: &str| if n.contains("token") { "token_embedding.weight" } else { "positional_embedding" }.to_string();
+    tensors.iter_mut().for_each(|(n, _)| *n = rename(n));
+    let ones = |shape: &[usize]| Tensor::ones(shape, candle_core::DType::F32, &Device::Cpu).unwrap();
+    for (name, shape) in [
+        ("visual.proj", &[4, 4][..]),
+        ("visual.conv1.weight", &[4, 3, 8, 8]),
+        ("visual.positional_embedding", &[2, 4]),
+        ("visual.transformer.resblocks.0.mlp.c_fc.weight", &[4, 4]),
+        ("visual.transformer.resblocks.0.attn.in_proj_weight", &[12, 4]),
+        ("transformer.resblocks.0.mlp.c_fc.weight", &[4, 4]),
+        ("transformer.resblocks.0.attn.in_proj_weight", &[12, 4]),
+        ("input_resolution", &[]),
+        ("context_length", &[]),
+        ("vocab_size", &[]),
+    ] {
+        tensors.push((name.into(), ones(shape)));
+    }
+    let file = dir.path().join("bare.safetensors");
+    peft::clip::weights::save(&file, &tensors).unwrap();
+    let source = peft::clip::source::Source::resolve(&file.display().to_string()).unwrap();
+    let tokenizer = peft::clip::tokenizer::Tokenizer::load(&source, &config.text).unwrap();
+    // As `open_clip.tokenize` and `clip.tokenize` have it.
+    assert_eq!(tokenizer.encode("a photo of a cat.").unwrap().0, [49406, 320, 1125, 539, 320, 2368, 269, 49407]);
+    assert_eq!(tokenizer.encode("Zürich 2024 🐧").unwrap().0, ZURICH);
+}
+
+const ZURICH: [u32; 11] = [49406, 89, 6522, 4021, 273, 271, 273, 275, 2074, 356, 49407];

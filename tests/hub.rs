@@ -1,0 +1,385 @@
+//! Models and adapters from a hub, against a server on loopback that speaks its endpoints.
+#![cfg(feature = "hub")]
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::{Arc, Condvar, Mutex};
+
+use common::World;
+use sha2::{Digest, Sha256};
+
+const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+const TOKEN: &str = "hf_right";
+
+/// How the server behaves, and what it was asked.
+#[derive(Default)]
+struct State {
+    files: HashMap<String, Vec<u8>>,
+    /// Nothing without this token.
+    private: bool,
+    /// Bytes of a large file after which the connection closes.
+    cut: Option<usize>,
+    /// Added to the size that is announced.
+    lie: usize,
+    /// Whether a byte of large files is changed on the way.
+    damaged: bool,
+    /// Large files wait until so many processes asked for them.
+    together: usize,
+    log: Vec<String>,
+}
+
+struct Hub {
+    port: u16,
+    state: Arc<(Mutex<State>, Condvar)>,
+}
+
+struct Request {
+    method: String,
+    path: String,
+    headers: HashMap<String, String>,
+}
+
+impl Hub {
+    fn new() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let state = Arc::new((Mutex::new(State::default()), Condvar::new()));
+        let shared = state.clone();
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let shared = shared.clone();
+                // A client that hangs up in the middle is part of the game.
+                std::thread::spawn(move || _ = serve(stream, port, &shared));
+            }
+        });
+        Self { port, state }
+    }
+
+    /// A repository with the files of a directory.
+    fn add(&self, id: &str, dir: &Path) {
+        for entry in walkdir::WalkDir::new(dir).into_iter().flatten().filter(|e| e.file_type().is_file()) {
+            let name = entry.path().strip_prefix(dir).unwrap().display();
+            self.state.0.lock().unwrap().files.insert(format!("{id}/{name}"), common::read(entry.path()));
+        }
+    }
+
+    fn set(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.state.0.lock().unwrap());
+    }
+
+    fn log(&self) -> Vec<String> {
+        self.state.0.lock().unwrap().log.clone()
+    }
+
+    fn peft(&self, w: &World, args: &[&str], env: &[(&str, &str)]) -> Output {
+        self.command(w, args, env).output().unwrap()
+    }
+
+    fn command(&self, w: &World, args: &[&str], env: &[(&str, &str)]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_peft"));
+        for name in ["HF_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY"] {
+            command.env_remove(name);
+        }
+        command.env("HF_ENDPOINT", format!("http://127.0.0.1:{}", self.port)).env("HF_HOME", w.path("hf"));
+        command.args(args).current_dir(w.dir.path()).envs(env.iter().copied());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    fn json(&self, w: &World, args: &[&str], env: &[(&str, &str)]) -> serde_json::Value {
+        let out = self.peft(w, &[args, &["--json"]].concat(), env);
+        assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+        serde_json::from_slice(&out.stdout).unwrap()
+    }
+
+    fn fails(&self, w: &World, args: &[&str], env: &[(&str, &str)], code: i32) -> String {
+        let out = self.peft(w, args, env);
+        let message = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert_eq!(out.status.code(), Some(code), "{args:?}: {message}");
+        message
+    }
+}
+
+fn serve(stream: TcpStream, port: u16, shared: &(Mutex<State>, Condvar)) -> std::io::Result<()> {
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut line = String::new();
+    reader.read_line(&mut line)?;
+    let mut parts = line.split_whitespace().map(ToString::to_string);
+    let (Some(method), Some(path)) = (parts.next(), parts.next()) else { return Ok(()) };
+    let mut headers = HashMap::new();
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line)?;
+        let Some((name, value)) = line.trim().split_once(':') else { break };
+        headers.insert(name.to_lowercase(), value.trim().to_string());
+    }
+    let request = Request { method, path, headers };
+    shared.0.lock().unwrap().log.push(format!("{} {} {}", request.method, request.path, request.headers.get("range").map_or("", |r| r)));
+    shared.1.notify_all();
+    match request.path.strip_prefix("/cdn/") {
+        Some(hash) => content(stream, &request, hash, shared),
+        None => resolve(stream, &request, port, shared),
+    }
+}
+
+fn respond(mut stream: TcpStream, status: &str, headers: &[(&str, &str)], body: &[u8], head: bool) -> std::io::Result<()> {
+    let mut text = format!("HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\n", body.len());
+    headers.iter().for_each(|(name, value)| text.push_str(&format!("{name}: {value}\r\n")));
+    stream.write_all(format!("{text}\r\n").as_bytes())?;
+    if head { Ok(()) } else { stream.write_all(body) }
+}
+
+fn hash(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// `/{owner}/{name}/resolve/{revision}/{file}`: small files come at once, large ones from another host.
+fn resolve(stream: TcpStream, request: &Request, port: u16, shared: &(Mutex<State>, Condvar)) -> std::io::Result<()> {
+    let head = request.method == "HEAD";
+    let state = shared.0.lock().unwrap();
+    let token = request.headers.get("authorization").map(|v| v.trim_start_matches("Bearer ").to_string());
+    if state.private && token.as_deref() != Some(TOKEN) {
+        let status = if token.is_some() { "403 Forbidden" } else { "401 Unauthorized" };
+        return respond(stream, status, &[("X-Error-Code", "GatedRepo"), ("X-Error-Message", "this model is gated")], b"{}", head);
+    }
+    let (id, rest) = request.path.trim_start_matches('/').split_once("/resolve/").unwrap();
+    let (revision, file) = rest.split_once('/').unwrap();
+    if !state.files.keys().any(|f| f.starts_with(&format!("{id}/"))) {
+        return respond(stream, "404 Not Found", &[("X-Error-Code", "RepoNotFound")], b"", head);
+    }
+    if !["main", "v1", COMMIT].contains(&revision) {
+        return respond(stream, "404 Not Found", &[("X-Error-Code", "RevisionNotFound")], b"", head);
+    }
+    let Some(bytes) = state.files.get(&format!("{id}/{file}")) else {
+        return respond(stream, "404 Not Found", &[("X-Error-Code", "EntryNotFound"), ("X-Repo-Commit", COMMIT)], b"", head);
+    };
+    let sha = hash(bytes);
+    let large = [".safetensors", ".bin", ".pt"].iter().any(|e| file.ends_with(e));
+    if !large {
+        return respond(stream, "200 OK", &[("X-Repo-Commit", COMMIT), ("ETag", &format!("\"{}\"", &sha[..40]))], bytes, head);
+    }
+    // Another name of the same host: a token must not follow there.
+    let (location, size) = (format!("http://localhost:{port}/cdn/{sha}"), (bytes.len() + state.lie).to_string());
+    let etag = format!("\"{sha}\"");
+    let headers = [
+        ("Location", location.as_str()),
+        ("X-Linked-Size", &size),
+        ("X-Linked-ETag", &etag),
+        ("X-Repo-Commit", COMMIT),
+        ("ETag", "\"of-the-redirect\""),
+    ];
+    respond(stream, "302 Found", &headers, b"", head)
+}
+
+/// The bytes of a large file, from where they are asked for.
+fn content(mut stream: TcpStream, request: &Request, sha: &str, shared: &(Mutex<State>, Condvar)) -> std::io::Result<()> {
+    assert!(!request.headers.contains_key("authorization"), "the token went to another host");
+    let mut state = shared.0.lock().unwrap();
+    if state.together > 0 {
+        let asked = |s: &State| s.log.iter().filter(|l| l.starts_with("HEAD") && l.contains("model.safetensors ")).count();
+        let limit = std::time::Duration::from_secs(20);
+        state = shared.1.wait_timeout_while(state, limit, |s| asked(s) < s.together).unwrap().0;
+    }
+    let mut bytes = state.files.values().find(|b| hash(b) == sha).unwrap().clone();
+    if state.damaged {
+        let last = bytes.len() - 1;
+        bytes[last] ^= 1;
+    }
+    let from: usize = request.headers.get("range").map_or(0, |r| r.trim_start_matches("bytes=").trim_end_matches('-').parse().unwrap());
+    let (cut, total) = (state.cut.unwrap_or(bytes.len()).min(bytes.len()), bytes.len());
+    drop(state);
+    let status = if from > 0 { "206 Partial Content" } else { "200 OK" };
+    let head = format!("HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", total - from);
+    stream.write_all(head.as_bytes())?;
+    stream.write_all(bytes.get(from..cut.max(from)).unwrap_or_default())
+}
+
+/// A base on disk and on a hub.
+fn world() -> (World, Hub) {
+    let (w, hub) = (World::new(), Hub::new());
+    hub.add("some/base", &w.path("base"));
+    (w, hub)
+}
+
+fn repo(w: &World) -> PathBuf {
+    w.path("hf/hub/models--some--base")
+}
+
+const OFFLINE: [(&str, &str); 1] = [("HF_HUB_OFFLINE", "1")];
+
+#[test]
+fn a_model_comes_once_and_stays_in_pythons_cache() {
+    let (w, hub) = world();
+    let local = w.json(&["inspect", "base"]);
+    let fetched = hub.json(&w, &["inspect", "some/base"], &[]);
+    assert_eq!(fetched["facts"]["digest"], local["facts"]["digest"]);
+    let link = repo(&w).join("snapshots").join(COMMIT).join("model.safetensors");
+    let target = std::fs::read_link(&link).unwrap();
+    assert_eq!(target, Path::new("../../blobs").join(hash(&common::read(&w.path("base/model.safetensors")))));
+    assert_eq!(std::fs::read_to_string(repo(&w).join("refs/main")).unwrap(), COMMIT);
+
+    let asked = hub.log().len();
+    assert_eq!(hub.json(&w, &["inspect", "some/base"], &OFFLINE)["facts"]["digest"], local["facts"]["digest"]);
+    assert_eq!(hub.log().len(), asked, "offline asks nobody");
+    hub.json(&w, &["inspect", "some/base"], &[]);
+    assert!(!hub.log()[asked..].iter().any(|l| l.starts_with("GET")), "{:?}", &hub.log()[asked..]);
+    let commit = format!("some/base@{COMMIT}");
+    let asked = hub.log().len();
+    hub.json(&w, &["inspect", &commit], &[]);
+    assert_eq!(hub.log().len(), asked, "a commit never changes");
+}
+
+#[test]
+fn weights_may_be_pickled_and_sharded() {
+    let (w, hub) = world();
+    std::fs::create_dir(w.path("bin")).unwrap();
+    for file in ["config.json", "tokenizer.json", "preprocessor_config.json"] {
+        std::fs::copy(w.path("base").join(file), w.path("bin").join(file)).unwrap();
+    }
+    let tensors = candle_core::safetensors::load(w.path("base/model.safetensors"), &candle_core::Device::Cpu).unwrap();
+    let mut names: Vec<_> = tensors.keys().cloned().collect();
+    names.sort();
+    let mut map = serde_json::Map::new();
+    for (i, part) in names.chunks(names.len().div_ceil(2)).enumerate() {
+        let shard = format!("model-0000{}-of-00002.safetensors", i + 1);
+        let held: Vec<_> = part.iter().map(|n| (n.clone(), tensors[n].clone())).collect();
+        peft::clip::weights::save(&w.path("bin").join(&shard), &held).unwrap();
+        part.iter().for_each(|n| _ = map.insert(n.clone(), shard.clone().into()));
+    }
+    w.write("bin/model.safetensors.index.json", &serde_json::json!({ "weight_map": map }).to_string());
+    hub.add("some/shards", &w.path("bin"));
+    let whole = w.json(&["inspect", "base"])["facts"]["digest"].clone();
+    assert_eq!(hub.json(&w, &["inspect", "some/shards@v1"], &[])["facts"]["digest"], whole);
+
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
+    hub.add("some/pickled", &data.join("open_clip/quick16"));
+    let pickled = hub.json(&w, &["inspect", "hf-hub:some/pickled"], &[]);
+    assert_eq!(pickled["facts"]["projection"], 12);
+    let legacy = w.path("legacy");
+    std::fs::create_dir(&legacy).unwrap();
+    for file in ["config.json", "pytorch_model.bin"] {
+        std::fs::copy(data.join("clip/margin").join(file), legacy.join(file)).unwrap();
+    }
+    for file in ["vocab.json", "merges.txt"] {
+        std::fs::copy(data.join("open_clip/hf").join(file), legacy.join(file)).unwrap();
+    }
+    hub.add("some/legacy", &legacy);
+    // Its token table has two rows less than that tokeniser.
+    assert!(hub.fails(&w, &["inspect", "some/legacy"], &[], 2).contains("vocab_size"));
+    assert!(repo(&w).with_file_name("models--some--legacy").join("snapshots").join(COMMIT).join("pytorch_model.bin").exists());
+}
+
+#[test]
+fn a_refused_token_says_what_to_do() {
+    let (w, hub) = world();
+    hub.set(|s| s.private = true);
+    let message = hub.fails(&w, &["inspect", "some/base"], &[], 2);
+    assert!(message.contains("401") && message.contains("HF_TOKEN") && message.contains("/some/base"), "{message}");
+    let message = hub.fails(&w, &["inspect", "some/base"], &[("HF_TOKEN", "hf_wrong")], 2);
+    assert!(message.contains("403") && message.contains("this model is gated"), "{message}");
+    std::fs::create_dir_all(w.path("hf")).unwrap();
+    w.write("hf/token", &format!("{TOKEN}\n"));
+    hub.json(&w, &["inspect", "some/base"], &[]);
+}
+
+#[test]
+fn an_interrupted_download_goes_on_where_it_stopped() {
+    let (w, hub) = world();
+    hub.set(|s| s.cut = Some(1000));
+    let message = hub.fails(&w, &["inspect", "some/base"], &[], 3);
+    assert!(message.contains("goes on where it stopped") && message.contains("1000"), "{message}");
+    let blob = repo(&w).join("blobs").join(hash(&common::read(&w.path("base/model.safetensors"))));
+    let part = PathBuf::from(format!("{}.incomplete", blob.display()));
+    assert_eq!(common::read(&part).len(), 1000);
+    hub.set(|s| s.cut = None);
+    let asked = hub.log().len();
+    hub.json(&w, &["inspect", "some/base"], &[]);
+    let gets: Vec<String> = hub.log()[asked..].iter().filter(|l| l.starts_with("GET /cdn")).cloned().collect();
+    assert!(gets.len() == 1 && gets[0].ends_with("bytes=1000-"), "{gets:?}");
+    assert!(!part.exists());
+    assert_eq!(common::read(&blob), common::read(&w.path("base/model.safetensors")));
+}
+
+#[test]
+fn what_is_not_what_was_announced_is_refused() {
+    let (w, hub) = world();
+    hub.set(|s| s.lie = 7);
+    let message = hub.fails(&w, &["inspect", "some/base"], &[], 3);
+    assert!(message.contains("expected") && message.contains("bytes"), "{message}");
+    // All bytes that there are did come; what follows begins anew.
+    std::fs::remove_dir_all(w.path("hf")).unwrap();
+    hub.set(|s| (s.lie, s.damaged) = (0, true));
+    let message = hub.fails(&w, &["inspect", "some/base"], &[], 3);
+    assert!(message.contains("sha256"), "{message}");
+    assert!(!repo(&w).join("snapshots").join(COMMIT).join("model.safetensors").exists());
+    hub.set(|s| s.damaged = false);
+    hub.json(&w, &["inspect", "some/base"], &[]);
+}
+
+#[test]
+fn offline_and_unreachable() {
+    let (w, hub) = world();
+    let message = hub.fails(&w, &["inspect", "some/base"], &OFFLINE, 2);
+    assert!(message.contains("HF_HUB_OFFLINE") && message.contains("hf"), "{message}");
+    let nobody = [("HF_ENDPOINT", "http://127.0.0.1:1")];
+    let message = hub.fails(&w, &["inspect", "some/base"], &nobody, 3);
+    assert!(message.contains("cannot be reached") && message.contains("HF_HUB_OFFLINE"), "{message}");
+    hub.json(&w, &["inspect", "some/base"], &[]);
+    let out = hub.peft(&w, &["embed", "--model", "some/base", "--texts", "recipe.yaml", "--output", "o.safetensors"], &nobody);
+    let message = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success() && message.contains("files come from the cache"), "{message}");
+}
+
+#[test]
+fn two_processes_fetch_a_file_once() {
+    let (w, hub) = world();
+    hub.set(|s| s.together = 2);
+    let children: Vec<_> = (0..2).map(|_| hub.command(&w, &["inspect", "some/base", "--json"], &[]).spawn().unwrap()).collect();
+    for child in children {
+        let out = child.wait_with_output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    }
+    let gets = hub.log().iter().filter(|l| l.starts_with("GET /cdn")).count();
+    assert_eq!(gets, 1);
+}
+
+#[test]
+fn what_is_not_there_is_said() {
+    let (w, hub) = world();
+    assert!(hub.fails(&w, &["inspect", "some/other"], &[], 2).contains("no such model"));
+    assert!(hub.fails(&w, &["inspect", "some/base@v9"], &[], 2).contains("no revision `v9`"));
+    std::fs::create_dir(w.path("siglip")).unwrap();
+    w.write("siglip/config.json", r#"{"model_type": "siglip"}"#);
+    w.write("siglip/model.safetensors", "x");
+    hub.add("some/siglip", &w.path("siglip"));
+    assert!(hub.fails(&w, &["inspect", "some/siglip"], &[], 2).contains("SigLIP"));
+    assert!(!hub.log().iter().any(|l| l.contains("some/siglip") && l.contains("model.safetensors")), "weights were not asked for");
+    let asked = hub.log().len();
+    assert!(hub.fails(&w, &["inspect", "./some/base"], &[], 2).contains("no such"));
+    std::fs::create_dir_all(w.path("some")).unwrap();
+    std::fs::rename(w.path("base"), w.path("some/base")).unwrap();
+    hub.json(&w, &["inspect", "some/base"], &[]);
+    assert_eq!(hub.log().len(), asked, "a directory wins over an id");
+}
+
+#[test]
+fn adapters_come_from_the_hub_and_recipes_name_bases_there() {
+    let (w, hub) = world();
+    let recipe = w.recipe("lora: { rank: 2 }").replace("model: base", "model: some/base@v1").replace("epochs: 4", "epochs: 1");
+    w.write("hub.yaml", &recipe);
+    hub.json(&w, &["train", "hub.yaml"], &[]);
+    hub.add("some/adapter", &w.path("run/adapter"));
+    let args = ["predict", "--model", "some/base", "data/red/0.png", "--adapter"];
+    let ours = hub.json(&w, &[&args[..], &["run/adapter"]].concat(), &[]);
+    assert_eq!(hub.json(&w, &[&args[..], &["some/adapter"]].concat(), &[]), ours);
+    assert_eq!(hub.json(&w, &["inspect", "some/adapter"], &[])["kind"], "adapter");
+    hub.json(&w, &["merge", "--model", "some/base", "--adapter", "some/adapter=0.5", "--output", "merged"], &[]);
+    let message = hub.fails(&w, &[&args[..], &["some/base"]].concat(), &[], 2);
+    assert!(message.contains("adapter_config.json"), "{message}");
+}
