@@ -5,7 +5,7 @@ use std::path::Path;
 
 /// Each module and what it may import; `session` and `cli` put everything together. What is right about
 /// this table is the direction: nothing below knows of recipes, nothing but `cli` of the command line.
-const TABLE: [(&str, &[&str]); 20] = [
+const TABLE: [(&str, &[&str]); 27] = [
     ("error", &[]),
     ("named", &[]),
     ("builtin", &[]),
@@ -19,12 +19,19 @@ const TABLE: [(&str, &[&str]); 20] = [
     ("task", &["clip", "data", "error", "report"]),
     ("train", &["clip", "data", "delta", "error", "named", "optim", "report", "task"]),
     ("recipe", &["clip", "data", "error", "files", "named", "task", "train"]),
-    ("run", &["error", "files", "recipe", "report", "train"]),
+    ("events", &["error"]),
+    ("change", &["error"]),
+    ("figures", &[]),
+    ("comparison", &["figures"]),
+    ("page", &["change", "comparison", "error", "figures", "report", "train"]),
+    ("run", &["error", "events", "files", "recipe", "report", "train"]),
     ("estimate", &["clip", "delta", "train"]),
     ("merge", &["clip", "delta", "error", "files"]),
     ("model", &["clip", "data", "delta", "error", "task"]),
     ("embed", &["clip", "data", "error", "files", "model"]),
     ("inspect", &["clip", "delta", "error", "files", "recipe", "run"]),
+    ("compare", &["comparison", "data", "error", "figures", "files", "page", "recipe", "report", "run", "task", "train"]),
+    ("measure", &["clip", "compare", "comparison", "data", "delta", "error", "merge", "page", "recipe", "run", "session", "task", "train"]),
     ("bench", &["error", "recipe", "report", "session", "train"]),
 ];
 

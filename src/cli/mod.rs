@@ -13,9 +13,11 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 
 mod bench;
+mod compare;
 mod embed;
 mod eval;
 mod inspect;
+mod jobs;
 mod merge;
 mod predict;
 mod progress;
@@ -63,6 +65,8 @@ enum Verb {
     Embed(embed::EmbedArgs),
     /// Fold adapters into the base
     Merge(merge::MergeArgs),
+    /// Run methods side by side under one protocol, and say what each reaches, costs and forgets
+    Compare(compare::CompareArgs),
     /// Describe a base, an adapter, a run or a recipe
     Inspect(inspect::InspectArgs),
     /// Time training steps
@@ -171,6 +175,7 @@ fn run(cli: Cli) -> Result<()> {
         Verb::Predict(args) => predict::run(&args, &context),
         Verb::Embed(args) => embed::run(args, &context),
         Verb::Merge(args) => merge::run(args, &context),
+        Verb::Compare(args) => compare::run(args, &context),
         Verb::Inspect(args) => inspect::run(&args, &context),
         Verb::Bench(args) => bench::run(&args, &context),
         Verb::Recipes(args) => recipes::run(&args, &context),
