@@ -109,9 +109,12 @@
 
 pub mod bench;
 pub mod builtin;
+pub mod change;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod clip;
+pub mod compare;
+pub mod comparison;
 pub mod data;
 pub mod delta;
 pub mod device;
@@ -121,13 +124,17 @@ pub mod draft;
 pub mod embed;
 pub mod error;
 pub mod estimate;
+pub mod events;
+pub mod figures;
 pub mod files;
 pub mod hub;
 pub mod inspect;
+pub mod measure;
 pub mod merge;
 pub mod model;
 pub mod named;
 pub mod optim;
+pub mod page;
 pub mod recipe;
 pub mod report;
 pub mod run;

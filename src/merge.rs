@@ -234,6 +234,17 @@ fn expected(base: &Base, adapters: Vec<Weighted>, tensors: &[(String, Tensor)]) 
     probe(&clip, &base.tokenizer, &Patches::none())
 }
 
+/// A base with an adapter folded in, in memory, to compute as the base does; the adapter comes back.
+///
+/// # Errors
+/// When a folded weight is not finite.
+pub fn folded_clip(base: &Base, patches: Patches) -> Result<(Clip, Patches)> {
+    let mut weighted = [(patches, 1.0)];
+    let (tensors, _) = folded(base, &weighted, DType::F32)?;
+    let clip = Clip::new(base.clip.config(), tensors.into_iter().collect(), base.clip.dtype(), base.clip.device())?;
+    Ok((clip, std::mem::take(&mut weighted[0].0)))
+}
+
 /// Writes a model that was trained from random weights as a base of its own, f32.
 ///
 /// # Errors

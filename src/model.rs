@@ -85,15 +85,7 @@ impl Model {
     pub fn from_base(base: impl Into<Arc<Base>>) -> Self {
         let base = base.into();
         let notes = base.source.notes().to_vec();
-        Self {
-            base,
-            adapters: Vec::new(),
-            patches: Patches::none(),
-            manifest: None,
-            head: None,
-            options: DecodeOptions::default(),
-            notes,
-        }
+        Self { base, adapters: Vec::new(), patches: Patches::none(), manifest: None, head: None, options: DecodeOptions::default(), notes }
     }
 
     /// Another model on the same base, without adapters. The base stays in memory once, however many models share it.

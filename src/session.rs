@@ -6,21 +6,23 @@ use std::sync::Arc;
 use candle_core::Device;
 use serde_json::json;
 
+use crate::change::{Change, changes};
 use crate::clip::base::Base;
 use crate::clip::decode::DecodeOptions;
 use crate::clip::source::Source;
-use crate::data::{Dataset, Images, Split};
+use crate::data::{Dataset, Example, Images, Split};
 use crate::delta::{self, Adapters, BaseRef, Delta, Manifest};
 use crate::error::{Error, Result};
 use crate::estimate::{Estimate, Load, estimate};
 use crate::hub;
 use crate::merge;
+use crate::page;
 use crate::recipe::{ModelConfig, Recipe};
-use crate::report::{Evaluation, TrainReport, peak_rss_mib};
+use crate::report::{Evaluation, Prediction, TrainReport, peak_rss_mib};
 use crate::run::{Existing, Opened, RunDir};
 use crate::task::prompts::{self, Pad};
 use crate::task::{Task, TaskConfig, TaskParts};
-use crate::train::{Event, FeatureSource, Features, Observer, Run, StepRecord, Trainer};
+use crate::train::{Event, FeatureSource, Features, Observer, Run, Trainer};
 
 /// What a recipe names, opened.
 pub struct Session {
@@ -220,7 +222,7 @@ fn to_json(value: &impl serde::Serialize) -> Result<serde_json::Value> {
     serde_json::to_value(value).map_err(|e| Error::fault("peft.json", e))
 }
 
-/// Passes events on and writes each step to `metrics.jsonl`.
+/// Passes events on and writes steps and epochs to `metrics.jsonl` and for TensorBoard.
 struct Logged<'a> {
     inner: &'a mut dyn Observer,
     run: RunDir,
@@ -229,22 +231,19 @@ struct Logged<'a> {
 
 impl Observer for Logged<'_> {
     fn event(&mut self, event: Event<'_>) {
-        if let Event::Step(record) = &event {
-            self.log(record);
+        let logged = match &event {
+            Event::Step(record) => self.run.log(record),
+            Event::Epoch(record) => self.run.log_epoch(record),
+            _ => Ok(()),
+        };
+        if let Err(e) = logged {
+            self.failed.get_or_insert(e);
         }
         self.inner.event(event);
     }
 
     fn stop(&self) -> Option<i32> {
         self.inner.stop()
-    }
-}
-
-impl Logged<'_> {
-    fn log(&mut self, record: &StepRecord) {
-        if let Err(e) = self.run.log(record) {
-            self.failed.get_or_insert(e);
-        }
     }
 }
 
@@ -269,7 +268,7 @@ pub fn train(recipe: Recipe, existing: Existing, device: &Device, observer: &mut
         trainer.resume(&mut state, &run.checkpoint())?;
     }
     let mut logged = Logged { inner: observer, run: *run, failed: None };
-    logged.run.open_metrics(state.state().step)?;
+    logged.run.open_metrics(state.state().step, session.recipe.train.tensorboard)?;
     let done = session.execute(&mut trainer, &mut state, &mut logged);
     if let Err(e) = &done {
         // The disk may be what failed; the error itself is the one to report.
@@ -282,12 +281,23 @@ pub fn train(recipe: Recipe, existing: Existing, device: &Device, observer: &mut
     }
 }
 
+/// What the adapters change of the base, and which of them do not fold.
+fn changed(trainer: &mut Trainer<'_>) -> Result<(Vec<Change>, Vec<String>)> {
+    let Adapters { view, methods, .. } = &mut *trainer.adapters;
+    let why =
+        view.iter().zip(&*methods).filter_map(|(p, m)| Some(format!("{} does not fold into the base: {}.", m.name(), p.unfoldable()?)));
+    let why = why.collect();
+    Ok((changes(trainer.base.clip.sites(), view)?, why))
+}
+
 impl Session {
     fn execute(&self, trainer: &mut Trainer<'_>, run: &mut Run, logged: &mut Logged<'_>) -> Result<TrainReport> {
         let split = self.reported();
         if run.state().before.is_none() {
             logged.event(Event::Phase("before", Some(self.data.split(split).len())));
-            run.set_before(trainer.evaluate(split, logged)?);
+            let before = trainer.evaluate(split, logged)?;
+            logged.run.log_evaluation(&split.to_string(), run.state().step, &before)?;
+            run.set_before(before);
         }
         if let Some(before) = &run.state().before {
             logged.event(Event::Before(before));
@@ -302,16 +312,54 @@ impl Session {
         trainer.train(run, Some(&checkpoint), logged)?;
         logged.event(Event::Phase("after", Some(self.data.split(split).len())));
         let after = trainer.evaluate(split, logged)?;
+        logged.run.log_evaluation(&split.to_string(), run.state().step, &after)?;
         for warning in trainer.task.warnings() {
             logged.event(Event::Warning(warning));
         }
+        let (changes, unfoldable) = changed(trainer)?;
         let bytes = delta::save(&logged.run.adapter(), trainer.adapters, self.base.clip.sites(), &self.manifest(&after)?)?;
         if matches!(self.recipe.model, ModelConfig::Scratch(_)) {
             merge::write_trained(&self.base, std::mem::take(&mut trainer.adapters.view), &logged.run.model())?;
         }
         let report = self.report(trainer, run, split, after, bytes, logged.run.path());
-        logged.run.finish(&report, report.after.as_ref().map_or(&[], |e| &e.predictions))?;
+        let predictions = report.after.as_ref().map_or(&[][..], |e| &e.predictions);
+        let page = self.page(&report, &logged.run, split, &changes, &unfoldable)?;
+        logged.run.finish(&report, predictions, &page)?;
         Ok(report)
+    }
+
+    /// `report.html`.
+    fn page(&self, report: &TrainReport, run: &RunDir, split: Split, changes: &[Change], unfoldable: &[String]) -> Result<String> {
+        let base = base_ref(&self.base, self.recipe.model.spec());
+        let digests = [
+            ("program", format!("peft {}", report.version)),
+            ("base", base.digest),
+            ("tokeniser", base.tokenizer),
+            ("preprocessing", base.preprocess),
+            ("recipe", format!("blake3:{}", blake3::hash(self.recipe.to_yaml()?.as_bytes()).to_hex())),
+        ];
+        let mistakes = self.mistakes(report, split)?;
+        let (recipe, steps) = (self.recipe.to_yaml()?, run.steps()?);
+        page::report(&page::RunPage { report, recipe: &recipe, steps: &steps, mistakes: &mistakes, changes, unfoldable, digests: &digests })
+    }
+
+    /// Wrong predictions, the most confident first.
+    fn mistakes(&self, report: &TrainReport, split: Split) -> Result<Vec<page::Mistake>> {
+        const SHOWN: usize = 24;
+        let all = report.after.iter().filter(|e| e.classification.is_some()).flat_map(|e| e.predictions.iter().zip(self.data.split(split)));
+        let confidence = |p: &Prediction| p.scores.iter().copied().fold(0.0, f32::max);
+        let mut wrong: Vec<_> = all.filter(|(p, _)| p.label.as_deref() != Some(&p.prediction)).collect();
+        wrong.sort_by(|a, b| confidence(b.0).total_cmp(&confidence(a.0)));
+        let one = |(p, example): (&Prediction, &Example)| {
+            Ok(page::Mistake {
+                id: p.id.clone(),
+                image: page::thumbnail(&self.images.open(example)?)?,
+                label: p.label.clone().unwrap_or_default(),
+                prediction: p.prediction.clone(),
+                confidence: confidence(p),
+            })
+        };
+        wrong.into_iter().take(SHOWN).map(one).collect()
     }
 
     fn report(&self, trainer: &Trainer<'_>, run: &Run, split: Split, after: Evaluation, bytes: u64, path: &Path) -> TrainReport {
@@ -336,6 +384,8 @@ impl Session {
             total_parameters: self.total_parameters(trainer.adapters),
             adapter_bytes: bytes,
             seconds: run.seconds(),
+            step_seconds: state.step_seconds,
+            images: state.images,
             peak_rss_mib: peak_rss_mib(),
             examples: [self.data.train.len(), self.data.val.len(), self.data.test.len()],
             skipped_images: self.data.skipped,
@@ -411,31 +461,41 @@ pub struct EvalOptions {
 /// # Errors
 /// When the adapter does not fit or the split is empty.
 pub fn evaluate(recipe: Recipe, options: &EvalOptions, device: &Device, observer: &mut dyn Observer) -> Result<Evaluation> {
-    let session = Session::open(recipe, device, observer)?;
-    let examples = session.data.split(options.split).len();
-    if examples == 0 {
-        return Err(Error::input("--split", format!("the {} split is empty", options.split)));
-    }
-    let sites = session.base.clip.sites();
-    let delta = options.adapter.as_deref().map(Delta::read).transpose()?;
-    let mut adapters = match &delta {
-        None => Adapters::plan(&[], sites, 0, device)?,
-        Some(delta) => {
-            for note in delta.check_base(&session.base, options.allow_base_mismatch)? {
-                observer.event(Event::Note(note));
-            }
-            delta.apply(&session.base.clip)?
+    Session::open(recipe, device, observer)?.evaluate(options, observer)
+}
+
+impl Session {
+    /// [`evaluate`] for a session that is open.
+    ///
+    /// # Errors
+    /// As [`evaluate`].
+    pub fn evaluate(&self, options: &EvalOptions, observer: &mut dyn Observer) -> Result<Evaluation> {
+        let device = self.base.clip.device();
+        let examples = self.data.split(options.split).len();
+        if examples == 0 {
+            return Err(Error::input("--split", format!("the {} split is empty", options.split)));
         }
-    };
-    let task = session.task(&mut adapters)?;
-    if let Some(delta) = delta.filter(|_| adapters.params.iter().any(|p| p.name.starts_with("head."))) {
-        delta.fill(&adapters.params)?;
-    }
-    let mut trainer = session.trainer(&mut adapters, task)?;
-    observer.event(Event::Phase("evaluate", Some(examples)));
-    let found = trainer.evaluate(options.split, observer)?;
-    match found.loss.is_finite() {
-        true => Ok(found),
-        false => Err(Error::fault("evaluation", "the loss is not finite").hint("the adapter's weights may be too large for this base")),
+        let sites = self.base.clip.sites();
+        let delta = options.adapter.as_deref().map(Delta::read).transpose()?;
+        let mut adapters = match &delta {
+            None => Adapters::plan(&[], sites, 0, device)?,
+            Some(delta) => {
+                for note in delta.check_base(&self.base, options.allow_base_mismatch)? {
+                    observer.event(Event::Note(note));
+                }
+                delta.apply(&self.base.clip)?
+            }
+        };
+        let task = self.task(&mut adapters)?;
+        if let Some(delta) = delta.filter(|_| adapters.params.iter().any(|p| p.name.starts_with("head."))) {
+            delta.fill(&adapters.params)?;
+        }
+        let mut trainer = self.trainer(&mut adapters, task)?;
+        observer.event(Event::Phase("evaluate", Some(examples)));
+        let found = trainer.evaluate(options.split, observer)?;
+        match found.loss.is_finite() {
+            true => Ok(found),
+            false => Err(Error::fault("evaluation", "the loss is not finite").hint("the adapter's weights may be too large for this base")),
+        }
     }
 }

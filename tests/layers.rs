@@ -5,7 +5,7 @@ use std::path::Path;
 
 /// Each module and what it may import; `session` and `cli` put everything together. What is right about
 /// this table is the direction: nothing below knows of recipes, nothing but `cli` of the command line.
-const TABLE: [(&str, &[&str]); 26] = [
+const TABLE: [(&str, &[&str]); 33] = [
     ("error", &[]),
     ("named", &[]),
     ("builtin", &[]),
@@ -20,7 +20,12 @@ const TABLE: [(&str, &[&str]); 26] = [
     ("task", &["clip", "data", "error", "report"]),
     ("train", &["clip", "data", "delta", "error", "named", "optim", "report", "task"]),
     ("recipe", &["clip", "data", "error", "files", "named", "task", "train"]),
-    ("run", &["error", "files", "recipe", "report", "train"]),
+    ("events", &["error"]),
+    ("change", &["error"]),
+    ("figures", &[]),
+    ("comparison", &["figures"]),
+    ("page", &["change", "comparison", "error", "figures", "report", "train"]),
+    ("run", &["error", "events", "files", "recipe", "report", "train"]),
     ("estimate", &["clip", "delta", "train"]),
     ("merge", &["clip", "delta", "error", "files"]),
     ("model", &["clip", "data", "delta", "error", "task"]),
@@ -31,6 +36,8 @@ const TABLE: [(&str, &[&str]); 26] = [
     ("runs", &["error", "recipe", "report", "run"]),
     ("draft", &["data", "error", "recipe"]),
     ("doctor", &["device", "files", "train"]),
+    ("compare", &["comparison", "data", "error", "figures", "files", "page", "recipe", "report", "run", "task", "train"]),
+    ("measure", &["clip", "compare", "comparison", "data", "delta", "error", "merge", "page", "recipe", "run", "session", "task", "train"]),
     ("bench", &["error", "recipe", "report", "session", "train"]),
 ];
 

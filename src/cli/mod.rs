@@ -18,6 +18,7 @@ use crate::model::Model;
 use crate::session::fetched;
 
 mod bench;
+mod compare;
 mod completions;
 mod convert;
 mod data;
@@ -25,6 +26,7 @@ mod doctor;
 mod embed;
 mod eval;
 mod inspect;
+mod jobs;
 mod man;
 mod merge;
 mod new;
@@ -95,6 +97,8 @@ enum Verb {
     /// Fold adapters into the base
     #[command(after_help = merge::EXAMPLES)]
     Merge(merge::MergeArgs),
+    /// Run methods side by side under one protocol, and say what each reaches, costs and forgets
+    Compare(compare::CompareArgs),
     /// Describe a base, an adapter, a run or a recipe
     #[command(after_help = inspect::EXAMPLES)]
     Inspect(inspect::InspectArgs),
@@ -303,6 +307,7 @@ fn run(cli: Cli) -> Result<()> {
         Verb::Embed(args) => embed::run(args, &context),
         Verb::Convert(args) => convert::run(&args, &context),
         Verb::Merge(args) => merge::run(args, &context),
+        Verb::Compare(args) => compare::run(args, &context),
         Verb::Inspect(args) => inspect::run(&args, &context),
         Verb::Data(args) => data::run(&args, &context),
         Verb::New(args) => new::run(args, &context),

@@ -41,6 +41,9 @@ pub(super) struct TrainArgs {
     /// Check model, data, classes and targets, estimate memory, print the resolved recipe; train nothing
     #[arg(long)]
     check: bool,
+    /// Stop as after SIGTERM when stdin ends: so a process that started this one takes it along, however it ends
+    #[arg(long, hide = true)]
+    stop_with_stdin: bool,
 }
 
 pub(super) fn run(args: TrainArgs, context: &Context) -> Result<()> {
@@ -61,6 +64,9 @@ pub(super) fn run(args: TrainArgs, context: &Context) -> Result<()> {
         return context.print(&checked, || check_text(&checked, &yaml));
     }
     progress.listen();
+    if args.stop_with_stdin {
+        progress.listen_to_stdin();
+    }
     let (report, finished_before) = session::train(recipe, existing, &context.device, &mut progress)?;
     if finished_before {
         progress.say("this run was finished before; nothing was changed");

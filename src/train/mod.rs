@@ -167,7 +167,10 @@ impl<'a> Trainer<'a> {
         let total = self.total_steps();
         let mut stepper = Stepper::new(self, run.state.step, total, observer)?;
         while run.state.step < total && !run.state.stopped_early {
+            let start = Instant::now();
             let record = stepper.step(self, run)?;
+            run.state.step_seconds += start.elapsed().as_secs_f64();
+            run.state.images += record.images;
             observer.event(Event::Step(&record));
             let epoch_done = run.state.step.is_multiple_of(stepper.steps_per_epoch()) || run.state.step == total;
             if epoch_done {
