@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::clip::base::Base;
-use crate::delta::{Delta, Manifest};
+use crate::delta::{Delta, Manifest, bundled};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::recipe::Recipe;
@@ -81,6 +81,7 @@ fn base(spec: &str) -> Result<Inspected> {
     let (config, sites) = (base.clip.config(), base.clip.sites());
     let (v, t) = (&config.vision, &config.text);
     let tower = |dim: usize, depth: usize, heads: usize| format!("{depth} blocks, width {dim}, {heads} heads");
+    let adapters: Vec<Value> = bundled(spec)?.iter().map(|dir| Ok(json!(adapter(dir)?.facts))).collect::<Result<_>>()?;
     let linear = sites.summary(|s| matches!(s.kind, peft_adapters::SiteKind::Linear { .. }));
     Ok(Inspected {
         kind: "base",
@@ -109,7 +110,10 @@ fn base(spec: &str) -> Result<Inspected> {
             ),
             ("projection", json!(config.projection_dim)),
             ("linear_sites", json!(linear)),
-        ]),
+        ])
+        .into_iter()
+        .chain((!adapters.is_empty()).then(|| ("adapters".to_string(), json!(adapters))))
+        .collect(),
         tensors: rows(sites.weights().map(|(_, w)| (w.name.as_str(), w.tensor.dims()))),
     })
 }

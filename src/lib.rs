@@ -6,6 +6,8 @@
 
 pub mod bench;
 pub mod builtin;
+pub mod bundle;
+pub mod classifier;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod clip;

@@ -3,13 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::Device;
+use candle_core::{DType, Device, Tensor};
+use peft_adapters::{ClassName, Sites, Step, TaskFacts};
 use serde_json::json;
 
+use crate::clip::TextBatch;
 use crate::clip::base::Base;
 use crate::clip::decode::DecodeOptions;
 use crate::data::{Dataset, Images, Split};
-use crate::delta::{self, Adapters, BaseRef, Delta, Manifest};
+use crate::delta::{self, Adapters, BaseRef, Delta, Manifest, bundled};
 use crate::error::{Error, Result};
 use crate::estimate::{Estimate, Load, estimate};
 use crate::merge;
@@ -61,7 +63,8 @@ impl Session {
     pub fn plan(&self) -> Result<(Adapters, Box<dyn Task>)> {
         let recipe = &self.recipe;
         let clip = &self.base.clip;
-        let mut adapters = Adapters::plan(&recipe.method, clip.sites(), recipe.train.seed, clip.device())?;
+        let mut adapters = Adapters::plan(&recipe.method, &self.sites(), recipe.train.seed, clip.device())?;
+        self.put_beneath(&mut adapters)?;
         let task = self.task(&mut adapters)?;
         if let Some(dir) = &recipe.train.init_adapter {
             Delta::read(dir)?.fill(&adapters.params)?;
@@ -69,8 +72,34 @@ impl Session {
         Ok((adapters, task))
     }
 
+    /// The model's sites with what methods may want to know of the task.
+    fn sites(&self) -> Sites {
+        let classes = if matches!(self.recipe.task, TaskConfig::Classify(_)) { self.data.classes.len() } else { 0 };
+        self.base.clip.sites().for_task(TaskFacts { classes, examples: self.data.train.len() })
+    }
+
+    /// What a bundle brings along goes beneath the recipe's methods.
+    fn put_beneath(&self, adapters: &mut Adapters) -> Result<()> {
+        let ModelConfig::Pretrained(spec) = &self.recipe.model else { return Ok(()) };
+        for dir in bundled(spec)? {
+            let delta = Delta::read(&dir)?;
+            if !delta.own.is_empty() {
+                return Err(Error::input(dir.display(), "is a linear head, which a recipe trains or evaluates by itself")
+                    .hint("name the base that the bundle was made of, and the adapter by --adapter or train.init_adapter"));
+            }
+            let [training, reading] = [delta.apply(&self.base.clip)?, delta.apply(&self.base.clip)?];
+            self.check_classes(&delta, &reading)?;
+            adapters.put_beneath([training.view, reading.view]);
+        }
+        Ok(())
+    }
+
     /// Builds the task, which adds its own parameters.
     fn task(&self, adapters: &mut Adapters) -> Result<Box<dyn Task>> {
+        if adapters.view.per_image() && !matches!(self.recipe.task, TaskConfig::Classify(_)) {
+            return Err(Error::input("method", "a method that encodes class prompts for each image (cocoop) needs classes")
+                .hint("task: classify, or coop in its place"));
+        }
         let parts = TaskParts {
             clip: &self.base.clip,
             tokenizer: &self.base.tokenizer,
@@ -111,6 +140,27 @@ impl Session {
         })
     }
 
+    /// What there is of everything while training, learnt tokens included.
+    fn load(&self, adapters: &mut Adapters, texts: usize) -> Result<Load> {
+        let (clip, view) = (&self.base.clip, &mut adapters.view);
+        view.prepare(&Step::eval())?;
+        let (height, width) = self.images.size();
+        let blank = Tensor::zeros((1, 3, height, width), DType::F32, &Device::Cpu)?;
+        let longest = self.longest_text(self.base.tokenizer.context())?;
+        // Of the longest text: how many tokens a method makes of it.
+        let (words, config) = (longest.saturating_sub(1).max(1), &clip.config().text);
+        let mut ids = vec![config.pad_token_id; words];
+        ids.push(config.eos_token_id);
+        let name = ClassName { class: 0, start: 1.min(words as u32), len: words as u32 - 1 };
+        let text = TextBatch { pool: vec![words as u32], ..TextBatch::new(&[ids], None, config, clip.device())? };
+        Ok(Load {
+            texts,
+            tokens: clip.text_trunk(&text.with_names(vec![name]), 0, view)?.x.dim(1)?,
+            image_tokens: clip.image_trunk(&blank, 1, view)?.x.dim(1)?,
+            images: self.data.train.len() + self.data.val.len(),
+        })
+    }
+
     /// Tokens of the longest text, at most `context`.
     fn longest_text(&self, context: usize) -> Result<usize> {
         let (texts, pad): (Vec<String>, _) = match &self.recipe.task {
@@ -122,6 +172,16 @@ impl Session {
         }
         let (ids, _) = self.base.tokenizer.encode_all(&texts)?;
         Ok(ids.iter().map(Vec::len).max().unwrap_or(0))
+    }
+
+    /// What an adapter holds for each class is of use for these classes only.
+    fn check_classes(&self, delta: &Delta, adapters: &Adapters) -> Result<()> {
+        let known = delta.manifest.as_ref().map(|m| m.classes.as_slice()).unwrap_or_default();
+        if !adapters.view.class_bound() || known.is_empty() || known == self.data.classes {
+            return Ok(());
+        }
+        let message = format!("holds something for each of its {} classes, and the data has other ones", known.len());
+        Err(Error::input(delta.dir.display(), message).hint("evaluate it on the classes that it was trained for, in their order"))
     }
 
     /// Everything that activations of the base depend on, the images apart.
@@ -258,7 +318,7 @@ impl Session {
         for warning in trainer.task.warnings() {
             logged.event(Event::Warning(warning));
         }
-        let bytes = delta::save(&logged.run.adapter(), trainer.adapters, self.base.clip.sites(), &self.manifest(&after)?)?;
+        let bytes = delta::save(&logged.run.adapter(), trainer.adapters, &self.sites(), &self.manifest(&after)?)?;
         if matches!(self.recipe.model, ModelConfig::Scratch(_)) {
             merge::write_trained(&self.base, std::mem::take(&mut trainer.adapters.view), &logged.run.model())?;
         }
@@ -313,6 +373,8 @@ pub struct Checked {
     pub total_parameters: usize,
     /// Optimiser steps.
     pub steps: usize,
+    /// Texts that go through the text tower in a training step: the class prompts, and with `cocoop` all of them for each image.
+    pub texts_per_step: usize,
     /// Bytes of memory by what they are for.
     pub memory: Estimate,
 }
@@ -326,14 +388,12 @@ pub fn check(recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Re
     let (mut adapters, task) = session.plan()?;
     let total_parameters = session.total_parameters(&adapters);
     let trainable_parameters = adapters.params.count();
-    let context = session.base.tokenizer.context();
-    let (batch, classes) = (session.recipe.train.batch, session.data.classes.len());
+    let train = &session.recipe.train;
     let texts = match &session.recipe.task {
-        TaskConfig::Classify(c) => classes * c.templates.len(),
-        TaskConfig::Retrieve(_) => batch,
+        TaskConfig::Classify(c) => session.data.classes.len() * c.templates.len() * if adapters.view.per_image() { train.batch } else { 1 },
+        TaskConfig::Retrieve(_) => train.batch,
     };
-    let images = session.data.train.len() + session.data.val.len();
-    let load = Load { texts, tokens: session.longest_text(context)?, images };
+    let load = session.load(&mut adapters, texts)?;
     let memory = estimate(session.base.clip.config(), &adapters, &session.recipe.train, load);
     let steps = session.trainer(&mut adapters, task)?.total_steps();
     let data = &session.data;
@@ -343,6 +403,7 @@ pub fn check(recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Re
         trainable_parameters,
         total_parameters,
         steps,
+        texts_per_step: texts,
         memory,
         recipe: session.recipe,
     })
@@ -377,9 +438,12 @@ pub fn evaluate(recipe: Recipe, options: &EvalOptions, device: &Device, observer
             for note in delta.check_base(&session.base, options.allow_base_mismatch)? {
                 observer.event(Event::Note(note));
             }
-            delta.apply(&session.base.clip)?
+            let adapters = delta.apply(&session.base.clip)?;
+            session.check_classes(delta, &adapters)?;
+            adapters
         }
     };
+    session.put_beneath(&mut adapters)?;
     let task = session.task(&mut adapters)?;
     if let Some(delta) = delta.filter(|_| adapters.params.iter().any(|p| p.name.starts_with("head."))) {
         delta.fill(&adapters.params)?;
