@@ -109,7 +109,9 @@
 
 pub mod bench;
 pub mod builtin;
+pub mod bundle;
 pub mod change;
+pub mod classifier;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod clip;

@@ -11,7 +11,7 @@ use crate::clip::base::Base;
 use crate::clip::decode::{self, DecodeOptions};
 use crate::clip::model::{all_finite, class_logits, unit_rows};
 use crate::data::check_classes;
-use crate::delta::{Adapters, Delta, Manifest};
+use crate::delta::{Adapters, Delta, Manifest, bundled};
 use crate::error::{Error, Result};
 use crate::task::prompts::{self, Pad, Prompts};
 use crate::task::{Forward, HEAD};
@@ -50,6 +50,8 @@ pub struct Model {
     patches: Patches,
     manifest: Option<Manifest>,
     head: Option<[Tensor; 2]>,
+    /// The classes that an adapter is bound to.
+    bound: Option<Vec<String>>,
     options: DecodeOptions,
     notes: Vec<String>,
 }
@@ -77,7 +79,13 @@ impl Model {
     /// # Errors
     /// When a file is missing or malformed.
     pub fn load_on(base: &str, dtype: DType, device: &Device) -> Result<Self> {
-        Ok(Self::from_base(Base::load(base, dtype, device)?))
+        let mut model = Self::from_base(Base::load(base, dtype, device)?);
+        // They were made for the base alone, which the bundle's digest is not.
+        for dir in bundled(base)? {
+            model = model.with_adapter_of(&dir, true)?;
+        }
+        model.notes.clear();
+        Ok(model)
     }
 
     /// A model without adapters.
@@ -85,7 +93,16 @@ impl Model {
     pub fn from_base(base: impl Into<Arc<Base>>) -> Self {
         let base = base.into();
         let notes = base.source.notes().to_vec();
-        Self { base, adapters: Vec::new(), patches: Patches::none(), manifest: None, head: None, options: DecodeOptions::default(), notes }
+        Self {
+            base,
+            adapters: Vec::new(),
+            patches: Patches::none(),
+            manifest: None,
+            head: None,
+            bound: None,
+            options: DecodeOptions::default(),
+            notes,
+        }
     }
 
     /// Another model on the same base, without adapters. The base stays in memory once, however many models share it.
@@ -112,6 +129,7 @@ impl Model {
         let mut adapters = delta.apply(&self.base.clip)?;
         let mut view = std::mem::take(&mut adapters.view);
         view.prepare(&Step::eval())?;
+        self.bind(dir, &view, delta.manifest.as_ref())?;
         self.patches.extend(view);
         self.adapters.push(adapters);
         let own = |name: &str| delta.own.iter().find(|(n, _)| n == name).map(|(_, t)| t.to_device(self.base.clip.device()));
@@ -120,6 +138,22 @@ impl Model {
         }
         self.manifest = delta.manifest.or(self.manifest);
         Ok(self)
+    }
+
+    /// Notes the classes of an adapter that knows no others.
+    fn bind(&mut self, dir: &Path, view: &Patches, manifest: Option<&Manifest>) -> Result<()> {
+        let classes = manifest.map(|m| m.classes.clone()).unwrap_or_default();
+        if !view.class_bound() || classes.is_empty() {
+            return Ok(());
+        }
+        match &self.bound {
+            Some(before) if *before != classes => Err(Error::input(dir.display(), "knows other classes than the adapter before it")
+                .hint("adapters that hold something for each class go together only where their classes are the same")),
+            _ => {
+                self.bound = Some(classes);
+                Ok(())
+            }
+        }
     }
 
     fn checked_head(&self, dir: &Path, weight: Tensor, bias: Tensor, manifest: Option<&Manifest>) -> Result<[Tensor; 2]> {
@@ -217,8 +251,16 @@ impl Model {
         if texts.is_empty() {
             return Ok((self.joined(&[])?, 0));
         }
+        if self.patches.per_image() {
+            return Err(Error::input("texts", "this adapter encodes a text anew for each image (cocoop), so a text alone has no feature")
+                .hint("rank labels for images with `predict`"));
+        }
         let prompts = Prompts::new(&self.base.tokenizer, texts, Pad::Longest)?;
-        let features = prompts.features(&Forward::eval(&self.base.clip, &self.patches))?.to_dtype(DType::F32)?;
+        let features = prompts.features(&Forward::eval(&self.base.clip, &self.patches)).map_err(|e| match &self.bound {
+            Some(_) => Error::input("texts", e).hint("class-specific context is for the adapter's own classes: use `predict`"),
+            None => e,
+        })?;
+        let features = features.to_dtype(DType::F32)?;
         Ok((finite("text", features)?, prompts.truncated))
     }
 
@@ -265,9 +307,15 @@ impl Model {
         if labels != known {
             check_classes("--labels", &labels)?;
         }
+        if let Some(bound) = &self.bound
+            && *bound != labels
+        {
+            return Err(Error::input("--labels", "this adapter holds something for each of its classes, and knows no others")
+                .hint("leave the labels out"));
+        }
         if self.head.is_some() {
             return match labels == known {
-                true => Ok(Scorer { labels, classes: None }),
+                true => Ok(Scorer { labels, templates: Vec::new(), classes: Classes::Head }),
                 false => Err(Error::input("--labels", "this adapter has a linear head, which knows only its own classes")
                     .hint("leave the labels out")),
             };
@@ -280,8 +328,11 @@ impl Model {
         };
         templates.iter().try_for_each(|t| prompts::check_template("--template", t))?;
         let prompts = Prompts::of_classes(&self.base.tokenizer, &labels, &templates, Pad::Longest)?;
+        if self.patches.per_image() {
+            return Ok(Scorer { classes: Classes::PerImage(Box::new(prompts)), templates, labels });
+        }
         let classes = prompts.class_features(&Forward::eval(&self.base.clip, &self.patches))?;
-        Ok(Scorer { classes: Some(finite("text", classes)?), labels })
+        Ok(Scorer { classes: Classes::Shared(finite("text", classes)?), templates, labels })
     }
 }
 
@@ -298,7 +349,19 @@ fn finite(what: &str, features: Tensor) -> Result<Tensor> {
 #[derive(Debug)]
 pub struct Scorer {
     labels: Vec<String>,
-    classes: Option<Tensor>,
+    templates: Vec<String>,
+    classes: Classes,
+}
+
+/// Where logits come from.
+#[derive(Debug)]
+enum Classes {
+    /// The adapter's linear head.
+    Head,
+    /// Class features, [C, P].
+    Shared(Tensor),
+    /// Class prompts that are encoded for each image.
+    PerImage(Box<Prompts>),
 }
 
 impl Scorer {
@@ -306,6 +369,25 @@ impl Scorer {
     #[must_use]
     pub fn labels(&self) -> &[String] {
         &self.labels
+    }
+
+    /// The prompts around them; none with a linear head.
+    #[must_use]
+    pub fn templates(&self) -> &[String] {
+        &self.templates
+    }
+
+    /// What image features are multiplied with: class features [C, P], or a linear head's weights and bias; nothing where
+    /// classes look different to each image.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn matrix(&self, model: &Model) -> Result<Option<(Tensor, Option<Tensor>)>> {
+        match (&self.classes, &model.head) {
+            (Classes::Head, Some([weight, bias])) => Ok(Some((weight.clone(), Some(bias.clone())))),
+            (Classes::Shared(classes), _) => Ok(Some((classes.clone(), None))),
+            _ => Ok(None),
+        }
     }
 
     /// All labels for each row of `features` [N, P], most likely first.
@@ -316,17 +398,25 @@ impl Scorer {
         if features.dim(0)? == 0 {
             return Ok(Vec::new());
         }
+        let rows = candle_nn::ops::softmax(&self.logits(model, features)?.to_dtype(DType::F32)?, 1)?.to_vec2::<f32>()?;
+        Ok(rows.into_iter().map(|row| self.ranked(row)).collect())
+    }
+
+    /// Logits of `features` [N, P], unnormalised, for the labels: [N, C].
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn logits(&self, model: &Model, features: &Tensor) -> Result<Tensor> {
         let clip = &model.base.clip;
-        let logits = match (&self.classes, &model.head) {
-            (None, Some([weight, bias])) => unit_rows(features)?.matmul(&weight.t()?)?.broadcast_add(bias)?,
-            (Some(classes), _) => {
+        Ok(match (&self.classes, &model.head) {
+            (Classes::Head, Some([weight, bias])) => unit_rows(features)?.matmul(&weight.t()?)?.broadcast_add(bias)?,
+            (Classes::PerImage(prompts), _) => prompts.logits(&Forward::eval(clip, &model.patches), features)?,
+            (Classes::Shared(classes), _) => {
                 let classes = model.patches.class_features(ClassFeatures::Shared(classes.clone()), features)?;
                 class_logits(clip, features, &classes, &model.patches)?
             }
-            (None, None) => return Err(Error::fault("predict", "no class features")),
-        };
-        let rows = candle_nn::ops::softmax(&logits.to_dtype(DType::F32)?, 1)?.to_vec2::<f32>()?;
-        Ok(rows.into_iter().map(|row| self.ranked(row)).collect())
+            (Classes::Head, None) => return Err(Error::fault("predict", "no head")),
+        })
     }
 
     fn ranked(&self, row: Vec<f32>) -> Vec<Ranked> {

@@ -3,15 +3,17 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::Device;
+use candle_core::{DType, Device, Tensor};
+use peft_adapters::{ClassName, Sites, Step, TaskFacts, ops};
 use serde_json::json;
 
 use crate::change::{Change, changes};
+use crate::clip::TextBatch;
 use crate::clip::base::Base;
 use crate::clip::decode::DecodeOptions;
 use crate::clip::source::Source;
 use crate::data::{Dataset, Example, Images, Split};
-use crate::delta::{self, Adapters, BaseRef, Delta, Manifest};
+use crate::delta::{self, Adapters, BaseRef, Delta, Manifest, bundled};
 use crate::error::{Error, Result};
 use crate::estimate::{Estimate, Load, estimate};
 use crate::hub;
@@ -43,11 +45,7 @@ impl Session {
     /// When a file is missing or malformed.
     pub fn open(recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Result<Self> {
         let mut data = recipe.data.open(recipe.train.seed)?;
-        let dtype = recipe.train.dtype.into();
-        let base = match &recipe.model {
-            ModelConfig::Pretrained(spec) => Base::from_source(fetched(observer, |p| Source::resolve_with(spec, p))?, dtype, device)?,
-            ModelConfig::Scratch(s) => Base::random(&s.init.config, recipe.train.seed, dtype, device)?,
-        };
+        let base = load(&recipe, device, observer)?;
         let options = DecodeOptions { background: recipe.images.background, orient: recipe.images.orient, ..Default::default() };
         let images = Arc::new(Images::new(base.preprocess.clone(), options));
         for note in base.source.notes() {
@@ -68,7 +66,8 @@ impl Session {
     pub fn plan(&self) -> Result<(Adapters, Box<dyn Task>)> {
         let recipe = &self.recipe;
         let clip = &self.base.clip;
-        let mut adapters = Adapters::plan(&recipe.method, clip.sites(), recipe.train.seed, clip.device())?;
+        let mut adapters = Adapters::plan(&recipe.method, &self.sites(), recipe.train.seed, clip.device())?;
+        self.put_beneath(&mut adapters)?;
         let task = self.task(&mut adapters)?;
         if let Some(dir) = &recipe.train.init_adapter {
             Delta::read(dir)?.fill(&adapters.params)?;
@@ -76,8 +75,34 @@ impl Session {
         Ok((adapters, task))
     }
 
+    /// The model's sites with what methods may want to know of the task.
+    fn sites(&self) -> Sites {
+        let classes = if matches!(self.recipe.task, TaskConfig::Classify(_)) { self.data.classes.len() } else { 0 };
+        self.base.clip.sites().for_task(TaskFacts { classes, examples: self.data.train.len() })
+    }
+
+    /// What a bundle brings along goes beneath the recipe's methods.
+    fn put_beneath(&self, adapters: &mut Adapters) -> Result<()> {
+        let ModelConfig::Pretrained(spec) = &self.recipe.model else { return Ok(()) };
+        for dir in bundled(spec)? {
+            let delta = Delta::read(&dir)?;
+            if !delta.own.is_empty() {
+                return Err(Error::input(dir.display(), "is a linear head, which a recipe trains or evaluates by itself")
+                    .hint("name the base that the bundle was made of, and the adapter by --adapter or train.init_adapter"));
+            }
+            let [training, reading] = [delta.apply(&self.base.clip)?, delta.apply(&self.base.clip)?];
+            self.check_classes(&delta, &reading)?;
+            adapters.put_beneath([training.view, reading.view]);
+        }
+        Ok(())
+    }
+
     /// Builds the task, which adds its own parameters.
     fn task(&self, adapters: &mut Adapters) -> Result<Box<dyn Task>> {
+        if adapters.view.per_image() && !matches!(self.recipe.task, TaskConfig::Classify(_)) {
+            return Err(Error::input("method", "a method that encodes class prompts for each image (cocoop) needs classes")
+                .hint("task: classify, or coop in its place"));
+        }
         let parts = TaskParts {
             clip: &self.base.clip,
             tokenizer: &self.base.tokenizer,
@@ -97,7 +122,6 @@ impl Session {
     /// # Errors
     /// When a forward pass fails.
     pub fn trainer<'s>(&'s self, adapters: &'s mut Adapters, task: Box<dyn Task>) -> Result<Trainer<'s>> {
-        self.discard_replaced(adapters)?;
         let config = &self.recipe.train;
         let source = FeatureSource {
             images: self.images.clone(),
@@ -119,15 +143,55 @@ impl Session {
         })
     }
 
-    /// Base weights that the only method has replaced by its own take memory for nothing. With several methods another
-    /// one may still look at them.
-    fn discard_replaced(&self, adapters: &Adapters) -> Result<()> {
+    /// The base weights that the only method has replaced by its own. With several methods another one may still look at
+    /// them.
+    fn replaced<'s>(&'s self, adapters: &Adapters) -> Vec<&'s Tensor> {
         let mut patches = adapters.patches.iter();
-        let (Some(only), None) = (patches.next(), patches.next()) else { return Ok(()) };
-        for (_, weight) in self.base.clip.sites().weights().filter(|(id, _)| only.replaces(*id)) {
-            peft_adapters::ops::discard(&weight.tensor)?;
-        }
-        Ok(())
+        let (Some(only), None) = (patches.next(), patches.next()) else { return Vec::new() };
+        self.base.clip.sites().weights().filter(|(id, _)| only.replaces(*id)).map(|(_, w)| &w.tensor).collect()
+    }
+
+    /// Gives up base weights that training does not need: full fine-tuning has them as its parameters. Nothing but the
+    /// trained model can be computed with [`Session::base`] afterwards.
+    ///
+    /// # Errors
+    /// When another thread failed while it held the memory.
+    pub fn discard_replaced(&self, adapters: &Adapters) -> Result<()> {
+        Ok(self.replaced(adapters).into_iter().try_for_each(ops::discard)?)
+    }
+
+    /// What the adapters change of the base, and which of them do not fold.
+    fn changed(&self, trainer: &mut Trainer<'_>, observer: &mut dyn Observer) -> Result<(Vec<Change>, Vec<String>)> {
+        let again = match self.replaced(trainer.adapters).is_empty() {
+            true => None,
+            false => Some(load(&self.recipe, self.base.clip.device(), observer)?),
+        };
+        let Adapters { view, methods, .. } = &mut *trainer.adapters;
+        let why =
+            view.iter().zip(&*methods).filter_map(|(p, m)| Some(format!("{} does not fold into the base: {}.", m.name(), p.unfoldable()?)));
+        let why = why.collect();
+        Ok((changes(again.as_ref().unwrap_or(&self.base).clip.sites(), view)?, why))
+    }
+
+    /// What there is of everything while training, learnt tokens included.
+    fn load(&self, adapters: &mut Adapters, texts: usize) -> Result<Load> {
+        let (clip, view) = (&self.base.clip, &mut adapters.view);
+        view.prepare(&Step::eval())?;
+        let (height, width) = self.images.size();
+        let blank = Tensor::zeros((1, 3, height, width), DType::F32, &Device::Cpu)?;
+        let longest = self.longest_text(self.base.tokenizer.context())?;
+        // Of the longest text: how many tokens a method makes of it.
+        let (words, config) = (longest.saturating_sub(1).max(1), &clip.config().text);
+        let mut ids = vec![config.pad_token_id; words];
+        ids.push(config.eos_token_id);
+        let name = ClassName { class: 0, start: 1.min(words as u32), len: words as u32 - 1 };
+        let text = TextBatch { pool: vec![words as u32], ..TextBatch::new(&[ids], None, config, clip.device())? };
+        Ok(Load {
+            texts,
+            tokens: clip.text_trunk(&text.with_names(vec![name]), 0, view)?.x.dim(1)?,
+            image_tokens: clip.image_trunk(&blank, 1, view)?.x.dim(1)?,
+            images: self.data.train.len() + self.data.val.len(),
+        })
     }
 
     /// Tokens of the longest text, at most `context`.
@@ -141,6 +205,16 @@ impl Session {
         }
         let (ids, _) = self.base.tokenizer.encode_all(&texts)?;
         Ok(ids.iter().map(Vec::len).max().unwrap_or(0))
+    }
+
+    /// What an adapter holds for each class is of use for these classes only.
+    fn check_classes(&self, delta: &Delta, adapters: &Adapters) -> Result<()> {
+        let known = delta.manifest.as_ref().map(|m| m.classes.as_slice()).unwrap_or_default();
+        if !adapters.view.class_bound() || known.is_empty() || known == self.data.classes {
+            return Ok(());
+        }
+        let message = format!("holds something for each of its {} classes, and the data has other ones", known.len());
+        Err(Error::input(delta.dir.display(), message).hint("evaluate it on the classes that it was trained for, in their order"))
     }
 
     /// Everything that activations of the base depend on, the images apart.
@@ -262,6 +336,7 @@ pub fn train(recipe: Recipe, existing: Existing, device: &Device, observer: &mut
         Opened::Finished(report) => return Ok((*report, true)),
         Opened::Open(run) => run,
     };
+    session.discard_replaced(&adapters)?;
     let mut trainer = session.trainer(&mut adapters, task)?;
     let mut state = trainer.begin()?;
     if existing == Existing::Resume {
@@ -281,13 +356,13 @@ pub fn train(recipe: Recipe, existing: Existing, device: &Device, observer: &mut
     }
 }
 
-/// What the adapters change of the base, and which of them do not fold.
-fn changed(trainer: &mut Trainer<'_>) -> Result<(Vec<Change>, Vec<String>)> {
-    let Adapters { view, methods, .. } = &mut *trainer.adapters;
-    let why =
-        view.iter().zip(&*methods).filter_map(|(p, m)| Some(format!("{} does not fold into the base: {}.", m.name(), p.unfoldable()?)));
-    let why = why.collect();
-    Ok((changes(trainer.base.clip.sites(), view)?, why))
+/// The model of a recipe.
+fn load(recipe: &Recipe, device: &Device, observer: &mut dyn Observer) -> Result<Base> {
+    let dtype = recipe.train.dtype.into();
+    match &recipe.model {
+        ModelConfig::Pretrained(spec) => Base::from_source(fetched(observer, |p| Source::resolve_with(spec, p))?, dtype, device),
+        ModelConfig::Scratch(s) => Base::random(&s.init.config, recipe.train.seed, dtype, device),
+    }
 }
 
 impl Session {
@@ -316,8 +391,8 @@ impl Session {
         for warning in trainer.task.warnings() {
             logged.event(Event::Warning(warning));
         }
-        let (changes, unfoldable) = changed(trainer)?;
-        let bytes = delta::save(&logged.run.adapter(), trainer.adapters, self.base.clip.sites(), &self.manifest(&after)?)?;
+        let (changes, unfoldable) = self.changed(trainer, logged)?;
+        let bytes = delta::save(&logged.run.adapter(), trainer.adapters, &self.sites(), &self.manifest(&after)?)?;
         if matches!(self.recipe.model, ModelConfig::Scratch(_)) {
             merge::write_trained(&self.base, std::mem::take(&mut trainer.adapters.view), &logged.run.model())?;
         }
@@ -410,6 +485,8 @@ pub struct Checked {
     pub total_parameters: usize,
     /// Optimiser steps.
     pub steps: usize,
+    /// Texts that go through the text tower in a training step: the class prompts, and with `cocoop` all of them for each image.
+    pub texts_per_step: usize,
     /// Bytes of memory by what they are for.
     pub memory: Estimate,
 }
@@ -423,14 +500,12 @@ pub fn check(recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Re
     let (mut adapters, task) = session.plan()?;
     let total_parameters = session.total_parameters(&adapters);
     let trainable_parameters = adapters.params.count();
-    let context = session.base.tokenizer.context();
-    let (batch, classes) = (session.recipe.train.batch, session.data.classes.len());
+    let train = &session.recipe.train;
     let texts = match &session.recipe.task {
-        TaskConfig::Classify(c) => classes * c.templates.len(),
-        TaskConfig::Retrieve(_) => batch,
+        TaskConfig::Classify(c) => session.data.classes.len() * c.templates.len() * if adapters.view.per_image() { train.batch } else { 1 },
+        TaskConfig::Retrieve(_) => train.batch,
     };
-    let images = session.data.train.len() + session.data.val.len();
-    let load = Load { texts, tokens: session.longest_text(context)?, images };
+    let load = session.load(&mut adapters, texts)?;
     let memory = estimate(session.base.clip.config(), &adapters, &session.recipe.train, load);
     let steps = session.trainer(&mut adapters, task)?.total_steps();
     let data = &session.data;
@@ -440,6 +515,7 @@ pub fn check(recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Re
         trainable_parameters,
         total_parameters,
         steps,
+        texts_per_step: texts,
         memory,
         recipe: session.recipe,
     })
@@ -483,9 +559,12 @@ impl Session {
                 for note in delta.check_base(&self.base, options.allow_base_mismatch)? {
                     observer.event(Event::Note(note));
                 }
-                delta.apply(&self.base.clip)?
+                let adapters = delta.apply(&self.base.clip)?;
+                self.check_classes(delta, &adapters)?;
+                adapters
             }
         };
+        self.put_beneath(&mut adapters)?;
         let task = self.task(&mut adapters)?;
         if let Some(delta) = delta.filter(|_| adapters.params.iter().any(|p| p.name.starts_with("head."))) {
             delta.fill(&adapters.params)?;

@@ -5,7 +5,7 @@ use std::path::Path;
 
 /// Each module and what it may import; `session` and `cli` put everything together. What is right about
 /// this table is the direction: nothing below knows of recipes, nothing but `cli` of the command line.
-const TABLE: [(&str, &[&str]); 33] = [
+const TABLE: [(&str, &[&str]); 35] = [
     ("error", &[]),
     ("named", &[]),
     ("builtin", &[]),
@@ -28,6 +28,8 @@ const TABLE: [(&str, &[&str]); 33] = [
     ("run", &["error", "events", "files", "recipe", "report", "train"]),
     ("estimate", &["clip", "delta", "train"]),
     ("merge", &["clip", "delta", "error", "files"]),
+    ("bundle", &["clip", "delta", "error", "files", "merge", "model"]),
+    ("classifier", &["clip", "error", "model"]),
     ("model", &["clip", "data", "delta", "error", "task"]),
     ("embed", &["clip", "data", "error", "files", "model"]),
     ("inspect", &["clip", "delta", "error", "files", "hub", "recipe", "run"]),

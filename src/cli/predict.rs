@@ -59,7 +59,7 @@ pub(super) fn run(args: &PredictArgs, context: &Context) -> Result<()> {
 }
 
 /// A value that is an existing file is read, anything else is split at commas.
-fn labels(value: &str) -> Result<Vec<String>> {
+pub(super) fn labels(value: &str) -> Result<Vec<String>> {
     let path = PathBuf::from(value);
     if path.is_file() {
         return read_lines(&path);

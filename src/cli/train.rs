@@ -79,10 +79,11 @@ fn check_text(checked: &session::Checked, yaml: &str) -> String {
     let [train, val, test] = checked.examples;
     let m = &checked.memory;
     format!(
-        "{yaml}\n# {train} training, {val} validation and {test} test examples; {} classes\n\
+        "{yaml}\n# {train} training, {val} validation and {test} test examples; {} classes; {} texts encoded a step\n\
          # {} of {} parameters are trained, {} steps\n\
          # about {:.0} MiB: {:.0} for the base, {:.0} for what is trained, {:.0} for activations, {:.0} for images and the program\n",
         checked.classes.len(),
+        checked.texts_per_step,
         checked.trainable_parameters,
         checked.total_parameters,
         checked.steps,

@@ -43,6 +43,13 @@ impl Clip {
         Ok(Self { config: config.clone(), vision, text, logit_scale, sites, device: device.clone(), dtype })
     }
 
+    /// Makes the tokeniser known to methods that start from words.
+    #[must_use]
+    pub fn with_encoder(mut self, encode: impl Fn(&str) -> std::result::Result<Vec<u32>, String> + Send + Sync + 'static) -> Self {
+        self.sites.set_encoder(encode);
+        self
+    }
+
     /// The configuration.
     #[must_use]
     pub fn config(&self) -> &ClipConfig {
@@ -243,7 +250,7 @@ impl Clip {
     }
 }
 
-/// Logits of images against classes that may differ from image to image (CoCoOp).
+/// Logits of images against classes that may differ from image to image (CoCoOp), and what patches add to them.
 ///
 /// # Shapes
 /// `images` [B, P], `classes` [C, P] or [B, C, P] → [B, C]
@@ -251,6 +258,17 @@ impl Clip {
 /// # Errors
 /// When widths differ.
 pub fn class_logits(clip: &Clip, images: &Tensor, classes: &ClassFeatures, patches: &Patches) -> TensorResult<Tensor> {
+    patches.logits(cosine_logits(clip, images, classes, patches)?, &unit_rows(images)?)
+}
+
+/// [`class_logits`] without what patches add.
+///
+/// # Shapes
+/// `images` [B, P], `classes` [C, P] or [B, C, P] → [B, C]
+///
+/// # Errors
+/// When widths differ.
+pub fn cosine_logits(clip: &Clip, images: &Tensor, classes: &ClassFeatures, patches: &Patches) -> TensorResult<Tensor> {
     match classes {
         ClassFeatures::Shared(classes) => clip.logits(images, classes, patches),
         ClassFeatures::PerImage(classes) => {

@@ -233,7 +233,7 @@ impl Stepper {
             ema.update(params, run.state.step)?;
         }
         let named = by_name(params, grads);
-        for patch in trainer.adapters.patches.iter_mut() {
+        for patch in trainer.adapters.patches.iter_mut().skip(trainer.adapters.beneath) {
             patch.after_backward(run.state.step, self.total, &named)?;
         }
         Ok(())
