@@ -168,7 +168,7 @@ fn by_length(ids: Vec<Vec<u32>>) -> (Vec<Vec<u32>>, Option<Vec<u32>>) {
 /// Row-wise cross-entropy with label smoothing, averaged: −(1−ε) log p(label) − ε · mean log p.
 ///
 /// # Shapes
-/// `logits` [B, C], `labels` [B] of u32 → scalar
+/// `logits` [B, C], `labels` u32 \[B\] → scalar
 ///
 /// # Errors
 /// When shapes do not fit.
