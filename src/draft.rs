@@ -1,5 +1,7 @@
 //! `peft new`: a commented recipe for somebody's data.
 
+use peft_adapters::MethodConfig;
+use peft_adapters::registry::METHODS;
 use serde::Serialize;
 
 use crate::data::{DataConfig, Dataset, Split, TableConfig};
@@ -177,7 +179,7 @@ impl Page<'_> {
             "prefix" => "prefix: { length: 8 }   # learned keys and values in each block; longer is more accurate, and slower".into(),
             "bottleneck" => "bottleneck: { reduction: 8 }   # width / reduction; lower is more accurate, and larger".into(),
             "full" => "full: {}   # every weight; add `layers: { last: 2 }` to train only the last blocks".into(),
-            name => format!("{name}: {{}}   # its options: README, Methods"),
+            name => other(name),
         }
     }
 
@@ -236,6 +238,19 @@ impl Page<'_> {
     }
 }
 
+/// A method with its defaults, or with its first example where it has none, and where it comes from.
+fn other(name: &str) -> String {
+    let Some(entry) = METHODS.iter().find(|m| m.name == name) else { return format!("{name}: {{}}") };
+    let defaults = serde_json::json!({ name: {} });
+    let example = || (entry.examples)().first().and_then(|e| serde_json::to_value(e).ok());
+    let value = match serde_json::from_value::<MethodConfig>(defaults.clone()) {
+        Ok(_) => defaults,
+        Err(_) => example().unwrap_or(defaults),
+    };
+    // JSON in flow style is YAML.
+    format!("{name}: {}   # {}", value.get(name).unwrap_or(&value), entry.source)
+}
+
 fn table(t: &TableConfig) -> String {
     let path = Some(t.path.display().to_string());
     let columns = [("path", &path), ("image", &t.image), ("text", &t.text), ("label", &t.label), ("split", &t.split)];
@@ -252,6 +267,15 @@ mod tests {
         for text in ["data/pets", "builtin:tiny", "a:", "a: b", "yes", "1e3", "#x", "it's", "C:\\data", "ünï", "~", "-x"] {
             let value = serde_saphyr::from_str::<String>(&quoted(text));
             assert_eq!(value.ok().as_deref(), Some(text));
+        }
+    }
+
+    #[test]
+    fn every_method_can_be_written() {
+        for method in METHODS {
+            let value: serde_json::Value = serde_saphyr::from_str(&other(method.name)).unwrap_or_default();
+            let config = serde_json::from_value::<MethodConfig>(value);
+            assert!(config.as_ref().is_ok_and(|c| c.name() == method.name), "{}: {config:?}", other(method.name));
         }
     }
 }

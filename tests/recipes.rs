@@ -47,7 +47,8 @@ fn each_trains_something_and_writes_to_a_place_of_its_own() {
     for (name, text, recipe) in all() {
         // The embedded base has the same sites as every CLIP.
         let adapters = Adapters::plan(&recipe.method, base.clip.sites(), 0, &Device::Cpu).unwrap_or_else(|e| panic!("{name}: {e}"));
-        assert!(adapters.params.count() > 0 || recipe.task.has_own_weights(), "{name}");
+        // A cache of features trains nothing, and still changes the base.
+        assert!(adapters.params.count() > 0 || !recipe.method.is_empty() || recipe.task.has_own_weights(), "{name}");
         assert!(outputs.insert(recipe.output.clone()), "{name}: another recipe writes to {:?}", recipe.output);
         // What --check prints and a run directory keeps is the same recipe.
         let again = Recipe::parse(&name, &recipe.to_yaml().unwrap(), &recipe.name, &[]).unwrap();

@@ -155,8 +155,8 @@ fn a_drafted_recipe_passes_the_check_and_trains() {
     let trained = w.json(&["train", "data.yaml", "--set", "train.epochs=2"]);
     assert_eq!(trained["run"], "runs/data");
     assert!(w.fails(&["new", "--data", "data"], 2).contains("--force"));
-    for method in ["lora", "prefix", "bottleneck", "full"] {
-        w.json(&["new", "m.yaml", "--data", "data", "--model", "base", "--method", method, "--shots", "2", "--force"]);
+    for method in peft_adapters::registry::METHODS {
+        w.json(&["new", "m.yaml", "--data", "data", "--model", "base", "--method", method.name, "--shots", "2", "--force"]);
         w.json(&["train", "m.yaml", "--check"]);
     }
 }

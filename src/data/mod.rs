@@ -1,6 +1,6 @@
 //! Examples: where they come from, which split they are in, how they become batches.
 //!
-//! A source is one file with a [`Source`] implementation and one line in [`DataConfig::source`].
+//! A source is one file with a `Source` implementation and one line in `DataConfig::source`.
 
 use std::borrow::Cow;
 use std::collections::HashMap;

@@ -267,7 +267,7 @@ fn by_length(ids: Vec<Vec<u32>>, names: &[ClassName]) -> (Vec<Vec<u32>>, Vec<Cla
 /// Row-wise cross-entropy with label smoothing, averaged: −(1−ε) log p(label) − ε · mean log p.
 ///
 /// # Shapes
-/// `logits` [B, C], `labels` u32 [B] → scalar
+/// `logits` [B, C], `labels` u32 \[B\] → scalar
 ///
 /// # Errors
 /// When shapes do not fit.
