@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::clip::base::Base;
 use crate::clip::tokenizer::Tokenizer;
 use crate::clip::{Clip, TextBatch, foreign, weights};
-use crate::delta::Delta;
+use crate::delta::{Delta, locate};
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -165,7 +165,7 @@ fn adapters(base: &Base, options: &MergeOptions) -> Result<(Vec<Weighted>, Vec<S
         if !weight.is_finite() {
             return Err(Error::input("--adapter", format!("expected a finite weight, found {weight}")));
         }
-        let delta = Delta::read(dir)?;
+        let delta = Delta::read(&locate(dir)?)?;
         notes.extend(delta.check_base(base, options.allow_base_mismatch)?);
         if !delta.own.is_empty() {
             let names: Vec<&str> = delta.own.iter().map(|(n, _)| n.as_str()).collect();

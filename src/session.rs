@@ -69,7 +69,7 @@ impl Session {
         let mut adapters = Adapters::plan(&recipe.method, clip.sites(), recipe.train.seed, clip.device())?;
         let task = self.task(&mut adapters)?;
         if let Some(dir) = &recipe.train.init_adapter {
-            Delta::read(dir)?.fill(&adapters.params)?;
+            Delta::read(&delta::locate(dir)?)?.fill(&adapters.params)?;
         }
         Ok((adapters, task))
     }
