@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::clip::base::Base;
 use crate::clip::spec::Spec;
-use crate::delta::{Delta, Manifest, bundled, is_clip_lora};
+use crate::delta::{Delta, Manifest, bundled, is_clip_lora, locate};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::hub;
@@ -133,7 +133,7 @@ fn base(spec: &str) -> Result<Inspected> {
 }
 
 fn adapter(dir: &Path) -> Result<Inspected> {
-    let delta = Delta::read(dir)?;
+    let delta = Delta::read(&locate(dir)?)?;
     let methods: Vec<&str> = delta.methods.iter().map(|(m, _)| m.name()).collect();
     let tensors: Vec<_> = delta.methods.iter().flat_map(|(_, t)| t).chain(&delta.own).collect();
     let manifest = delta.manifest.clone().unwrap_or_default();

@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::clip::base::Base;
 use crate::clip::tokenizer::Tokenizer;
 use crate::clip::{Clip, TextBatch, foreign, weights};
-use crate::delta::{Delta, bundled};
+use crate::delta::{Delta, bundled, locate};
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -173,7 +173,7 @@ fn adapters(base: &Base, options: &MergeOptions) -> Result<(Vec<Weighted>, Vec<S
         if !weight.is_finite() {
             return Err(Error::input("--adapter", format!("expected a finite weight, found {weight}")));
         }
-        let delta = Delta::read(dir)?;
+        let delta = Delta::read(&locate(dir)?)?;
         notes.extend(delta.check_base(base, *allow)?);
         if !delta.own.is_empty() {
             let names: Vec<&str> = delta.own.iter().map(|(n, _)| n.as_str()).collect();

@@ -11,7 +11,7 @@ use crate::clip::base::Base;
 use crate::clip::decode::{self, DecodeOptions};
 use crate::clip::model::{all_finite, class_logits, unit_rows};
 use crate::data::check_classes;
-use crate::delta::{Adapters, Delta, Manifest, bundled};
+use crate::delta::{Adapters, Delta, Manifest, bundled, locate};
 use crate::error::{Error, Result};
 use crate::task::prompts::{self, Pad, Prompts};
 use crate::task::{Forward, HEAD};
@@ -124,7 +124,7 @@ impl Model {
     /// # Errors
     /// When shapes do not fit.
     pub fn with_adapter_of(mut self, dir: &Path, allow_mismatch: bool) -> Result<Self> {
-        let delta = Delta::read(dir)?;
+        let delta = Delta::read(&locate(dir)?)?;
         self.notes.extend(delta.check_base(&self.base, allow_mismatch)?);
         let mut adapters = delta.apply(&self.base.clip)?;
         let mut view = std::mem::take(&mut adapters.view);

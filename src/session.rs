@@ -70,7 +70,7 @@ impl Session {
         self.put_beneath(&mut adapters)?;
         let task = self.task(&mut adapters)?;
         if let Some(dir) = &recipe.train.init_adapter {
-            Delta::read(dir)?.fill(&adapters.params)?;
+            Delta::read(&delta::locate(dir)?)?.fill(&adapters.params)?;
         }
         Ok((adapters, task))
     }

@@ -263,16 +263,12 @@ fn weights_may_be_pickled_and_sharded() {
     assert_eq!(pickled["facts"]["projection"], 12);
     let legacy = w.path("legacy");
     std::fs::create_dir(&legacy).unwrap();
-    for file in ["config.json", "pytorch_model.bin"] {
-        std::fs::copy(data.join("clip/margin").join(file), legacy.join(file)).unwrap();
-    }
-    for file in ["vocab.json", "merges.txt"] {
+    for file in ["config.json", "pytorch_model.bin", "vocab.json", "merges.txt"] {
         std::fs::copy(data.join("open_clip/hf").join(file), legacy.join(file)).unwrap();
     }
     hub.add("some/legacy", &legacy);
-    // Its token table has two rows less than that tokeniser.
-    assert!(hub.fails(&w, &["inspect", "some/legacy"], &[], 2).contains("vocab_size"));
-    assert!(repo(&w).with_file_name("models--some--legacy").join("snapshots").join(COMMIT).join("pytorch_model.bin").exists());
+    let here = w.json(&["inspect", &data.join("open_clip/hf").display().to_string()]);
+    assert_eq!(hub.json(&w, &["inspect", "some/legacy"], &[])["facts"]["digest"], here["facts"]["digest"]);
 }
 
 #[test]
@@ -382,4 +378,13 @@ fn adapters_come_from_the_hub_and_recipes_name_bases_there() {
     hub.json(&w, &["merge", "--model", "some/base", "--adapter", "some/adapter=0.5", "--output", "merged"], &[]);
     let message = hub.fails(&w, &[&args[..], &["some/base"]].concat(), &[], 2);
     assert!(message.contains("adapter_config.json"), "{message}");
+}
+
+#[test]
+fn a_runs_own_adapter_is_never_looked_for_on_the_hub() {
+    let (w, hub) = world();
+    hub.json(&w, &["train", "recipe.yaml", "--set", "train.epochs=1"], &[]);
+    std::fs::remove_dir_all(w.path("run/adapter")).unwrap();
+    assert!(hub.fails(&w, &["eval", "run"], &[], 2).contains("no such adapter"));
+    assert!(hub.log().is_empty());
 }

@@ -149,6 +149,8 @@ def transformers_sizes():
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(out)
+    # As `openai/clip-vit-base-patch32` has it on its main branch.
+    torch.save(model.state_dict(), out / "pytorch_model.bin")
     for size in [40, 16]:
         transform = image_transform_v2(PreprocessCfg(size=size), is_train=False)
         with torch.no_grad():

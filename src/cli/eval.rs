@@ -27,8 +27,8 @@ pub(super) struct EvalArgs {
     /// Change a value of the recipe, such as data.builtin=emoji-flat; may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
-    /// The adapter to evaluate
-    #[arg(long, value_name = "DIR")]
+    /// The adapter to evaluate: a directory, a .pt of CLIP-LoRA, or a hub id
+    #[arg(long, value_name = "ADAPTER")]
     adapter: Option<PathBuf>,
     /// train, val or test
     #[arg(long, default_value = "test")]
@@ -51,7 +51,8 @@ pub(super) fn run(args: EvalArgs, context: &Context) -> Result<()> {
     }
     let recipe = Recipe::load(&file, &args.sets)?;
     let own = args.target.join("adapter");
-    let adapter = args.adapter.or_else(|| is_run.then_some(own));
+    let named = args.adapter.map(|name| context.adapter(&name)).transpose()?;
+    let adapter = named.or_else(|| is_run.then_some(own));
     let options = EvalOptions { adapter, split, allow_base_mismatch: args.allow_base_mismatch };
     let mut progress = context.progress();
     let found = evaluate(recipe, &options, &context.device, &mut progress)?;

@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor};
 use peft_adapters::{MethodConfig, Params, registry};
 use serde_json::Value;
 
-use super::{Adapters, Manifest, clip_lora, file, locate};
+use super::{Adapters, Manifest, clip_lora, file};
 use crate::clip::Clip;
 use crate::clip::base::Base;
 use crate::clip::model::all_finite;
@@ -35,16 +35,16 @@ pub struct Delta {
 }
 
 impl Delta {
-    /// Reads a directory, a file of CLIP-LoRA's or what a hub id stands for; nothing is checked against a base yet.
+    /// Reads a directory or a file of CLIP-LoRA's; nothing is checked against a base yet. [`super::locate`] finds the
+    /// directory of a hub id.
     ///
     /// # Errors
-    /// When files are missing or malformed, or cannot be fetched.
+    /// When files are missing or malformed.
     pub fn read(dir: &Path) -> Result<Self> {
-        let dir = &locate(dir)?;
         if dir.is_file() {
             let (config, tensors) = clip_lora::read(dir)?;
             let method = registry::from_adapter_config(&config).map_err(|e| Error::input(dir.display(), e))?;
-            return Ok(Self { dir: dir.clone(), methods: vec![(method, tensors)], own: Vec::new(), manifest: None });
+            return Ok(Self { dir: dir.to_path_buf(), methods: vec![(method, tensors)], own: Vec::new(), manifest: None });
         }
         files::recover_dir(dir)?;
         if !dir.is_dir() {

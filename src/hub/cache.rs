@@ -1,14 +1,9 @@
 //! The cache's layout: `models--owner--name/{blobs/<etag>, refs/<revision>, snapshots/<commit>/<file> → blob}`.
 
-use std::fs::{self, File, TryLockError};
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use crate::error::{Error, Result};
-use crate::files::write_atomic;
-
-/// Between looks at a lock that another process holds.
-const WAIT: Duration = Duration::from_millis(100);
 
 /// One repository's part of the cache.
 #[derive(Debug)]
@@ -47,7 +42,7 @@ impl Cache {
         &self.root
     }
 
-    fn repo(&self) -> PathBuf {
+    pub(super) fn repo(&self) -> PathBuf {
         self.root.join(&self.folder)
     }
 
@@ -66,77 +61,12 @@ impl Cache {
         Some(self.snapshot(commit).join(file)).filter(|p| p.is_file())
     }
 
-    fn missing(&self, commit: &str, file: &str) -> PathBuf {
+    pub(super) fn missing(&self, commit: &str, file: &str) -> PathBuf {
         self.repo().join(".no_exist").join(commit).join(file)
     }
 
     /// Whether the hub said that there is no such file.
     pub(super) fn known_missing(&self, commit: &str, file: &str) -> bool {
         self.missing(commit, file).is_file()
-    }
-
-    /// Best effort: it spares a question.
-    #[cfg(feature = "hub")]
-    pub(super) fn note_missing(&self, commit: &str, file: &str) {
-        let _ = write_atomic(&self.missing(commit, file), b"");
-    }
-
-    #[cfg(feature = "hub")]
-    pub(super) fn note_commit(&self, revision: &str, commit: &str) -> Result<()> {
-        if is_commit(revision) || self.commit(revision).as_deref() == Some(commit) {
-            return Ok(());
-        }
-        write_atomic(&self.repo().join("refs").join(revision), commit.as_bytes())
-    }
-
-    #[cfg(feature = "hub")]
-    pub(super) fn blob(&self, etag: &str) -> PathBuf {
-        self.repo().join("blobs").join(etag)
-    }
-
-    /// One process at a time fetches a blob; `waiting` is asked meanwhile.
-    #[cfg(feature = "hub")]
-    pub(super) fn lock(&self, etag: &str, mut waiting: impl FnMut() -> Result<()>) -> Result<File> {
-        let path = self.root.join(".locks").join(&self.folder).join(format!("{etag}.lock"));
-        let parent = path.parent().unwrap_or(&self.root);
-        fs::create_dir_all(parent).map_err(|e| Error::write(parent, e))?;
-        let file = File::create(&path).map_err(|e| Error::write(&path, e))?;
-        loop {
-            match file.try_lock() {
-                Ok(()) => return Ok(file),
-                Err(TryLockError::WouldBlock) => {
-                    waiting()?;
-                    std::thread::sleep(WAIT);
-                }
-                // Not every file system can lock; the rename at the end still leaves one whole blob.
-                Err(TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Unsupported => return Ok(file),
-                Err(TryLockError::Error(e)) => return Err(Error::write(&path, e)),
-            }
-        }
-    }
-
-    /// Makes a blob a file of a snapshot.
-    #[cfg(feature = "hub")]
-    pub(super) fn link(&self, commit: &str, file: &str, etag: &str) -> Result<PathBuf> {
-        let path = self.snapshot(commit).join(file);
-        let parent = path.parent().unwrap_or(&self.root).to_path_buf();
-        fs::create_dir_all(&parent).map_err(|e| Error::write(&parent, e))?;
-        let up = "../".repeat(2 + file.matches('/').count());
-        let fresh = parent.join(format!(".tmp-{}-{}", std::process::id(), file.replace('/', "-")));
-        let _ = fs::remove_file(&fresh);
-        self.point(&format!("{up}blobs/{etag}"), etag, &fresh).map_err(|e| Error::write(&fresh, e))?;
-        fs::rename(&fresh, &path).map_err(|e| Error::write(&path, e))?;
-        Ok(path)
-    }
-
-    #[cfg(all(feature = "hub", unix))]
-    fn point(&self, target: &str, _etag: &str, at: &Path) -> std::io::Result<()> {
-        std::os::unix::fs::symlink(target, at)
-    }
-
-    /// Links need a privilege elsewhere.
-    #[cfg(all(feature = "hub", not(unix)))]
-    fn point(&self, _target: &str, etag: &str, at: &Path) -> std::io::Result<()> {
-        fs::hard_link(self.blob(etag), at).or_else(|_| fs::copy(self.blob(etag), at).map(|_| ()))
     }
 }

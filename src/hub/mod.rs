@@ -7,6 +7,8 @@
 mod cache;
 #[cfg(feature = "hub")]
 mod remote;
+#[cfg(feature = "hub")]
+mod store;
 
 use std::collections::HashMap;
 use std::path::PathBuf;

@@ -96,7 +96,8 @@ impl Remote {
             let response = request.call().map_err(|e| Failure::Unreachable(e.to_string()))?;
             let target = header(&response, "location").filter(|_| response.status().is_redirection());
             match target.map(|to| (joined(&url, to), to.contains("://") || to.starts_with("//"))) {
-                Some((to, outside)) if elsewhere || !outside => url = to,
+                // A redirect to another host says what the file is, or else its target does.
+                Some((to, outside)) if elsewhere || !outside || header(&response, "x-repo-commit").is_none() => url = to,
                 _ => return Ok(response),
             }
         }
