@@ -5,16 +5,21 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
-use peft_adapters::{ClassFeatures, Patches, Step};
+use peft_adapters::{Patches, Step};
 
 use crate::clip::base::Base;
 use crate::clip::decode::{self, DecodeOptions};
-use crate::clip::model::{all_finite, class_logits, unit_rows};
+use crate::clip::model::all_finite;
 use crate::data::check_classes;
 use crate::delta::{Adapters, Delta, Manifest, bundled, locate};
 use crate::error::{Error, Result};
 use crate::task::prompts::{self, Pad, Prompts};
 use crate::task::{Forward, HEAD};
+
+mod scorer;
+
+use scorer::Classes;
+pub use scorer::{Ranked, Scorer};
 
 /// Images that go through the tower at once.
 const BATCH: usize = 32;
@@ -54,15 +59,6 @@ pub struct Model {
     bound: Option<Vec<String>>,
     options: DecodeOptions,
     notes: Vec<String>,
-}
-
-/// A class and how likely it is.
-#[derive(Debug, Clone, PartialEq, serde::Serialize)]
-pub struct Ranked {
-    /// The class.
-    pub label: String,
-    /// From 0 to 1; all classes add up to 1.
-    pub probability: f32,
 }
 
 impl Model {
@@ -331,8 +327,16 @@ impl Model {
         if self.patches.per_image() {
             return Ok(Scorer { classes: Classes::PerImage(Box::new(prompts)), templates, labels });
         }
-        let classes = prompts.class_features(&Forward::eval(&self.base.clip, &self.patches))?;
+        let classes = prompts.class_features(&Forward::eval(&self.base.clip, &self.patches)).map_err(|e| self.of_classes(e))?;
         Ok(Scorer { classes: Classes::Shared(finite("text", classes)?), templates, labels })
+    }
+
+    /// What fails where an adapter is bound to classes that it does not name (one without `peft.json`) is the labels' fault.
+    fn of_classes(&self, error: Error) -> Error {
+        match (self.patches.class_bound() && self.bound.is_none(), &error) {
+            (true, Error::Tensor(e)) => Error::input("--labels", e).hint("this adapter does not say for which classes it was made"),
+            _ => error,
+        }
     }
 }
 
@@ -342,87 +346,5 @@ fn finite(what: &str, features: Tensor) -> Result<Tensor> {
         true => Ok(features),
         false => Err(Error::fault(format!("{what} features"), "are not finite")
             .hint("the adapter's weights may be too large for this base, or --dtype too narrow")),
-    }
-}
-
-/// Labels whose text side is computed.
-#[derive(Debug)]
-pub struct Scorer {
-    labels: Vec<String>,
-    templates: Vec<String>,
-    classes: Classes,
-}
-
-/// Where logits come from.
-#[derive(Debug)]
-enum Classes {
-    /// The adapter's linear head.
-    Head,
-    /// Class features, [C, P].
-    Shared(Tensor),
-    /// Class prompts that are encoded for each image.
-    PerImage(Box<Prompts>),
-}
-
-impl Scorer {
-    /// The labels in order.
-    #[must_use]
-    pub fn labels(&self) -> &[String] {
-        &self.labels
-    }
-
-    /// The prompts around them; none with a linear head.
-    #[must_use]
-    pub fn templates(&self) -> &[String] {
-        &self.templates
-    }
-
-    /// What image features are multiplied with: class features [C, P], or a linear head's weights and bias; nothing where
-    /// classes look different to each image.
-    ///
-    /// # Errors
-    /// When a tensor operation fails.
-    pub fn matrix(&self, model: &Model) -> Result<Option<(Tensor, Option<Tensor>)>> {
-        match (&self.classes, &model.head) {
-            (Classes::Head, Some([weight, bias])) => Ok(Some((weight.clone(), Some(bias.clone())))),
-            (Classes::Shared(classes), _) => Ok(Some((classes.clone(), None))),
-            _ => Ok(None),
-        }
-    }
-
-    /// All labels for each row of `features` [N, P], most likely first.
-    ///
-    /// # Errors
-    /// When a tensor operation fails.
-    pub fn rank(&self, model: &Model, features: &Tensor) -> Result<Vec<Vec<Ranked>>> {
-        if features.dim(0)? == 0 {
-            return Ok(Vec::new());
-        }
-        let rows = candle_nn::ops::softmax(&self.logits(model, features)?.to_dtype(DType::F32)?, 1)?.to_vec2::<f32>()?;
-        Ok(rows.into_iter().map(|row| self.ranked(row)).collect())
-    }
-
-    /// Logits of `features` [N, P], unnormalised, for the labels: [N, C].
-    ///
-    /// # Errors
-    /// When a tensor operation fails.
-    pub fn logits(&self, model: &Model, features: &Tensor) -> Result<Tensor> {
-        let clip = &model.base.clip;
-        Ok(match (&self.classes, &model.head) {
-            (Classes::Head, Some([weight, bias])) => unit_rows(features)?.matmul(&weight.t()?)?.broadcast_add(bias)?,
-            (Classes::PerImage(prompts), _) => prompts.logits(&Forward::eval(clip, &model.patches), features)?,
-            (Classes::Shared(classes), _) => {
-                let classes = model.patches.class_features(ClassFeatures::Shared(classes.clone()), features)?;
-                class_logits(clip, features, &classes, &model.patches)?
-            }
-            (Classes::Head, None) => return Err(Error::fault("predict", "no head")),
-        })
-    }
-
-    fn ranked(&self, row: Vec<f32>) -> Vec<Ranked> {
-        let mut all: Vec<Ranked> =
-            row.into_iter().zip(&self.labels).map(|(probability, label)| Ranked { label: label.clone(), probability }).collect();
-        all.sort_by(|a, b| b.probability.total_cmp(&a.probability));
-        all
     }
 }

@@ -116,6 +116,17 @@ fn a_cache_is_filled_without_a_step_and_tuned_on_validation() {
     let tensors = candle_core::safetensors::load(w.path("fixed/adapter/adapter_model.safetensors"), &Device::Cpu).unwrap();
     assert_eq!(tensors["base_model.model.vision_model.cache.alpha_beta"].to_vec1::<f32>().unwrap(), [2.5, 3.0]);
 
+    // Keys of augmented images are others, and again the same for the same seed.
+    let views = |run: &str| {
+        let sets = ["--set", "method={tip_adapter: {search: false}}", "--set", "train.augment={flip: true, crop: [0.5, 1.0]}"];
+        w.json(&[&["train", "recipe.yaml", "--output", run], sets.as_slice()].concat());
+        let tensors = candle_core::safetensors::load(w.path(run).join("adapter/adapter_model.safetensors"), &Device::Cpu).unwrap();
+        tensors["base_model.model.vision_model.cache.keys"].flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    let keys = views("views");
+    assert_ne!(keys, part("keys").flatten_all().unwrap().to_vec1::<f32>().unwrap());
+    assert_eq!(views("views2"), keys);
+
     let trained = train(&w, "trained", "tip_adapter: { train: true, beta_steps: 20 }");
     assert!(number(&trained["steps"]) > 0.0 && number(&trained["after"]["accuracy"]) > number(&plain["accuracy"]), "{trained}");
     let again = w.json(&["train", "m.yaml", "--output", "again"]);
@@ -270,4 +281,27 @@ fn every_methods_recipe_is_valid() {
         seen += 1;
     }
     assert!(seen > 0);
+}
+
+#[test]
+fn only_the_projection_folds() {
+    let w = World::new();
+    let methods = [
+        ("vpt: { length: 2, depth: 1, dropout: 0.1 }", false),
+        ("maple: { depth: 2 }", false),
+        ("clip_adapter: { ratio: 0.5 }", false),
+        ("prolip: { lambda: 0.01 }", true),
+    ];
+    for (method, folds) in methods {
+        let name = method.split(':').next().unwrap();
+        let report = train(&w, name, method);
+        assert!(number(&report["after"]["loss"]) < number(&report["before"]["loss"]), "{method}: {report}");
+        assert_eq!(w.json(&["eval", name])["loss"], report["after"]["loss"], "{method}");
+        let adapter = format!("{name}/adapter");
+        let merge = ["merge", "--model", "base", "--adapter", &adapter, "--output", "m"];
+        match folds {
+            true => assert!(number(&w.json(&merge)["relative_diff"]) < 1e-5),
+            false => assert!(w.fails(&merge, 2).contains("--bundle")),
+        }
+    }
 }

@@ -15,7 +15,7 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct TipAdapter;
 
-/// Options of Tip-Adapter.
+/// Options of Tip-Adapter. The cache is filled before the first step; with `train.augment` a key is the mean of ten views.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TipAdapterConfig {
@@ -83,8 +83,8 @@ impl TipAdapterConfig {
         let one = |key: &str, held: Option<usize>, asked: usize| match (held.unwrap_or(0), asked) {
             (0, 0) => Err(Error::config(key, "a cache needs a task with classes and training examples")),
             (0, asked) => Ok(asked),
-            (held, asked) if key == "classes" && asked != 0 && asked != held => {
-                Err(Error::config(key, format!("the cache holds {held} classes, the task has {asked}")))
+            (held, asked) if asked != 0 && asked != held => {
+                Err(Error::config(key, format!("the cache holds {held} {key}, the task has {asked}")))
             }
             (held, _) => Ok(held),
         };

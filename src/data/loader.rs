@@ -154,14 +154,14 @@ impl LoaderConfig {
     }
 }
 
-/// Loads examples, as they are, into one tensor [B, 3, H, W] on the CPU, in parallel.
+/// Loads examples, as they are or varied, into one tensor [B, 3, H, W] on the CPU, in parallel.
 ///
 /// # Errors
 /// When an image cannot be read.
-pub fn load(images: &Images, examples: &[Example], indices: &[usize], cache: &Cached) -> Result<Tensor> {
+pub fn load(images: &Images, examples: &[Example], indices: &[usize], vary: Option<&Variation<'_>>, cache: &Cached) -> Result<Tensor> {
     pixels(images, indices.len(), |at, out| {
         let index = indices[at];
-        images.preprocess().normalise(&images.fetch(index, &examples[index], None, cache)?, out);
+        images.preprocess().normalise(&images.fetch(index, &examples[index], vary, cache)?, out);
         Ok(())
     })
 }

@@ -93,7 +93,7 @@ impl Features {
                     let x = bank.gather(indices, clip.dtype(), clip.device())?;
                     clip.image_features_from(&Trunk { x, pool: Vec::new(), mask: None, depth: bank.depth() }, view, None)?
                 }
-                None => clip.image_features(&load(&self.images, examples, indices, cache)?, view)?,
+                None => clip.image_features(&load(&self.images, examples, indices, None, cache)?, view)?,
             });
             observer.event(Event::Advance(indices.len()));
         }
@@ -150,7 +150,7 @@ impl Features {
         let cache = Cached::none();
         let all: Vec<usize> = (0..examples.len()).collect();
         for indices in all.chunks(self.batch) {
-            let pixels = load(&self.images, examples, indices, &cache)?;
+            let pixels = load(&self.images, examples, indices, None, &cache)?;
             builder.push(&clip.image_trunk(&pixels, self.depth, view)?.x)?;
             observer.event(Event::Advance(indices.len()));
         }

@@ -1,15 +1,20 @@
 //! Methods that look at data: filled before the first step, tuned after the last, on training and validation examples.
 
 use candle_core::Tensor;
-use peft_adapters::{Labelled, Patch};
+use peft_adapters::{Labelled, Patch, Step};
 
 use super::observer::{Event, Observer};
 use super::{Run, Trainer};
-use crate::data::Split;
+use crate::data::images::{Cached, Variation};
+use crate::data::loader::load;
+use crate::data::{Example, Split};
 use crate::delta::Adapters;
 use crate::error::{Error, Result};
 use crate::optim::Ema;
 use crate::task::Forward;
+
+/// Augmented images that a training example's feature is the mean of, as many as Tip-Adapter's authors take.
+const VIEWS: u64 = 10;
 
 impl Trainer<'_> {
     /// Hands the training examples to the methods that want to see them; the test split is never shown.
@@ -37,6 +42,28 @@ impl Trainer<'_> {
         self.look(Split::Val, observer, |patch, examples| patch.tune(examples))
     }
 
+    /// Mean features of several augmented images of each training example, [N, P].
+    fn views(&mut self, examples: &[Example], observer: &mut dyn Observer) -> Result<Tensor> {
+        self.adapters.view.prepare(&Step::eval())?;
+        let all: Vec<usize> = (0..examples.len()).collect();
+        let mut parts = Vec::new();
+        for indices in all.chunks(self.config.batch.max(64)) {
+            let mut sum: Option<Tensor> = None;
+            for epoch in 0..VIEWS {
+                let vary = Variation { augment: &self.config.augment, seed: self.config.seed, epoch };
+                let pixels = load(&self.images, examples, indices, Some(&vary), &Cached::none())?;
+                let features = self.base.clip.image_features(&pixels, &self.adapters.view)?;
+                sum = Some(match sum {
+                    Some(sum) => (sum + features)?,
+                    None => features,
+                });
+            }
+            parts.extend(sum);
+            observer.event(Event::Advance(indices.len()));
+        }
+        Ok((Tensor::cat(&parts, 0)? / VIEWS as f64)?)
+    }
+
     fn look(
         &mut self,
         split: Split,
@@ -50,8 +77,11 @@ impl Trainer<'_> {
         }
         let examples = self.data.split(split);
         observer.event(Event::Phase("look", Some(examples.len())));
+        let features = match split == Split::Train && !self.config.augment.is_none() {
+            true => self.views(examples, observer)?,
+            false => self.features.of(split, examples, &self.base.clip, &mut self.adapters.view, observer)?,
+        };
         let Adapters { view, params, .. } = &mut *self.adapters;
-        let features = self.features.of(split, examples, &self.base.clip, view, observer)?;
         let on = Forward::eval(&self.base.clip, view);
         let labelled = self.task.labelled(&on, &features, examples)?.ok_or_else(|| {
             Error::input("method", "a method that looks at labelled examples needs class prompts that are the same for all images")
