@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::Device;
+use peft_adapters::saved::base_name;
 use serde_json::json;
 
 use crate::clip::base::Base;
@@ -140,7 +141,7 @@ impl Session {
     #[must_use]
     pub fn total_parameters(&self, adapters: &Adapters) -> usize {
         let sites = self.base.clip.sites();
-        let is_base = |name: &str| sites.weight(name.strip_prefix("base_model.model.").unwrap_or(name)).is_some();
+        let is_base = |name: &str| sites.weight(&base_name(name)).is_some();
         let added: usize = adapters.params.iter().filter(|p| !is_base(&p.name)).map(|p| p.var.elem_count()).sum();
         sites.count() + added
     }
@@ -217,6 +218,7 @@ pub fn train(recipe: Recipe, existing: Existing, device: &Device, observer: &mut
         return Err(Error::input("data", "the training split is empty"));
     }
     let (mut adapters, task) = session.plan()?;
+    tell(&adapters, observer);
     let run = match RunDir::open(&session.recipe, existing)? {
         Opened::Finished(report) => return Ok((*report, true)),
         Opened::Open(run) => run,
@@ -298,6 +300,11 @@ impl Session {
     }
 }
 
+/// What planning had to tell.
+fn tell(adapters: &Adapters, observer: &mut dyn Observer) {
+    adapters.params.notes().iter().for_each(|note| observer.event(Event::Note(note.clone())));
+}
+
 /// What `peft train --check` finds.
 #[derive(Debug, serde::Serialize)]
 pub struct Checked {
@@ -324,6 +331,7 @@ pub struct Checked {
 pub fn check(recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Result<Checked> {
     let session = Session::open(recipe, device, observer)?;
     let (mut adapters, task) = session.plan()?;
+    tell(&adapters, observer);
     let total_parameters = session.total_parameters(&adapters);
     let trainable_parameters = adapters.params.count();
     let context = session.base.tokenizer.context();
@@ -377,7 +385,9 @@ pub fn evaluate(recipe: Recipe, options: &EvalOptions, device: &Device, observer
             for note in delta.check_base(&session.base, options.allow_base_mismatch)? {
                 observer.event(Event::Note(note));
             }
-            delta.apply(&session.base.clip)?
+            let adapters = delta.apply(&session.base.clip)?;
+            tell(&adapters, observer);
+            adapters
         }
     };
     let task = session.task(&mut adapters)?;
