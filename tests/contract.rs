@@ -293,6 +293,51 @@ fn exchanged_files_are_noticed(path: &std::path::Path) {
 }
 
 #[test]
+fn bare_parameters_train_beside_another_method() {
+    let world = world(DType::F32);
+    let methods: Vec<MethodConfig> =
+        serde_saphyr::from_str("[lora: { rank: 2 }, full: { targets: [logit_scale, class_embedding] }]").unwrap();
+    let sites = world.clip.sites();
+    let mut adapters = Adapters::plan(&methods, sites, 1, &Device::Cpu).unwrap();
+    perturb(&adapters.params, 0.1);
+    let grads = world.loss(&mut adapters.patches).backward().unwrap();
+    assert!(trained(&adapters.params).all(|p| grads.get(&p.var).is_some()));
+    let dir = tempfile::tempdir().unwrap();
+    delta::save(&dir.path().join("adapter"), &adapters, sites, &Manifest::default()).unwrap();
+    let mut loaded = Delta::read(&dir.path().join("adapter")).unwrap().apply(&world.clip).unwrap();
+    let scale = |patches: &Patches| world.clip.logit_scale(patches).unwrap().to_scalar::<f32>().unwrap();
+    assert_eq!(scale(&loaded.view), scale(&adapters.view));
+    assert_ne!(scale(&loaded.view), scale(&Patches::none()));
+    let (before, after) = (world.features(&mut adapters.view), world.features(&mut loaded.view));
+    assert_eq!(max_abs(&(before.0 - after.0).unwrap()), 0.0);
+}
+
+#[test]
+fn patterns_that_match_nothing_are_told() {
+    let world = world(DType::F32);
+    let notes = |yaml: &str| {
+        let method: MethodConfig = serde_saphyr::from_str(yaml).unwrap();
+        let mut params = Params::new(0, &Device::Cpu);
+        method.plan(world.clip.sites(), &mut params).unwrap();
+        params.notes().to_vec()
+    };
+    assert!(notes("lora: { rank_pattern: { q_proj: 2 } }").is_empty());
+    let told = notes("dora: { rank_pattern: { fc1: 2, q_proj: 3 }, alpha_pattern: { query: 3 } }");
+    assert!(told.len() == 2 && told[0].contains("`fc1`") && told[1].contains("`query`"), "{told:?}");
+    assert_eq!(notes("loha: { rank: 2, alpha_pattern: { fc1: 3 } }").len(), 1);
+}
+
+#[test]
+fn all_linear_is_every_linear_layer() {
+    let world = world(DType::F32);
+    let method: MethodConfig = serde_saphyr::from_str("lora: { rank: 2, targets: all-linear }").unwrap();
+    let (params, _) = world.plan(&method, DType::F32);
+    // Six a block, two blocks and a projection a tower, A and B each.
+    assert_eq!(params.len(), 2 * 2 * (6 * 2 + 1));
+    assert!(params.iter().all(|p| !p.name.contains("embedding")));
+}
+
+#[test]
 fn unknown_keys_are_refused() {
     for entry in METHODS {
         let json = format!(r#"{{"{}": {{"no_such_key": 1}}}}"#, entry.name);
@@ -319,5 +364,21 @@ fn targets_that_match_nothing_and_ranks_too_high_are_refused() {
     refuse("prefix: { length: 0 }", "length");
     refuse("prefix: { layers: '5..6' }", "");
     refuse("bottleneck: { reduction: 0 }", "reduction");
+    refuse("bottleneck: { reduction: 4, hypercomplex: { n: 3 } }", "divisor");
+    refuse("bottleneck: { hypercomplex: { n: 0 } }", "hypercomplex.n");
+    refuse("dora: { rank: 4, lr_ratio: 0 }", "lr_ratio");
+    refuse("pissa: { rank: 9 }", "expected 1 to 8");
+    refuse("olora: { targets: [token_embedding] }", "q_proj");
+    refuse("ia3: { targets: [query] }", "self_attn.q_proj");
+    refuse("ln_tuning: { targets: [layer_norm3] }", "layer_norm1");
+    refuse("bitfit: { targets: [visual_projection] }", "no bias");
+    refuse("svd: { rank: 17 }", "found 17");
+    refuse("vera: { rank: 0 }", "found 0");
+    refuse("vera: { dropout: 1 }", "dropout");
+    refuse("loha: { rank: 0 }", "found 0");
+    refuse("lokr: { decompose_factor: 0 }", "decompose_factor");
+    refuse("adalora: { init_r: 2, target_r: 3 }", "target_r");
+    refuse("adalora: { beta1: 1.0 }", "beta1");
+    refuse("adalora: { delta_t: 0 }", "delta_t");
     refuse("full: { targets: [nothing] }", "nothing");
 }

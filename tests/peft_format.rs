@@ -121,6 +121,31 @@ fn write_ours() {
     }
 }
 
+/// HF PEFT's fields that change the result and are not implemented here; a default is no request.
+#[test]
+fn fields_that_are_not_implemented_are_refused() {
+    for (case, key, value) in [
+        ("dora", "lora_bias", "true"),
+        ("dora", "target_parameters", "[\"q_proj.weight\"]"),
+        ("plain", "trainable_token_indices", "[1]"),
+        ("plain", "layer_replication", "[[0, 1]]"),
+        ("ia3", "fan_in_fan_out", "true"),
+        ("ln_tuning", "layers_pattern", "\"h\""),
+        ("vera", "fan_in_fan_out", "true"),
+        ("loha", "use_effective_conv2d", "true"),
+        ("lokr", "use_effective_conv2d", "true"),
+        ("adalora", "use_rslora", "true"),
+        ("adalora", "alpha_pattern", "{\"q_proj\": 3}"),
+        ("adalora", "init_lora_weights", "\"pissa\""),
+    ] {
+        let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(dir(case).join("adapter_config.json")).unwrap()).unwrap();
+        assert!(peft_adapters::registry::from_adapter_config(&config).is_ok(), "{case}");
+        config[key] = serde_json::from_str(value).unwrap();
+        let message = peft_adapters::registry::from_adapter_config(&config).unwrap_err().to_string();
+        assert!(message.contains(key), "{case}: {message}");
+    }
+}
+
 #[test]
 fn adapters_that_do_not_fit_are_refused_in_one_error() {
     let clip = base();

@@ -1,6 +1,7 @@
 //! Base weights that are trained beside an update: HF PEFT's `modules_to_save` and `bias`.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use candle_core::{Result as TensorResult, Tensor};
 use serde::{Deserialize, Serialize};
@@ -78,9 +79,9 @@ impl Saved {
     /// # Errors
     /// When another method trains the same.
     pub fn declare(&mut self, id: WeightId, weight: &BaseWeight, name: String, params: &mut Params) -> Result<()> {
-        if !self.trained.contains_key(&id) {
+        if let Entry::Vacant(free) = self.trained.entry(id) {
             let spec = Spec::new(name.clone(), weight.tensor.shape(), Start::Value(weight.tensor.clone()));
-            self.trained.insert(id, (name, params.declare(spec)?));
+            free.insert((name, params.declare(spec)?));
         }
         Ok(())
     }

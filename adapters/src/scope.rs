@@ -35,7 +35,8 @@ impl Scope<'_> {
     /// When nothing is left.
     pub fn sites<'s>(&self, sites: &'s Sites, kind: impl Fn(&SiteKind) -> bool) -> Result<Vec<(SiteId, &'s Site)>> {
         let selection = Selection { targets: Some(self.targets), towers: self.towers, layers: self.layers };
-        let mut found = selection.sites(sites, kind)?;
+        let all = self.targets.is_all_linear();
+        let mut found = selection.sites(sites, |k| kind(k) && (!all || linear(k)))?;
         if let Some(exclude) = self.exclude {
             let excluded = exclude.matcher("exclude")?;
             let mut kept = Vec::with_capacity(found.len());

@@ -28,8 +28,8 @@ pub struct LoraConfig {
     pub alpha: f64,
     /// Probability in [0, 1) with which inputs of A are dropped in training. Higher: more regularised.
     pub dropout: f64,
-    /// Linear layers, `patch_embedding`, `token_embedding` or `position_embedding`: a list of names or a regex over the whole
-    /// path. More targets: more capacity, slower steps.
+    /// Linear layers, `patch_embedding`, `token_embedding` or `position_embedding`: a list of names, a regex over the whole
+    /// path, or `all-linear`. More targets: more capacity, slower steps.
     pub targets: Targets,
     /// `vision`, `text` or `both`. One tower alone is faster; `vision` keeps class prompts fixed.
     pub towers: Towers,
