@@ -15,6 +15,7 @@ pub mod device;
 pub mod embed;
 pub mod error;
 pub mod estimate;
+pub mod fetch;
 pub mod files;
 pub mod hub;
 pub mod inspect;

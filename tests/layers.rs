@@ -5,7 +5,7 @@ use std::path::Path;
 
 /// Each module and what it may import; `session` and `cli` put everything together. What is right about
 /// this table is the direction: nothing below knows of recipes, nothing but `cli` of the command line.
-const TABLE: [(&str, &[&str]); 21] = [
+const TABLE: [(&str, &[&str]); 22] = [
     ("error", &[]),
     ("named", &[]),
     ("builtin", &[]),
@@ -20,6 +20,7 @@ const TABLE: [(&str, &[&str]); 21] = [
     ("task", &["clip", "data", "error", "report"]),
     ("train", &["clip", "data", "delta", "error", "named", "optim", "report", "task"]),
     ("recipe", &["clip", "data", "error", "files", "named", "task", "train"]),
+    ("fetch", &["error", "hub", "train"]),
     ("run", &["error", "files", "recipe", "report", "train"]),
     ("estimate", &["clip", "delta", "train"]),
     ("merge", &["clip", "delta", "error", "files"]),
