@@ -127,6 +127,7 @@ pub mod embed;
 pub mod error;
 pub mod estimate;
 pub mod events;
+pub mod fetch;
 pub mod figures;
 pub mod files;
 pub mod hub;

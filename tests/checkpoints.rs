@@ -68,6 +68,24 @@ fn features_are_those_of_the_source() {
 }
 
 #[test]
+fn a_checkpoint_in_shards_is_one_model() {
+    let w = World::new();
+    let dir = copy(&w, "gelu32");
+    std::fs::remove_file(dir.join("open_clip_model.safetensors")).unwrap();
+    let mut map = serde_json::Map::new();
+    for (shard, with_visual) in
+        [("open_clip_model-00001-of-00002.safetensors", true), ("open_clip_model-00002-of-00002.safetensors", false)]
+    {
+        let all = tensors(data("gelu32/open_clip_model.safetensors"));
+        let held: Vec<_> = all.into_iter().filter(|(n, _)| n.starts_with("visual.") == with_visual).collect();
+        peft::clip::weights::save(&dir.join(shard), &held).unwrap();
+        held.iter().for_each(|(n, _)| _ = map.insert(n.clone(), shard.into()));
+    }
+    w.write("gelu32/open_clip_model.safetensors.index.json", &serde_json::json!({ "weight_map": map }).to_string());
+    agrees(&w, &["gelu32"], "gelu32/golden.safetensors");
+}
+
+#[test]
 fn positions_are_interpolated_as_the_source_does_it() {
     let w = World::new();
     let file = data("resized/epoch_3.pt");

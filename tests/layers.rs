@@ -5,7 +5,7 @@ use std::path::Path;
 
 /// Each module and what it may import; `session` and `cli` put everything together. What is right about
 /// this table is the direction: nothing below knows of recipes, nothing but `cli` of the command line.
-const TABLE: [(&str, &[&str]); 35] = [
+const TABLE: [(&str, &[&str]); 36] = [
     ("error", &[]),
     ("named", &[]),
     ("builtin", &[]),
@@ -25,6 +25,7 @@ const TABLE: [(&str, &[&str]); 35] = [
     ("figures", &[]),
     ("comparison", &["figures"]),
     ("page", &["change", "comparison", "error", "figures", "report", "train"]),
+    ("fetch", &["error", "hub", "train"]),
     ("run", &["error", "events", "files", "recipe", "report", "train"]),
     ("estimate", &["clip", "delta", "train"]),
     ("merge", &["clip", "delta", "error", "files"]),

@@ -14,8 +14,8 @@ use crate::clip::source::Source;
 use crate::clip::spec::Spec;
 use crate::delta::locate_with;
 use crate::error::{Error, Result};
+use crate::fetch::fetched;
 use crate::model::Model;
-use crate::session::fetched;
 
 mod bench;
 mod compare;

@@ -38,7 +38,7 @@ pub struct Derived {
     /// Where other files are, in HF layout.
     inner: Option<Source>,
     /// A checkpoint with the tensor names of OpenAI and open_clip.
-    weights: Option<PathBuf>,
+    weights: Vec<PathBuf>,
     /// How positions come to be others than the weights have.
     interpolation: Option<Interpolation>,
     notes: Vec<String>,
@@ -151,7 +151,8 @@ impl Source {
     fn directory(dir: PathBuf, spec: &Spec) -> Result<Self> {
         // Repositories that have both are in HF layout, too.
         let config = dir.join("config.json");
-        if dir.join(foreign::CONFIG).is_file() && !(config.is_file() && is_transformers(&config)?) {
+        let open_clip = dir.join(foreign::CONFIG).is_file() || (spec.arch.is_some() && !config.is_file());
+        if open_clip && !(config.is_file() && is_transformers(&config)?) {
             return Ok(Self::foreign(Foreign::in_dir(&dir, spec)?, spec));
         }
         Self::Dir(dir).sized(spec)
@@ -160,19 +161,19 @@ impl Source {
     fn foreign(found: Foreign, spec: &Spec) -> Self {
         let Foreign { weights, files, notes } = found;
         let (name, interpolation) = (spec.name.clone(), Some(Interpolation::OpenClip));
-        Self::Derived(Arc::new(Derived { name, files, inner: None, weights: Some(weights), interpolation, notes }))
+        Self::Derived(Arc::new(Derived { name, files, inner: None, weights, interpolation, notes }))
     }
 
     /// Files in memory.
     pub(super) fn of_files(name: &str, files: Vec<(String, Vec<u8>)>) -> Self {
         let name = name.to_string();
-        Self::Derived(Arc::new(Derived { name, files, inner: None, weights: None, interpolation: None, notes: Vec::new() }))
+        Self::Derived(Arc::new(Derived { name, files, inner: None, weights: Vec::new(), interpolation: None, notes: Vec::new() }))
     }
 
     /// The same with more to say about it.
     fn noted(self, name: &str, mut notes: Vec<String>) -> Self {
         notes.extend(self.notes().iter().cloned());
-        let (weights, interpolation) = (self.checkpoint().map(Path::to_path_buf), self.interpolation());
+        let (weights, interpolation) = (self.checkpoint().to_vec(), self.interpolation());
         let (name, inner) = (name.to_string(), Some(self));
         Self::Derived(Arc::new(Derived { name, files: Vec::new(), inner, weights, interpolation, notes }))
     }
@@ -187,7 +188,7 @@ impl Source {
         let (files, note) = foreign::resized_files(&self.to_string(), &config, preprocess.as_deref(), size)?;
         let (name, notes) = (spec.name.clone(), note.into_iter().collect());
         let interpolation = Some(Interpolation::Transformers);
-        Ok(Self::Derived(Arc::new(Derived { name, files, inner: Some(self), weights: None, interpolation, notes })))
+        Ok(Self::Derived(Arc::new(Derived { name, files, inner: Some(self), weights: Vec::new(), interpolation, notes })))
     }
 
     /// What is worth knowing about how the files were derived.
@@ -208,11 +209,11 @@ impl Source {
         }
     }
 
-    /// A checkpoint with the tensor names of OpenAI and open_clip.
-    pub(crate) fn checkpoint(&self) -> Option<&Path> {
+    /// The files of a checkpoint with the tensor names of OpenAI and open_clip; none in HF layout.
+    pub(crate) fn checkpoint(&self) -> &[PathBuf] {
         match self {
-            Self::Derived(derived) => derived.weights.as_deref(),
-            _ => None,
+            Self::Derived(derived) => &derived.weights,
+            _ => &[],
         }
     }
 

@@ -93,7 +93,7 @@ impl Remote {
             if let Some(token) = self.token.as_ref().filter(|_| origin(&url) == origin(&self.endpoint)) {
                 request = request.header("Authorization", format!("Bearer {token}"));
             }
-            let response = request.call().map_err(|e| Failure::Unreachable(e.to_string()))?;
+            let response = request.call().map_err(|e| Failure::Unreachable(e.to_string().trim().to_string()))?;
             let target = header(&response, "location").filter(|_| response.status().is_redirection());
             match target.map(|to| (joined(&url, to), to.contains("://") || to.starts_with("//"))) {
                 // A redirect to another host says what the file is, or else its target does.

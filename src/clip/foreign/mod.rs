@@ -28,10 +28,12 @@ pub(super) type Files = Vec<(String, Vec<u8>)>;
 pub(crate) const CONFIG: &str = "open_clip_config.json";
 
 /// Where open_clip looks for weights in a directory, in its order.
-pub(crate) const WEIGHTS: [&str; 8] = [
+pub(crate) const WEIGHTS: [&str; 10] = [
     "open_clip_model.safetensors",
+    "open_clip_model.safetensors.index.json",
     "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.bin.index.json",
     "open_clip_pytorch_model.pth",
     "model.safetensors",
     "pytorch_model.bin",
@@ -41,6 +43,7 @@ pub(crate) const WEIGHTS: [&str; 8] = [
 
 /// Configurations are pages of text.
 const MAX_CONFIG: u64 = 1 << 20;
+const MAX_INDEX: u64 = 64 << 20;
 
 /// Buffers of the module that only OpenAI's archives have.
 const OPENAI: [&str; 3] = ["input_resolution", "context_length", "vocab_size"];
@@ -48,8 +51,8 @@ const OPENAI: [&str; 3] = ["input_resolution", "context_length", "vocab_size"];
 /// A checkpoint and what was derived from it.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Foreign {
-    /// The checkpoint.
-    pub(crate) weights: PathBuf,
+    /// The checkpoint, in one file or several.
+    pub(crate) weights: Vec<PathBuf>,
     /// `config.json`, `preprocessor_config.json` and the tokeniser's files.
     pub(crate) files: Files,
     /// What the user should know.
@@ -62,20 +65,27 @@ impl Foreign {
     /// The checkpoint in a directory of open_clip's.
     pub(crate) fn in_dir(dir: &Path, spec: &Spec) -> Result<Self> {
         let Some(name) = WEIGHTS.iter().find(|name| dir.join(name).is_file()) else {
-            return Err(Error::input(dir.display(), format!("holds {CONFIG} and no weights: expected one of {}", WEIGHTS.join(", "))));
+            return Err(Error::input(dir.display(), format!("holds no weights: expected one of {}", WEIGHTS.join(", "))));
         };
-        Self::open(&dir.join(name), spec)
+        let path = dir.join(name);
+        if !name.ends_with(".index.json") {
+            return Self::open(&path, spec);
+        }
+        let shards = weights::shards(&path.display().to_string(), &files::read(&path, MAX_INDEX)?)?;
+        Self::read(path.display().to_string(), dir, shards.into_keys().map(|shard| dir.join(shard)).collect(), spec)
     }
 
     /// A checkpoint file.
     pub(crate) fn open(file: &Path, spec: &Spec) -> Result<Self> {
-        let place = file.display().to_string();
-        let dir = file.parent().unwrap_or(Path::new("."));
-        let mut shapes = weights::shapes(file)?;
+        Self::read(file.display().to_string(), file.parent().unwrap_or(Path::new(".")), vec![file.to_path_buf()], spec)
+    }
+
+    fn read(place: String, dir: &Path, weights: Vec<PathBuf>, spec: &Spec) -> Result<Self> {
+        let mut shapes = weights::shapes(&weights)?;
         let openai = OPENAI.iter().filter(|key| shapes.remove(**key).is_some()).count() == OPENAI.len();
         recognise(&place, &shapes)?;
         let beside = dir.join(CONFIG);
-        let side = match beside.is_file() && spec.arch.is_none() && !openai {
+        let side = match beside.is_file() && !openai {
             true => Some(json_object(&beside)?),
             false => None,
         };
@@ -94,7 +104,7 @@ impl Foreign {
         ] {
             files.push((name.into(), serde_json::to_vec_pretty(&json).map_err(|e| Error::fault(&place, e))?));
         }
-        Ok(Self { weights: file.to_path_buf(), files, notes: shape.notes(&place) })
+        Ok(Self { weights, files, notes: shape.notes(&place) })
     }
 }
 

@@ -11,7 +11,7 @@ mod safetensors;
 mod torch;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use ::safetensors::tensor::View;
 use candle_core::{DType, Device, Tensor};
@@ -110,8 +110,9 @@ fn common_dtype(dtypes: impl Iterator<Item = DType>) -> DType {
 ///
 /// # Errors
 /// When the file is damaged or of an unknown kind.
-pub(crate) fn shapes(file: &Path) -> Result<HashMap<String, Vec<usize>>> {
-    Ok(open_clip::shapes(&open_path(file)?))
+pub(crate) fn shapes(files: &[PathBuf]) -> Result<HashMap<String, Vec<usize>>> {
+    let containers = files.iter().map(|file| open_path(file)).collect::<Result<Vec<_>>>()?;
+    Ok(containers.iter().flat_map(open_clip::shapes).collect())
 }
 
 /// A file by its content: zip archives are PyTorch's, anything else has to be safetensors.
@@ -124,10 +125,14 @@ fn open_path(path: &Path) -> Result<Container<'static>> {
 
 /// Opens the first kind of weights that is there.
 fn open(source: &Source) -> Result<Vec<Container<'static>>> {
-    if let Some(file) = source.checkpoint() {
+    let checkpoint = source.checkpoint().iter().map(|file| {
         let mut container = open_path(file)?;
         open_clip::translate(&mut container)?;
-        return Ok(vec![container]);
+        Ok(container)
+    });
+    let checkpoint = checkpoint.collect::<Result<Vec<_>>>()?;
+    if !checkpoint.is_empty() {
+        return Ok(checkpoint);
     }
     for name in FILES {
         if !exists(source, name)? {
