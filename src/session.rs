@@ -6,21 +6,21 @@ use std::sync::Arc;
 use candle_core::Device;
 use serde_json::json;
 
-use crate::change::{Change, changes};
 use crate::clip::base::Base;
 use crate::clip::decode::DecodeOptions;
-use crate::data::{Dataset, Example, Images, Split};
+use crate::data::{Dataset, Images, Split};
 use crate::delta::{self, Adapters, BaseRef, Delta, Manifest};
 use crate::error::{Error, Result};
 use crate::estimate::{Estimate, Load, estimate};
 use crate::merge;
-use crate::page;
 use crate::recipe::{ModelConfig, Recipe};
-use crate::report::{Evaluation, Prediction, TrainReport, peak_rss_mib};
+use crate::report::{Evaluation, TrainReport, peak_rss_mib};
 use crate::run::{Existing, Opened, RunDir};
 use crate::task::prompts::{self, Pad};
 use crate::task::{Task, TaskConfig, TaskParts};
 use crate::train::{Event, FeatureSource, Features, Observer, Run, Trainer};
+
+mod page;
 
 /// What a recipe names, opened.
 pub struct Session {
@@ -234,15 +234,6 @@ pub fn train(recipe: Recipe, existing: Existing, device: &Device, observer: &mut
     }
 }
 
-/// What the adapters change of the base, and which of them do not fold.
-fn changed(trainer: &mut Trainer<'_>) -> Result<(Vec<Change>, Vec<String>)> {
-    let Adapters { view, methods, .. } = &mut *trainer.adapters;
-    let why =
-        view.iter().zip(&*methods).filter_map(|(p, m)| Some(format!("{} does not fold into the base: {}.", m.name(), p.unfoldable()?)));
-    let why = why.collect();
-    Ok((changes(trainer.base.clip.sites(), view)?, why))
-}
-
 impl Session {
     fn execute(&self, trainer: &mut Trainer<'_>, run: &mut Run, logged: &mut Logged<'_>) -> Result<TrainReport> {
         let split = self.reported();
@@ -269,7 +260,7 @@ impl Session {
         for warning in trainer.task.warnings() {
             logged.event(Event::Warning(warning));
         }
-        let (changes, unfoldable) = changed(trainer)?;
+        let (changes, unfoldable) = page::changed(trainer)?;
         let bytes = delta::save(&logged.run.adapter(), trainer.adapters, self.base.clip.sites(), &self.manifest(&after)?)?;
         if matches!(self.recipe.model, ModelConfig::Scratch(_)) {
             merge::write_trained(&self.base, std::mem::take(&mut trainer.adapters.view), &logged.run.model())?;
@@ -279,40 +270,6 @@ impl Session {
         let page = self.page(&report, &logged.run, split, &changes, &unfoldable)?;
         logged.run.finish(&report, predictions, &page)?;
         Ok(report)
-    }
-
-    /// `report.html`.
-    fn page(&self, report: &TrainReport, run: &RunDir, split: Split, changes: &[Change], unfoldable: &[String]) -> Result<String> {
-        let base = base_ref(&self.base, self.recipe.model.spec());
-        let digests = [
-            ("program", format!("peft {}", report.version)),
-            ("base", base.digest),
-            ("tokeniser", base.tokenizer),
-            ("preprocessing", base.preprocess),
-            ("recipe", format!("blake3:{}", blake3::hash(self.recipe.to_yaml()?.as_bytes()).to_hex())),
-        ];
-        let mistakes = self.mistakes(report, split)?;
-        let (recipe, steps) = (self.recipe.to_yaml()?, run.steps()?);
-        page::report(&page::RunPage { report, recipe: &recipe, steps: &steps, mistakes: &mistakes, changes, unfoldable, digests: &digests })
-    }
-
-    /// Wrong predictions, the most confident first.
-    fn mistakes(&self, report: &TrainReport, split: Split) -> Result<Vec<page::Mistake>> {
-        const SHOWN: usize = 24;
-        let all = report.after.iter().filter(|e| e.classification.is_some()).flat_map(|e| e.predictions.iter().zip(self.data.split(split)));
-        let confidence = |p: &Prediction| p.scores.iter().copied().fold(0.0, f32::max);
-        let mut wrong: Vec<_> = all.filter(|(p, _)| p.label.as_deref() != Some(&p.prediction)).collect();
-        wrong.sort_by(|a, b| confidence(b.0).total_cmp(&confidence(a.0)));
-        let one = |(p, example): (&Prediction, &Example)| {
-            Ok(page::Mistake {
-                id: p.id.clone(),
-                image: page::thumbnail(&self.images.open(example)?)?,
-                label: p.label.clone().unwrap_or_default(),
-                prediction: p.prediction.clone(),
-                confidence: confidence(p),
-            })
-        };
-        wrong.into_iter().take(SHOWN).map(one).collect()
     }
 
     fn report(&self, trainer: &Trainer<'_>, run: &Run, split: Split, after: Evaluation, bytes: u64, path: &Path) -> TrainReport {

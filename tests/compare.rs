@@ -74,7 +74,9 @@ fn figures_are_those_of_the_runs() {
     assert_eq!(w.json(&[&SMALL[..], &["--methods", "full,lora,probe", "--seeds", "2"]].concat()), found);
     let more = w.json(&[&SMALL[..], &["--methods", "full,lora,bottleneck", "--seeds", "2"]].concat());
     assert_eq!((report("full"), report("lora")), before);
-    assert_eq!(rows(&more)[..2], rows(&found)[..2]);
+    for (a, b) in rows(&more).iter().zip(rows(&found)).take(2) {
+        assert_eq!((&a["runs"], &a["inference"], &a["difference"]), (&b["runs"], &b["inference"], &b["difference"]));
+    }
 
     // Other settings are refused, or replace.
     let other = [&SMALL[..], &["--methods", "lora", "--set", "train.lr=0.02"]].concat();
@@ -131,6 +133,20 @@ fn shots_and_steps_make_groups_of_their_own() {
     assert!(groups.iter().all(|g| g["budget"]["unit"] == "steps" && g["rows"][0]["runs"][0]["steps"] == 2));
     let html = String::from_utf8(read(&w.path("out/compare.html"))).unwrap();
     assert!(html.contains("accuracy against shots"));
+}
+
+/// A budget in seconds becomes steps once; going on gives the same.
+#[test]
+fn seconds_become_steps_that_are_remembered() {
+    let w = World::new();
+    let args = ["compare", "recipe.yaml", "--methods", "full,lora", "--seeds", "2", "--seconds", "0.05", "--jobs", "2", "--output", "out"];
+    let found = w.json(&args);
+    assert_eq!((&found["groups"][0]["budget"]["unit"], &found["groups"][0]["budget"]["amount"]), (&"seconds".into(), &0.05.into()));
+    for row in rows(&found) {
+        let steps: Vec<f64> = row["runs"].as_array().unwrap().iter().map(|r| number(&r["steps"])).collect();
+        assert!(steps[0] >= 1.0 && steps[0] == steps[1], "{steps:?}");
+    }
+    assert_eq!(w.json(&args)["groups"], found["groups"]);
 }
 
 /// Killed in the middle without a chance to clean up, the same command goes on and ends where an undisturbed one does.
