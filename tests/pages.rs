@@ -16,7 +16,20 @@ fn pages() -> (World, [PathBuf; 2]) {
     let w = World::new();
     std::fs::rename(w.path("data/green"), w.path("data").join(HOSTILE)).unwrap();
     // Next to nothing is learnt, so that there are mistakes to show.
-    w.json(&["compare", "recipe.yaml", "--methods", "full,lora,prefix", "--epochs", "1", "--set", "train.lr=1e-6", "--output", "out"]);
+    w.json(&[
+        "compare",
+        "recipe.yaml",
+        "--methods",
+        "full,lora,prefix",
+        "--epochs",
+        "1",
+        "--set",
+        "train.lr=1e-6",
+        "--set",
+        "forget.folder.root=data",
+        "--output",
+        "out",
+    ]);
     let pages = [w.path("out/lora-s3/report.html"), w.path("out/compare.html")];
     (w, pages)
 }
