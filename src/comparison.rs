@@ -237,10 +237,10 @@ impl Spread {
 }
 
 impl Inference {
-    /// `1.93 (×1.02)`: milliseconds an image, and how many times the base's, for the adapter beside the base and folded into it.
+    /// `1.93`, `×1.02`: milliseconds an image, and how many times the base's, for the adapter beside the base and folded into it.
     #[must_use]
-    pub fn texts(&self) -> [Option<String>; 2] {
-        let text = |ms: f64| format!("{} (×{:.2})", number(ms), ms / self.base_ms.max(1e-12));
+    pub fn texts(&self) -> [Option<[String; 2]>; 2] {
+        let text = |ms: f64| [number(ms), format!("×{:.2}", ms / self.base_ms.max(1e-12))];
         [Some(text(self.unmerged_ms)), self.merged_ms.map(text)]
     }
 }
@@ -332,7 +332,8 @@ pub fn remarks(group: &Group) -> Vec<String> {
     for row in &group.rows {
         all.extend(row.failures().iter().map(|f| format!("{} failed: {f}", row.method)));
         all.extend(row.inference.iter().filter_map(|i| i.unfoldable.as_ref()).map(|why| format!("{} does not merge: {why}.", row.method)));
-        all.extend(row.forget_failed.iter().map(|why| format!("{}: the second set could not be measured: {why}", row.method)));
+        let why = row.forget_failed.as_ref().filter(|_| group.forget.is_some()).and_then(|why| why.lines().next());
+        all.extend(why.map(|why| format!("{}: the second set could not be measured: {why}", row.method)));
     }
     all
 }

@@ -12,7 +12,7 @@ use scraper::{Html, Selector};
 /// A class whose name would break a page that does not escape it.
 const HOSTILE: &str = "a <b onmouseover='x'> & \"c\"";
 
-fn pages() -> (World, [PathBuf; 2]) {
+fn pages() -> (World, [PathBuf; 3]) {
     let w = World::new();
     std::fs::rename(w.path("data/green"), w.path("data").join(HOSTILE)).unwrap();
     // Next to nothing is learnt, so that there are mistakes to show.
@@ -30,7 +30,7 @@ fn pages() -> (World, [PathBuf; 2]) {
         "--output",
         "out",
     ]);
-    let pages = [w.path("out/lora-s3/report.html"), w.path("out/compare.html")];
+    let pages = ["out/lora-s3/report.html", "out/full-s3/report.html", "out/compare.html"].map(|p| w.path(p));
     (w, pages)
 }
 
@@ -83,6 +83,17 @@ fn open(browser: &Path, page: &Path, profile: &Path) -> (String, String) {
     (said, String::from_utf8_lossy(&out.stdout).into_owned())
 }
 
+/// The page in a frame as wide as a phone; the title says whether everything has room. Windows of browsers are wider.
+fn at_400_pixels(page: &str) -> String {
+    let page = page.replace('&', "&amp;").replace('"', "&quot;");
+    format!(
+        "<!doctype html><title>?</title><iframe id=f width=400 height=900 srcdoc=\"{page}\"></iframe><script>onload = () => {{
+            const root = document.getElementById('f').contentDocument.documentElement;
+            document.title = root.scrollWidth > root.clientWidth ? `${{root.scrollWidth}} > ${{root.clientWidth}}` : 'fits';
+        }}</script>"
+    )
+}
+
 #[test]
 fn a_browser_finds_nothing_to_say() {
     let Some(browser) = chromium() else {
@@ -97,5 +108,8 @@ fn a_browser_finds_nothing_to_say() {
         let (said, dom) = open(&browser, page, &w.path("profile"));
         assert_eq!(said, "", "{}", page.display());
         assert!(dom.contains("</svg>"));
+        let framed = w.write("framed.html", &at_400_pixels(&String::from_utf8(read(page)).unwrap()));
+        let (_, dom) = open(&browser, &framed, &w.path("profile"));
+        assert!(dom.contains("<title>fits</title>"), "{}: {:?}", page.display(), dom.lines().find(|l| l.contains("<title>")));
     }
 }

@@ -150,7 +150,7 @@ impl<'a> Gather<'a> {
             },
         };
         if let Some(why) = found.as_ref().and_then(|f| f.forget_failed.as_ref()) {
-            self.notes.push(format!("{}: forgetting was not measured: {why}", recipe.name));
+            self.notes.push(format!("{}: forgetting was not measured: {}", recipe.name, why.replace("\n  ", "; ")));
         }
         observer.event(Event::Advance(1));
         Ok(found)

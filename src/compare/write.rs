@@ -57,7 +57,7 @@ pub fn table(group: &Group) -> Vec<Vec<String>> {
             row.peak_rss_mib.map_or_else(dash, |v| format!("{v:.0}")),
         ];
         let speeds = row.inference.as_ref().map(Inference::texts).unwrap_or_default();
-        cells.extend(speeds.map(|s| s.unwrap_or_else(dash)));
+        cells.extend(speeds.map(|s| s.map_or_else(dash, |[ms, times]| format!("{ms} ({times})"))));
         if group.forget.is_some() {
             cells.push(row.forget.as_ref().map_or_else(dash, |s| spread("accuracy", s)));
         }

@@ -124,20 +124,8 @@ fn section(group: &Group, drawn: &GroupPage, reference: &str, colour: &dyn Fn(&s
 fn table(group: &Group, reference: &str, colour: &dyn Fn(&str) -> usize) -> Markup {
     let of = format!("{} {}", group.split, words(&group.metric));
     let minus = format!("− {reference}, points");
-    let heads = [
-        "method",
-        "lr",
-        &of,
-        &minus,
-        "trained parameters",
-        "delta",
-        "training",
-        "images/s",
-        "peak memory",
-        "ms an image",
-        "merged",
-        "second set",
-    ];
+    let heads =
+        ["method", "lr", &of, &minus, "parameters", "delta", "training", "images/s", "peak memory", "ms an image", "merged", "second set"];
     let heads = &heads[..if group.forget.is_some() { 12 } else { 11 }];
     html! {
         div.wide {
@@ -183,8 +171,8 @@ fn line(group: &Group, row: &Row, heads: &[&str], colour: &dyn Fn(&str) -> usize
             td.n data-name=(heads[6]) { @if let Some(s) = &row.seconds { (format!("{:.1} s", s.mean)) } }
             td.n data-name=(heads[7]) { @if let Some(s) = &row.images_per_second { (format!("{:.0}", s.mean)) } }
             td.n data-name=(heads[8]) { @if let Some(m) = row.peak_rss_mib { (format!("{m:.0} MiB")) } }
-            td.n data-name=(heads[9]) { (unmerged.unwrap_or_default()) }
-            td.n data-name=(heads[10]) { (merged.unwrap_or_default()) }
+            td.n data-name=(heads[9]) { @if let Some([ms, times]) = unmerged { span { (ms) small { (times) } } } }
+            td.n data-name=(heads[10]) { @if let Some([ms, times]) = merged { span { (ms) small { (times) } } } }
             @if group.forget.is_some() { td.n data-name="second set" { (row.forget.as_ref().map(|s| spread("accuracy", s)).unwrap_or_default()) } }
         }
     }

@@ -73,10 +73,10 @@ pub(super) fn heat(changes: &[Change]) -> Markup {
         }
         @if !outside.is_empty() {
             h3 { "Outside the blocks" }
-            table {
+            div.wide { table.classes {
                 thead { tr { th { "tower" } th { "weight" } th.n { "‖ΔW‖" } th.n { "‖ΔW‖/‖W‖" } } }
                 tbody { @for c in outside { tr { td { (c.tower) } td { (c.module) } td.n { (number(c.norm)) } td.n { (number(c.relative())) } } } }
-            }
+            } }
         }
     }
 }
