@@ -49,7 +49,7 @@ pub struct Group {
     pub zero_shot: Option<BTreeMap<String, f64>>,
     /// The second set, and the base on it.
     pub forget: Option<Forget>,
-    /// Milliseconds an image of the bare base, measured as the rows' inference.
+    /// Milliseconds an image of the bare base: the least that was measured in turn with the rows.
     pub base_ms: Option<f64>,
     /// In the order of `--methods`.
     pub rows: Vec<Row>,
@@ -182,7 +182,7 @@ pub struct Spread {
 /// This row minus the reference, paired: the same seeds, the same test examples.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Difference {
-    /// What is averaged: the share of examples that are right.
+    /// What is averaged over examples: `accuracy`, or `image_to_text_recall_at_1`.
     pub of: String,
     /// Mean over seeds and examples.
     pub mean: f64,
@@ -212,6 +212,8 @@ pub struct SeedDifference {
 pub struct Inference {
     /// Images at once.
     pub batch: usize,
+    /// Milliseconds an image of the bare base.
+    pub base_ms: f64,
     /// Milliseconds an image with the adapter beside the base.
     pub unmerged_ms: f64,
     /// Milliseconds an image with the adapter folded into the base.
@@ -231,6 +233,15 @@ impl Spread {
         let mean = values.iter().sum::<f64>() / n;
         let sd = (values.len() > 1).then(|| (values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt());
         Some(Self { mean, sd, values })
+    }
+}
+
+impl Inference {
+    /// `1.93`, `×1.02`: milliseconds an image, and how many times the base's, for the adapter beside the base and folded into it.
+    #[must_use]
+    pub fn texts(&self) -> [Option<[String; 2]>; 2] {
+        let text = |ms: f64| [number(ms), format!("×{:.2}", ms / self.base_ms.max(1e-12))];
+        [Some(text(self.unmerged_ms)), self.merged_ms.map(text)]
     }
 }
 
@@ -309,6 +320,7 @@ pub fn remarks(group: &Group) -> Vec<String> {
         Some(n) => format!("Learning rates: best of {n} by the mean validation {} over all seeds.", group.metric.replace('_', " ")),
         None => "Learning rates: as given by the recipe, not searched.".into(),
     });
+    all.push("Speed: milliseconds an image, image tower and class scores, and how many times the bare base's, measured in turn.".into());
     if let Some(f) = &group.forget {
         let set = f.data.get("builtin").and_then(|b| b.as_str()).map_or_else(|| f.data.to_string(), ToString::to_string);
         all.push(format!(
@@ -320,7 +332,8 @@ pub fn remarks(group: &Group) -> Vec<String> {
     for row in &group.rows {
         all.extend(row.failures().iter().map(|f| format!("{} failed: {f}", row.method)));
         all.extend(row.inference.iter().filter_map(|i| i.unfoldable.as_ref()).map(|why| format!("{} does not merge: {why}.", row.method)));
-        all.extend(row.forget_failed.iter().map(|why| format!("{}: the second set could not be measured: {why}", row.method)));
+        let why = row.forget_failed.as_ref().filter(|_| group.forget.is_some()).and_then(|why| why.lines().next());
+        all.extend(why.map(|why| format!("{}: the second set could not be measured: {why}", row.method)));
     }
     all
 }

@@ -68,10 +68,7 @@ impl Measurer {
             Ok((found.examples, found.metrics.get("accuracy").copied().unwrap_or(0.0)))
         });
         let (forget, forget_failed) = told(forget);
-        let base = base_of(recipe, device)?;
-        let classes = classes(&base, &second.templates, &Patches::none())?;
-        let ms = medians(&base, &[(&base.clip, &Patches::none(), &classes)])?[0];
-        Ok(BaseMeasured { zero_shot, forget, forget_failed, ms })
+        Ok(BaseMeasured { zero_shot, forget, forget_failed })
     }
 
     /// A finished run: its accuracy on the second set, and its speed beside the base and folded into it.
@@ -94,7 +91,7 @@ impl Measurer {
         let mut own = bare(recipe);
         own.data = second.data.clone();
         own.task = TaskConfig::Classify(ClassifyConfig { templates: second.templates.clone(), ..ClassifyConfig::default() });
-        // Embedded icons have transparent grounds; whatever the recipe does with its own images, the set stays the same.
+        // Nothing of how it was trained matters here, so that all runs share one session.
         (own.train, own.name) = (crate::train::TrainConfig { dtype: recipe.train.dtype, ..Default::default() }, String::new());
         let key = own.to_yaml()?;
         let mut open = self.open.lock().map_err(|_| Error::fault("measure", "a measurement before failed"))?;
@@ -147,16 +144,15 @@ fn inference(recipe: &Recipe, adapter: &Path, templates: &[String], device: &Dev
     let why = patches.iter().find_map(|p| p.unfoldable().map(ToString::to_string));
     let unfoldable = why.or_else(|| (!delta.own.is_empty()).then(|| "it has a task head, which plain CLIP has no place for".into()));
     let classes = classes(&base, templates, &patches)?;
-    let (unmerged_ms, merged_ms) = match &unfoldable {
-        Some(_) => (medians(&base, &[(&base.clip, &patches, &classes)])?[0], None),
-        None => {
-            let (merged, patches) = merge::folded_clip(&base, patches)?;
-            let none = Patches::none();
-            let found = medians(&base, &[(&base.clip, &patches, &classes), (&merged, &none, &classes)])?;
-            (found[0], Some(found[1]))
-        }
+    let (merged, patches) = match &unfoldable {
+        Some(_) => (None, patches),
+        None => merge::folded_clip(&base, patches).map(|(clip, patches)| (Some(clip), patches))?,
     };
-    Ok(Inference { batch: BATCH, unmerged_ms, merged_ms, unfoldable })
+    let none = Patches::none();
+    let mut models = vec![(&base.clip, &none, &classes), (&base.clip, &patches, &classes)];
+    models.extend(merged.as_ref().map(|clip| (clip, &none, &classes)));
+    let found = medians(&base, &models)?;
+    Ok(Inference { batch: BATCH, base_ms: found[0], unmerged_ms: found[1], merged_ms: found.get(2).copied(), unfoldable })
 }
 
 /// A model to be timed: towers, what changes them, class features.

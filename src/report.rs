@@ -28,7 +28,7 @@ pub struct Evaluation {
 pub struct Prediction {
     /// The example.
     pub id: String,
-    /// The right class, where there is one.
+    /// The right class, or a right text, where there is one.
     pub label: Option<String>,
     /// The predicted class or text.
     pub prediction: String,

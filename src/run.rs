@@ -258,11 +258,12 @@ pub fn differs(run: &Path, recipe: &Recipe) -> Result<Option<String>> {
     }
 }
 
-/// The first line that differs; where the output lies and what is logged does not matter.
+/// The first line that differs; where the output lies, what is logged and what is compared does not matter.
 fn differing(place: &Path, recipe: &Recipe, before: &str) -> Result<Option<String>> {
     let mut old = Recipe::parse(&place.display().to_string(), before, &recipe.name, &[])?;
     old.output.clone_from(&recipe.output);
     old.train.tensorboard = recipe.train.tensorboard;
+    (old.compare, old.forget) = (recipe.compare.clone(), recipe.forget.clone());
     if old == *recipe {
         return Ok(None);
     }

@@ -8,23 +8,22 @@ use peft_adapters::saved::base_name;
 use peft_adapters::{Sites, TaskFacts, ops};
 use serde_json::json;
 
-use crate::change::{Change, changes};
 use crate::clip::base::Base;
 use crate::clip::decode::DecodeOptions;
 use crate::clip::source::Source;
-use crate::data::{Dataset, Example, Images, Split};
+use crate::data::{Dataset, Images, Split};
 use crate::delta::{self, Adapters, BaseRef, Delta, Manifest, bundled};
 use crate::error::{Error, Result};
 use crate::fetch::fetched;
 use crate::merge;
-use crate::page;
 use crate::recipe::{ModelConfig, Recipe};
-use crate::report::{Evaluation, Prediction, TrainReport, peak_rss_mib};
+use crate::report::{Evaluation, TrainReport, peak_rss_mib};
 use crate::run::{Existing, Opened, RunDir};
 use crate::task::{Task, TaskConfig, TaskParts};
 use crate::train::{Event, FeatureSource, Features, Observer, Run, Trainer};
 
 mod check;
+mod page;
 
 pub use check::{Checked, check};
 
@@ -162,19 +161,6 @@ impl Session {
     /// When another thread failed while it held the memory.
     pub fn discard_replaced(&self, adapters: &Adapters) -> Result<()> {
         Ok(self.replaced(adapters).into_iter().try_for_each(ops::discard)?)
-    }
-
-    /// What the adapters change of the base, and which of them do not fold.
-    fn changed(&self, trainer: &mut Trainer<'_>, observer: &mut dyn Observer) -> Result<(Vec<Change>, Vec<String>)> {
-        let again = match self.replaced(trainer.adapters).is_empty() {
-            true => None,
-            false => Some(load(&self.recipe, self.base.clip.device(), observer)?),
-        };
-        let Adapters { view, methods, .. } = &mut *trainer.adapters;
-        let why =
-            view.iter().zip(&*methods).filter_map(|(p, m)| Some(format!("{} does not fold into the base: {}.", m.name(), p.unfoldable()?)));
-        let why = why.collect();
-        Ok((changes(again.as_ref().unwrap_or(&self.base).clip.sites(), view)?, why))
     }
 
     /// What an adapter holds for each class is of use for these classes only.
@@ -347,40 +333,6 @@ impl Session {
         let page = self.page(&report, &logged.run, split, &changes, &unfoldable)?;
         logged.run.finish(&report, predictions, &page)?;
         Ok(report)
-    }
-
-    /// `report.html`.
-    fn page(&self, report: &TrainReport, run: &RunDir, split: Split, changes: &[Change], unfoldable: &[String]) -> Result<String> {
-        let base = base_ref(&self.base, self.recipe.model.spec());
-        let digests = [
-            ("program", format!("peft {}", report.version)),
-            ("base", base.digest),
-            ("tokeniser", base.tokenizer),
-            ("preprocessing", base.preprocess),
-            ("recipe", format!("blake3:{}", blake3::hash(self.recipe.to_yaml()?.as_bytes()).to_hex())),
-        ];
-        let mistakes = self.mistakes(report, split)?;
-        let (recipe, steps) = (self.recipe.to_yaml()?, run.steps()?);
-        page::report(&page::RunPage { report, recipe: &recipe, steps: &steps, mistakes: &mistakes, changes, unfoldable, digests: &digests })
-    }
-
-    /// Wrong predictions, the most confident first.
-    fn mistakes(&self, report: &TrainReport, split: Split) -> Result<Vec<page::Mistake>> {
-        const SHOWN: usize = 24;
-        let all = report.after.iter().filter(|e| e.classification.is_some()).flat_map(|e| e.predictions.iter().zip(self.data.split(split)));
-        let confidence = |p: &Prediction| p.scores.iter().copied().fold(0.0, f32::max);
-        let mut wrong: Vec<_> = all.filter(|(p, _)| p.label.as_deref() != Some(&p.prediction)).collect();
-        wrong.sort_by(|a, b| confidence(b.0).total_cmp(&confidence(a.0)));
-        let one = |(p, example): (&Prediction, &Example)| {
-            Ok(page::Mistake {
-                id: p.id.clone(),
-                image: page::thumbnail(&self.images.open(example)?)?,
-                label: p.label.clone().unwrap_or_default(),
-                prediction: p.prediction.clone(),
-                confidence: confidence(p),
-            })
-        };
-        wrong.into_iter().take(SHOWN).map(one).collect()
     }
 
     fn report(&self, trainer: &Trainer<'_>, run: &Run, split: Split, after: Evaluation, bytes: u64, path: &Path) -> TrainReport {

@@ -10,7 +10,9 @@ use std::process::{Command, Stdio};
 use common::{World, read};
 use serde_json::Value;
 
-const SMALL: [&str; 8] = ["compare", "recipe.yaml", "--epochs", "2", "--output", "out", "--threads", "1"];
+/// Two epochs and a second set of six images.
+const SMALL: [&str; 10] =
+    ["compare", "recipe.yaml", "--epochs", "2", "--set", "forget.folder.root=data", "--output", "out", "--threads", "1"];
 
 fn number(v: &Value) -> f64 {
     v.as_f64().unwrap_or_else(|| panic!("{v} is no number"))
@@ -36,7 +38,7 @@ fn figures_are_those_of_the_runs() {
     let found = w.json(&[&SMALL[..], &["--methods", "full,lora,probe", "--seeds", "2"]].concat());
     let group = &found["groups"][0];
     assert_eq!((&group["budget"]["unit"], &group["budget"]["amount"]), (&"epochs".into(), &2.0.into()));
-    assert!(number(&group["zero_shot"]["accuracy"]) <= 1.0 && number(&group["forget"]["examples"]) > 100.0);
+    assert!(number(&group["zero_shot"]["accuracy"]) <= 1.0 && group["forget"]["examples"] == 6);
     assert_eq!(rows(&found).iter().map(|r| r["method"].as_str().unwrap()).collect::<Vec<_>>(), ["full", "lora", "probe"]);
     for row in rows(&found) {
         let name = row["method"].as_str().unwrap();
@@ -74,7 +76,9 @@ fn figures_are_those_of_the_runs() {
     assert_eq!(w.json(&[&SMALL[..], &["--methods", "full,lora,probe", "--seeds", "2"]].concat()), found);
     let more = w.json(&[&SMALL[..], &["--methods", "full,lora,bottleneck", "--seeds", "2"]].concat());
     assert_eq!((report("full"), report("lora")), before);
-    assert_eq!(rows(&more)[..2], rows(&found)[..2]);
+    for (a, b) in rows(&more).iter().zip(rows(&found)).take(2) {
+        assert_eq!((&a["runs"], &a["inference"], &a["difference"]), (&b["runs"], &b["inference"], &b["difference"]));
+    }
 
     // Other settings are refused, or replace.
     let other = [&SMALL[..], &["--methods", "lora", "--set", "train.lr=0.02"]].concat();
@@ -95,12 +99,17 @@ fn a_failed_run_stands_in_the_table() {
     let w = World::new();
     let recipe = w.recipe("lora: { rank: 2 }") + "compare: { methods: { lora: { lr: 1.0e+30 } } }\n";
     w.write("recipe.yaml", &recipe);
-    let out = w.peft(&[&SMALL[..], &["--methods", "full,lora", "--json"]].concat());
+    let out = w.peft(&["compare", "recipe.yaml", "--methods", "full,lora", "--epochs", "1", "--output", "out", "--json"]);
     assert_eq!(out.status.code(), Some(3), "{}", String::from_utf8_lossy(&out.stderr));
     let found: Value = serde_json::from_slice(&out.stdout).unwrap();
     let why = rows(&found)[1]["runs"][0]["failed"].as_str().unwrap();
     assert!(why.contains("not finite") && rows(&found)[1]["test"].is_null(), "{why}");
     assert!(number(&rows(&found)[0]["test"]["mean"]) > 0.0);
+    // Without a second set of the recipe's own there is the embedded one.
+    assert_eq!(
+        (&found["groups"][0]["forget"]["data"]["builtin"], &found["groups"][0]["forget"]["examples"]),
+        (&"emoji-flat".into(), &320.into())
+    );
     let html = String::from_utf8(read(&w.path("out/compare.html"))).unwrap();
     assert!(html.contains("not finite"));
     // What cannot even be planned is told before anything runs.
@@ -124,13 +133,42 @@ fn a_search_chooses_by_validation_with_equal_trials() {
 #[test]
 fn shots_and_steps_make_groups_of_their_own() {
     let w = World::new();
-    let found = w.json(&["compare", "recipe.yaml", "--methods", "lora", "--shots", "1,2", "--steps", "2", "--output", "out"]);
+    let found = w.json(&[
+        "compare",
+        "recipe.yaml",
+        "--methods",
+        "lora",
+        "--shots",
+        "1,2",
+        "--steps",
+        "2",
+        "--set",
+        "forget.folder.root=data",
+        "--output",
+        "out",
+    ]);
     let groups = found["groups"].as_array().unwrap();
     assert_eq!(groups.iter().map(|g| g["shots"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2]);
     assert_eq!(groups.iter().map(|g| g["examples"][0].as_u64().unwrap()).collect::<Vec<_>>(), [3, 6]);
     assert!(groups.iter().all(|g| g["budget"]["unit"] == "steps" && g["rows"][0]["runs"][0]["steps"] == 2));
     let html = String::from_utf8(read(&w.path("out/compare.html"))).unwrap();
     assert!(html.contains("accuracy against shots"));
+}
+
+/// A budget in seconds becomes steps once; going on gives the same.
+#[test]
+fn seconds_become_steps_that_are_remembered() {
+    let w = World::new();
+    let budget = ["--seeds", "2", "--seconds", "0.05", "--jobs", "2"];
+    let args = [&["compare", "recipe.yaml", "--methods", "full,lora", "--set", "forget.folder.root=data", "--output", "out"], &budget[..]]
+        .concat();
+    let found = w.json(&args);
+    assert_eq!((&found["groups"][0]["budget"]["unit"], &found["groups"][0]["budget"]["amount"]), (&"seconds".into(), &0.05.into()));
+    for row in rows(&found) {
+        let steps: Vec<f64> = row["runs"].as_array().unwrap().iter().map(|r| number(&r["steps"])).collect();
+        assert!(steps[0] >= 1.0 && steps[0] == steps[1], "{steps:?}");
+    }
+    assert_eq!(w.json(&args)["groups"], found["groups"]);
 }
 
 /// Killed in the middle without a chance to clean up, the same command goes on and ends where an undisturbed one does.

@@ -12,11 +12,25 @@ use scraper::{Html, Selector};
 /// A class whose name would break a page that does not escape it.
 const HOSTILE: &str = "a <b onmouseover='x'> & \"c\"";
 
-fn pages() -> (World, [PathBuf; 2]) {
+fn pages() -> (World, [PathBuf; 3]) {
     let w = World::new();
     std::fs::rename(w.path("data/green"), w.path("data").join(HOSTILE)).unwrap();
-    w.json(&["compare", "recipe.yaml", "--methods", "full,lora,prefix", "--epochs", "1", "--output", "out"]);
-    let pages = [w.path("out/lora-s3/report.html"), w.path("out/compare.html")];
+    // Next to nothing is learnt, so that there are mistakes to show.
+    w.json(&[
+        "compare",
+        "recipe.yaml",
+        "--methods",
+        "full,lora,prefix",
+        "--epochs",
+        "1",
+        "--set",
+        "train.lr=1e-6",
+        "--set",
+        "forget.folder.root=data",
+        "--output",
+        "out",
+    ]);
+    let pages = ["out/lora-s3/report.html", "out/full-s3/report.html", "out/compare.html"].map(|p| w.path(p));
     (w, pages)
 }
 
@@ -38,13 +52,13 @@ fn pages_are_well_formed_and_load_nothing() {
             assert!(values.iter().all(|v| v.starts_with("data:")), "{}: {values:?}", path.display());
         }
         assert!(!text.contains("http://") && !text.contains("https://") && !text.contains("<script") && !text.contains("url("));
-        assert!(!attributes(&page, "src").is_empty(), "pictures");
         assert!(attributes(&page, "onmouseover").is_empty());
         let body: String = page.root_element().text().collect();
         assert!(body.contains(HOSTILE), "{}", path.display());
         assert!(page.select(&Selector::parse("svg text").unwrap()).count() > 10);
     }
     let report = String::from_utf8(read(&pages[0])).unwrap();
+    assert!(report.contains("data:image/jpeg;base64,"), "mistakes are shown");
     let digest = serde_json::from_slice::<serde_json::Value>(&read(&w.path("out/lora-s3/report.json"))).unwrap()["base_digest"].clone();
     assert!(report.contains(digest.as_str().unwrap()) && report.contains("rank: 2") && report.contains("q_proj"));
     let prefix = String::from_utf8(read(&w.path("out/prefix-s3/report.html"))).unwrap();
@@ -69,6 +83,17 @@ fn open(browser: &Path, page: &Path, profile: &Path) -> (String, String) {
     (said, String::from_utf8_lossy(&out.stdout).into_owned())
 }
 
+/// The page in a frame as wide as a phone; the title says whether everything has room. Windows of browsers are wider.
+fn at_400_pixels(page: &str) -> String {
+    let page = page.replace('&', "&amp;").replace('"', "&quot;");
+    format!(
+        "<!doctype html><title>?</title><iframe id=f width=400 height=900 srcdoc=\"{page}\"></iframe><script>onload = () => {{
+            const root = document.getElementById('f').contentDocument.documentElement;
+            document.title = root.scrollWidth > root.clientWidth ? `${{root.scrollWidth}} > ${{root.clientWidth}}` : 'fits';
+        }}</script>"
+    )
+}
+
 #[test]
 fn a_browser_finds_nothing_to_say() {
     let Some(browser) = chromium() else {
@@ -83,5 +108,8 @@ fn a_browser_finds_nothing_to_say() {
         let (said, dom) = open(&browser, page, &w.path("profile"));
         assert_eq!(said, "", "{}", page.display());
         assert!(dom.contains("</svg>"));
+        let framed = w.write("framed.html", &at_400_pixels(&String::from_utf8(read(page)).unwrap()));
+        let (_, dom) = open(&browser, &framed, &w.path("profile"));
+        assert!(dom.contains("<title>fits</title>"), "{}: {:?}", page.display(), dom.lines().find(|l| l.contains("<title>")));
     }
 }

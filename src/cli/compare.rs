@@ -60,7 +60,7 @@ pub(super) struct CompareArgs {
 pub(super) fn run(args: CompareArgs, context: &Context) -> Result<()> {
     let options = options(args, context)?;
     let global = &context.global;
-    let runner = Processes::new(context.device.clone(), global.device.clone(), options.threads);
+    let runner = Processes::new(context.device.clone(), global.device.clone(), (options.threads / options.jobs).max(1));
     let mut progress = context.progress();
     progress.listen();
     let (comparison, failed) = compare(&options, &runner, &mut progress)?;

@@ -48,7 +48,8 @@ pub(super) struct Gather<'a> {
 
 impl<'a> Gather<'a> {
     pub(super) fn new(options: &'a CompareOptions, runner: &'a dyn Runner) -> Result<Self> {
-        let cache = read_json(&options.output.join("measured.json"))?.unwrap_or_default();
+        // Another version may have kept other figures; they are measured again.
+        let cache = read_json(&options.output.join("measured.json")).ok().flatten().unwrap_or_default();
         Ok(Self { options, runner, cache, notes: Vec::new() })
     }
 
@@ -97,7 +98,8 @@ impl<'a> Gather<'a> {
             rows.push(row);
             loaded.push(runs);
         }
-        self.compare_rows(&planned.name, &mut rows, &loaded);
+        let of = if recipe.task.name() == "retrieve" { "image_to_text_recall_at_1" } else { "accuracy" };
+        self.compare_rows(&planned.name, of, &mut rows, &loaded);
         stats::mark_pareto(&mut rows);
         let any = loaded.iter().flatten().next().map(|l| &l.report);
         if loaded.iter().flatten().any(|l| any.is_some_and(|a| a.base_digest != l.report.base_digest || a.classes != l.report.classes)) {
@@ -120,7 +122,7 @@ impl<'a> Gather<'a> {
             budget: planned.budget,
             zero_shot: base.as_ref().and_then(|b| b.zero_shot.clone()),
             forget: forget.transpose()?,
-            base_ms: base.as_ref().map(|b| b.ms),
+            base_ms: rows.iter().filter_map(|r| Some(r.inference.as_ref()?.base_ms)).reduce(f64::min),
             rows,
         };
         let page = self.page(recipe, &group, &loaded)?;
@@ -148,7 +150,7 @@ impl<'a> Gather<'a> {
             },
         };
         if let Some(why) = found.as_ref().and_then(|f| f.forget_failed.as_ref()) {
-            self.notes.push(format!("{}: forgetting was not measured: {why}", recipe.name));
+            self.notes.push(format!("{}: forgetting was not measured: {}", recipe.name, why.replace("\n  ", "; ")));
         }
         observer.event(Event::Advance(1));
         Ok(found)
@@ -234,7 +236,7 @@ impl<'a> Gather<'a> {
         files::write_json(&self.options.output.join("measured.json"), &self.cache)
     }
 
-    fn compare_rows(&mut self, group: &str, rows: &mut [Row], loaded: &[LoadedRow]) {
+    fn compare_rows(&mut self, group: &str, of: &str, rows: &mut [Row], loaded: &[LoadedRow]) {
         let hits = |l: &LoadedRow| l.iter().filter_map(|l| Some((l.seed, stats::hits(&l.predictions)?))).collect::<Vec<(u64, Hits)>>();
         let Some(reference) = rows.iter().position(|r| r.method == self.options.reference) else {
             let known: Vec<&str> = rows.iter().map(|r| r.method.as_str()).collect();
@@ -247,7 +249,7 @@ impl<'a> Gather<'a> {
         };
         let other = hits(&loaded[reference]);
         for (i, row) in rows.iter_mut().enumerate().filter(|(i, _)| *i != reference) {
-            row.difference = stats::difference(&hits(&loaded[i]), &other);
+            row.difference = stats::difference(&hits(&loaded[i]), &other, of);
             if row.difference.is_none() && !loaded[i].is_empty() && !other.is_empty() {
                 self.notes.push(format!(
                     "{group}: {} has no seed or other test examples than {}",

@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use super::Runner;
 use crate::error::{Error, Result};
+use crate::figures::{metric, words};
+use crate::run;
 use crate::train::{Event, Observer};
 
 /// How often a signal is looked for.
@@ -91,10 +93,20 @@ pub(super) fn run_all(
 fn told(job: &Job, done: &Result<()>, observer: &mut dyn Observer) {
     observer.event(Event::Advance(1));
     match done {
-        Ok(()) => observer.event(Event::Note(format!("{} is done", job.name))),
+        Ok(()) => observer.event(Event::Note(format!("{} is done{}", job.name, figures(job)))),
         Err(Error::Interrupted { .. }) => {}
         Err(e) => observer.event(Event::Warning(format!("{} failed: {e}", job.name))),
     }
+}
+
+/// `: test accuracy 47.2 %, 21 s`.
+fn figures(job: &Job) -> String {
+    let report = run::read_report(&job.dir).ok().flatten();
+    let text = report.and_then(|r| {
+        let value = r.after.as_ref()?.metric(&r.metric)?;
+        Some(format!(": {} {} {}, {:.0} s", r.split, words(&r.metric), metric(&r.metric, value), r.seconds))
+    });
+    text.unwrap_or_default()
 }
 
 #[cfg(test)]

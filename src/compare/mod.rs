@@ -93,8 +93,6 @@ pub struct BaseMeasured {
     pub forget: Option<(usize, f64)>,
     /// Why there is none.
     pub forget_failed: Option<String>,
-    /// Milliseconds an image.
-    pub ms: f64,
 }
 
 /// A run after training.
@@ -148,8 +146,7 @@ pub trait Runner: Sync {
 }
 
 /// Files of a comparison, besides its runs and their `recipes/`.
-const OURS: [&str; 9] =
-    ["compare.json", "compare.md", "compare.csv", "compare.html", "measured.json", "pace.json", "recipes", "lock", "report.html"];
+const OURS: [&str; 8] = ["compare.json", "compare.md", "compare.csv", "compare.html", "measured.json", "pace.json", "recipes", "lock"];
 
 /// Runs what is missing, measures, and writes `compare.json`, `.md`, `.csv` and `.html`. With it what to say of runs that failed;
 /// they stand in their rows with the reason.
@@ -251,11 +248,16 @@ fn paces(
         let key = blake3::hash(timed.to_yaml()?.as_bytes()).to_hex().to_string();
         let pace = match known.get(&key) {
             Some(pace) => *pace,
-            // A method that cannot make a step fails again when it is checked, and is told of there.
-            None => runner.pace(&write_recipe(&options.output, &timed)?).unwrap_or(seconds),
+            None => match runner.pace(&write_recipe(&options.output, &timed)?) {
+                Ok(pace) => {
+                    known.insert(key, pace);
+                    files::write_json(&path, &known)?;
+                    pace
+                }
+                // A method that cannot make a step fails in its run, too, and is told of there; that run is kept short.
+                Err(_) => seconds,
+            },
         };
-        known.insert(key, pace);
-        files::write_json(&path, &known)?;
         let steps = (seconds / pace.max(1e-9)).round().clamp(1.0, 1e9) as usize;
         for run in row.trials.iter_mut().flat_map(|t| &mut t.runs).filter_map(|r| r.recipe.as_mut()) {
             run.train.steps = Some(steps);

@@ -20,7 +20,7 @@ pub(super) fn hits(predictions: &[Prediction]) -> Option<Hits> {
 }
 
 /// `ours` minus `reference` over the seeds that both have, `None` without one or where test examples differ.
-pub(super) fn difference(ours: &[(u64, Hits)], reference: &[(u64, Hits)]) -> Option<Difference> {
+pub(super) fn difference(ours: &[(u64, Hits)], reference: &[(u64, Hits)], of: &str) -> Option<Difference> {
     let mut pairs: Vec<(u64, Vec<(&str, f64)>)> = Vec::new();
     for (seed, own) in ours {
         let Some((_, other)) = reference.iter().find(|(s, _)| s == seed) else { continue };
@@ -47,7 +47,7 @@ pub(super) fn difference(ours: &[(u64, Hits)], reference: &[(u64, Hits)]) -> Opt
         SeedDifference { seed: *seed, mean: mean(&values), interval: bootstrap(&values) }
     };
     Some(Difference {
-        of: "share of examples that are right".into(),
+        of: of.into(),
         mean: mean(&means),
         interval: bootstrap(&means),
         resamples: RESAMPLES,
@@ -97,14 +97,21 @@ mod tests {
     #[test]
     fn differences_are_paired_by_example_and_seed() {
         let (few, many): (Vec<usize>, Vec<usize>) = ((0..40).collect(), (0..60).collect());
-        let found =
-            difference(&[(0, hits_of(&many)), (1, hits_of(&many)), (7, hits_of(&few))], &[(1, hits_of(&few)), (0, hits_of(&few))]).unwrap();
+        let found = difference(
+            &[(0, hits_of(&many)), (1, hits_of(&many)), (7, hits_of(&few))],
+            &[(1, hits_of(&few)), (0, hits_of(&few))],
+            "accuracy",
+        )
+        .unwrap();
         assert_eq!((found.seeds.len(), found.examples), (2, 100), "seed 7 has no counterpart");
         assert!((found.mean - 0.2).abs() < 1e-12);
         // 20 of 100 differ: sd of the mean is √(0.2·0.8/100) = 0.04.
         assert!((found.interval[0] - 0.12).abs() < 0.015 && (found.interval[1] - 0.28).abs() < 0.015, "{:?}", found.interval);
-        assert_eq!(found, difference(&[(0, hits_of(&many)), (1, hits_of(&many))], &[(0, hits_of(&few)), (1, hits_of(&few))]).unwrap());
-        assert!(difference(&[(0, hits_of(&many))], &[(0, HashMap::from([("x".into(), true)]))]).is_none());
+        assert_eq!(
+            found,
+            difference(&[(0, hits_of(&many)), (1, hits_of(&many))], &[(0, hits_of(&few)), (1, hits_of(&few))], "accuracy").unwrap()
+        );
+        assert!(difference(&[(0, hits_of(&many))], &[(0, HashMap::from([("x".into(), true)]))], "accuracy").is_none());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The table as text, Markdown and CSV.
 
-use crate::comparison::{Comparison, Group, Row, Spread, points, remarks, spread};
+use crate::comparison::{Comparison, Group, Inference, Row, Spread, points, remarks, spread};
 use crate::error::{Error, Result};
 use crate::figures::{bytes, metric, number, short};
 
@@ -45,7 +45,7 @@ pub fn table(group: &Group) -> Vec<Vec<String>> {
         let failures = row.failures();
         let mut cells = vec![
             row.method.clone(),
-            format!("{:e}", row.lr),
+            number(row.lr),
             row.test.as_ref().map_or_else(|| failures.join("; "), |s| spread(&group.metric, s)),
             row.difference
                 .as_ref()
@@ -55,9 +55,9 @@ pub fn table(group: &Group) -> Vec<Vec<String>> {
             row.seconds.as_ref().map_or_else(dash, |s| format!("{:.1}", s.mean)),
             row.images_per_second.as_ref().map_or_else(dash, |s| format!("{:.0}", s.mean)),
             row.peak_rss_mib.map_or_else(dash, |v| format!("{v:.0}")),
-            row.inference.as_ref().map_or_else(dash, |i| number(i.unmerged_ms)),
-            row.inference.as_ref().and_then(|i| i.merged_ms).map_or_else(dash, number),
         ];
+        let speeds = row.inference.as_ref().map(Inference::texts).unwrap_or_default();
+        cells.extend(speeds.map(|s| s.map_or_else(dash, |[ms, times]| format!("{ms} ({times})"))));
         if group.forget.is_some() {
             cells.push(row.forget.as_ref().map_or_else(dash, |s| spread("accuracy", s)));
         }

@@ -4,7 +4,7 @@ use maud::{Markup, html};
 
 use super::charts::{Axis, Plot, Scale, Series, Style, chart};
 use super::{bytes, document, matrix, metric, number, short, words};
-use crate::comparison::{Comparison, Group, Row, Spread, points, remarks, spread};
+use crate::comparison::{Comparison, Group, Inference, Row, Spread, points, remarks, spread};
 use crate::error::Result;
 use crate::report::Classification;
 
@@ -53,9 +53,6 @@ pub struct Disagreement {
     /// Each method and what it predicted.
     pub guesses: Vec<(String, String)>,
 }
-
-/// Matrices of more classes than this stand two in a row.
-const WIDE: usize = 12;
 
 /// The page.
 ///
@@ -108,7 +105,8 @@ fn section(group: &Group, drawn: &GroupPage, reference: &str, colour: &dyn Fn(&s
         @if !drawn.confusion.is_empty() {
             section {
                 h2 { (group.name) ": confusion, all seeds" }
-                div.pair.three[drawn.confusion.first().is_some_and(|(_, c)| c.classes.len() <= WIDE)] {
+                p.note { (matrix::LEGEND) }
+                div.pair.many {
                     @for (method, found) in &drawn.confusion { figure { figcaption { b { (method) } } (matrix::confusion(found)) } }
                 }
             }
@@ -126,20 +124,8 @@ fn section(group: &Group, drawn: &GroupPage, reference: &str, colour: &dyn Fn(&s
 fn table(group: &Group, reference: &str, colour: &dyn Fn(&str) -> usize) -> Markup {
     let of = format!("{} {}", group.split, words(&group.metric));
     let minus = format!("− {reference}, points");
-    let heads = [
-        "method",
-        "lr",
-        &of,
-        &minus,
-        "trained parameters",
-        "delta",
-        "training",
-        "images/s",
-        "peak memory",
-        "ms an image",
-        "merged",
-        "second set",
-    ];
+    let heads =
+        ["method", "lr", &of, &minus, "parameters", "delta", "training", "images/s", "peak memory", "ms an image", "merged", "second set"];
     let heads = &heads[..if group.forget.is_some() { 12 } else { 11 }];
     html! {
         div.wide {
@@ -165,19 +151,19 @@ fn table(group: &Group, reference: &str, colour: &dyn Fn(&str) -> usize) -> Mark
 }
 
 fn line(group: &Group, row: &Row, heads: &[&str], colour: &dyn Fn(&str) -> usize) -> Markup {
-    let i = row.inference.as_ref();
+    let [unmerged, merged] = row.inference.as_ref().map(Inference::texts).unwrap_or_default();
     let failures = row.failures();
     html! {
         tr {
             td { i.dot style=(format!("background:var(--c{})", colour(&row.method) % super::COLOURS)) {} (row.method) @if row.pareto { span.tag title="no other is as small and better" { "front" } } }
-            td.n data-name=(heads[1]) { (format!("{:e}", row.lr)) }
+            td.n data-name=(heads[1]) { (number(row.lr)) }
             @match &row.test {
-                Some(s) => { td.n data-name=(heads[2]) { b { (spread(&group.metric, s)) } @if !failures.is_empty() { small.miss { (failures.len()) " failed" } } } },
+                Some(s) => { td.n data-name=(heads[2]) { span { b { (spread(&group.metric, s)) } @if !failures.is_empty() { small.miss { (failures.len()) " failed" } } } } },
                 None => { td.miss data-name=(heads[2]) { (failures.join("; ")) } },
             }
             td.n data-name=(heads[3]) {
                 @if let Some(d) = &row.difference {
-                    (points(d.mean)) small { (points(d.interval[0])) " to " (points(d.interval[1])) }
+                    span { (points(d.mean)) small { (points(d.interval[0])) " to " (points(d.interval[1])) } }
                 }
             }
             td.n data-name=(heads[4]) { (row.trainable_parameters.map(|n| short(n as f64)).unwrap_or_default()) }
@@ -185,8 +171,8 @@ fn line(group: &Group, row: &Row, heads: &[&str], colour: &dyn Fn(&str) -> usize
             td.n data-name=(heads[6]) { @if let Some(s) = &row.seconds { (format!("{:.1} s", s.mean)) } }
             td.n data-name=(heads[7]) { @if let Some(s) = &row.images_per_second { (format!("{:.0}", s.mean)) } }
             td.n data-name=(heads[8]) { @if let Some(m) = row.peak_rss_mib { (format!("{m:.0} MiB")) } }
-            td.n data-name=(heads[9]) { (i.map(|i| number(i.unmerged_ms)).unwrap_or_default()) }
-            td.n data-name=(heads[10]) { (i.and_then(|i| i.merged_ms).map(number).unwrap_or_default()) }
+            td.n data-name=(heads[9]) { @if let Some([ms, times]) = unmerged { span { (ms) small { (times) } } } }
+            td.n data-name=(heads[10]) { @if let Some([ms, times]) = merged { span { (ms) small { (times) } } } }
             @if group.forget.is_some() { td.n data-name="second set" { (row.forget.as_ref().map(|s| spread("accuracy", s)).unwrap_or_default()) } }
         }
     }
@@ -203,7 +189,7 @@ fn search(group: &Group) -> Markup {
                     dd {
                         @for (i, t) in row.search.iter().flatten().enumerate() {
                             @if i > 0 { ", " }
-                            (format!("{:e}: ", t.lr))
+                            (number(t.lr)) ": "
                             @let value = t.validation.map_or_else(|| "failed".to_string(), |v| metric(&group.metric, v));
                             @if t.chosen { b { (value) } } @else { span title=[t.failed.as_deref()] { (value) } }
                         }

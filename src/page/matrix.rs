@@ -13,6 +13,10 @@ const NUMBERED: usize = 12;
 /// Rows of that list.
 const LISTED: usize = 20;
 
+/// What stands above matrices.
+pub(super) const LEGEND: &str =
+    "Rows are true classes, columns predicted ones in the same order; the stronger the colour, the larger the share of the row.";
+
 /// Rows: true class; columns: predicted class; the darker, the larger the share of its row.
 pub(super) fn confusion(found: &Classification) -> Markup {
     let n = found.classes.len();
@@ -33,7 +37,6 @@ pub(super) fn confusion(found: &Classification) -> Markup {
                 }
             }
         }
-        @if n > NUMBERED { p.note { "Rows are true classes, columns predicted ones in the same order." } }
     }
 }
 
@@ -70,10 +73,10 @@ pub(super) fn heat(changes: &[Change]) -> Markup {
         }
         @if !outside.is_empty() {
             h3 { "Outside the blocks" }
-            table {
+            div.wide { table.classes {
                 thead { tr { th { "tower" } th { "weight" } th.n { "‖ΔW‖" } th.n { "‖ΔW‖/‖W‖" } } }
                 tbody { @for c in outside { tr { td { (c.tower) } td { (c.module) } td.n { (number(c.norm)) } td.n { (number(c.relative())) } } } }
-            }
+            } }
         }
     }
 }

@@ -64,7 +64,7 @@ pub fn report(page: &RunPage<'_>) -> Result<String> {
         section { h2 { "Curves" } div.charts { (curves) } }
         @if let Some(found) = found {
             section { h2 { "Classes" } (classes(found)) }
-            section { h2 { "Confusion" } div.one { (matrix::confusion(found)) } }
+            section { h2 { "Confusion" } p.note { (matrix::LEGEND) } div.one { (matrix::confusion(found)) } }
         }
         @if !page.mistakes.is_empty() { section { h2 { "Most confident mistakes" } (mistakes(page.mistakes)) } }
         section {

@@ -134,9 +134,11 @@ impl Task for Retrieve {
         let mean = all.values().sum::<f64>() / all.len().max(1) as f64;
         all.insert("recall_mean".into(), mean);
         let best = metrics::argmax(&by_image);
-        let predictions = examples.iter().zip(best).map(|(e, t)| Prediction {
+        // Of several right texts the predicted one, where it is right.
+        let right = |i: usize, t: usize| if found.belongs(i, t) { Some(&found.texts[t]) } else { examples[i].texts.first() };
+        let predictions = examples.iter().zip(best).enumerate().map(|(i, (e, t))| Prediction {
             id: e.id.clone(),
-            label: e.texts.first().cloned(),
+            label: right(i, t as usize).cloned(),
             prediction: found.texts[t as usize].clone(),
             scores: Vec::new(),
         });
