@@ -83,7 +83,7 @@ CASES = {
 }
 
 STEPS, RATE = 20, 5e-3
-ADALORA = dict(init_r=4, target_r=2, tinit=3, tfinal=4, deltaT=2, lora_alpha=8, orth_reg_weight=0.1, total_step=STEPS)
+ADALORA = dict(init_r=4, target_r=2, tinit=3, tfinal=4, deltaT=3, lora_alpha=8, orth_reg_weight=0.1, total_step=STEPS)
 TRAINED = {
     "lora": LoraConfig(r=4, lora_alpha=8, target_modules=QKV),
     "lora_plus": LoraConfig(r=4, lora_alpha=8, target_modules=QKV),
