@@ -1,4 +1,4 @@
-//! Twenty steps of each method of HF PEFT's, against its own losses (`scripts/reference/hf_peft.py train`).
+//! Twenty steps of each method against HF PEFT's losses, or those of a torch counterpart (`scripts/reference/hf_peft.py train`).
 #![allow(clippy::unwrap_used)]
 
 use std::collections::HashMap;
@@ -24,7 +24,11 @@ const CASES: &[(&str, &str)] = &[
     ("vera", "vera: { rank: 6 }"),
     ("loha", "loha: { rank: 3, alpha: 6 }"),
     ("lokr", "lokr: { rank: 1, alpha: 2 }"),
-    ("adalora", "adalora: { init_r: 4, target_r: 2, alpha: 8, tinit: 3, tfinal: 4, delta_t: 2, orth_reg_weight: 0.1 }"),
+    ("adalora", "adalora: { init_r: 4, target_r: 2, alpha: 8, tinit: 3, tfinal: 4, delta_t: 3, orth_reg_weight: 0.1 }"),
+    // These are small torch counterparts of the script's.
+    ("svd", "svd: {}"),
+    ("bitfit", "bitfit: {}"),
+    ("compacter", "bottleneck: { reduction: 2, hypercomplex: { n: 4 } }"),
 ];
 
 fn data(name: &str) -> PathBuf {

@@ -87,6 +87,8 @@ const OURS: &[(&str, &str)] = &[
     ("olora", "olora: { rank: 2, rslora: true, alpha_pattern: { v_proj: 3 }, modules_to_save: [text_projection] }"),
     ("ia3", "ia3: {}"),
     ("ia3-towers", "ia3: { targets: [out_proj, fc1], feedforward: [out_proj], towers: vision, layers: [1] }"),
+    ("ia3-pattern", "ia3: { targets: [q_proj, out_proj], feedforward: '.*out_proj' }"),
+    ("ia3-outputs", "ia3: { targets: [v_proj, visual_projection] }"),
     ("ln", "ln_tuning: { towers: text }"),
     ("ln-all", "ln_tuning: { modules_to_save: [visual_projection] }"),
     ("vera", "vera: { rank: 5, targets: [q_proj, fc1], towers: vision }"),

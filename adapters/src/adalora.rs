@@ -29,7 +29,8 @@ pub struct Adalora;
 pub struct AdaloraConfig {
     /// Rank of every target at the start, from 1. Higher: more to choose from, slower steps.
     pub init_r: usize,
-    /// Mean rank of the targets at the end, from 1 to `init_r`. Higher: more capacity, larger file.
+    /// Mean rank of the targets at the end, from 1 to `init_r`. Higher: more capacity, larger file. A best epoch from before the
+    /// end keeps the ranks that it had.
     pub target_r: usize,
     /// α: the update is scaled by α/init_r. Higher: acts like a higher learning rate.
     pub alpha: f64,

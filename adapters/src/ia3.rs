@@ -125,17 +125,24 @@ impl Method for Ia3 {
         let mut fields = config.scope().fields(sites, scope::linear)?;
         let chosen = config.scope().sites(sites, scope::linear)?;
         let mut second = Vec::new();
-        for (_, site) in chosen {
+        for (_, site) in &chosen {
             if config.is_feedforward(&site.path)? {
-                second.push(site.path.clone());
+                second.push(site.path.as_str());
             }
         }
-        // Names stay names where the targets do: HF PEFT wants a subset of these.
-        let feedforward = match (&config.feedforward, &fields["target_modules"]) {
-            (Targets::Names(names), targets) if *targets == json!(config.targets) => json!(names),
-            _ => json!(second),
+        // HF PEFT wants a subset of the targets: names of names, or paths of paths.
+        fields["feedforward_modules"] = match (&config.targets, &config.feedforward) {
+            (Targets::Names(all), Targets::Names(names))
+                if fields["target_modules"] == json!(all) && names.iter().all(|n| all.contains(n)) =>
+            {
+                json!(names)
+            }
+            _ if second.is_empty() => json!([]),
+            _ => {
+                fields["target_modules"] = chosen.iter().map(|(_, s)| s.path.as_str()).collect();
+                json!(second)
+            }
         };
-        fields["feedforward_modules"] = feedforward;
         fields["fan_in_fan_out"] = json!(false);
         fields["init_ia3_weights"] = json!(true);
         Ok(hf::config("IA3", fields))

@@ -2,8 +2,9 @@
 
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
 use faer::{Mat, MatRef};
+use rayon::prelude::*;
 
-use crate::sites::{Sites, WeightId};
+use crate::sites::{Site, SiteId, Sites, WeightId};
 use crate::{Error, Result};
 
 /// `W = U diag(s) Vᵀ`, singular values from the largest.
@@ -48,6 +49,17 @@ pub fn svd(sites: &Sites, id: WeightId, w: &Tensor) -> Result<Svd> {
         [u, s, vt] => Ok(Svd { u: u.clone(), s: s.clone(), vt: vt.clone() }),
         _ => Err(Error::config("model", "a weight has no singular values")),
     }
+}
+
+/// The decompositions of all sites' weights, so that [`svd`] finds them; one thread a weight.
+///
+/// # Errors
+/// As [`svd`].
+pub fn svd_all(sites: &Sites, found: &[(SiteId, &Site)]) -> Result<()> {
+    found.par_iter().try_for_each(|(_, site)| match sites.weight(&format!("{}.weight", site.path)) {
+        Some((id, weight)) => svd(sites, id, &weight.tensor).map(drop),
+        None => Ok(()),
+    })
 }
 
 /// `W = Q R` of a weight [out, in] by Householder reflections: Q [out, k], R [k, in].

@@ -7,6 +7,7 @@ use crate::linalg;
 use crate::low_rank::{LoraConfig, ResidualPatch};
 use crate::method::{Init, Method, Patch};
 use crate::params::Params;
+use crate::scope;
 use crate::sites::Sites;
 use crate::targets::Targets;
 
@@ -27,6 +28,7 @@ impl Method for Pissa {
     }
 
     fn plan(config: &LoraConfig, sites: &Sites, params: &mut Params) -> Result<Box<dyn Patch>> {
+        linalg::svd_all(sites, &config.scope().sites(sites, scope::linear)?)?;
         let patch = ResidualPatch::plan(config, sites, params, |weight, base, rank, scale| {
             let svd = linalg::svd(sites, weight, base)?;
             let root = (svd.s.narrow(0, 0, rank)? / scale)?.sqrt()?;

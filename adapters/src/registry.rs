@@ -130,7 +130,9 @@ pub fn from_adapter_config(value: &Value) -> Result<MethodConfig> {
     let kind =
         value.get("peft_type").and_then(Value::as_str).ok_or_else(|| Error::config("peft_type", "expected a string such as \"LORA\""))?;
     let entry = METHODS.iter().find(|e| (e.reads)(value)).ok_or_else(|| {
-        let known: Vec<_> = METHODS.iter().map(|e| e.name.to_uppercase()).collect();
+        // Some methods write another's type.
+        let own = |e: &&Entry| (e.reads)(&serde_json::json!({ "peft_type": e.name }));
+        let known: Vec<_> = METHODS.iter().filter(own).map(|e| e.name.to_uppercase()).collect();
         Error::config("peft_type", format!("\"{kind}\" is not implemented; known: {}", known.join(", ")))
     })?;
     (entry.parse)(value)

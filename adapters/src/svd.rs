@@ -64,7 +64,9 @@ impl Method for SingularValues {
     fn plan(config: &SvdConfig, sites: &Sites, params: &mut Params) -> Result<Box<dyn Patch>> {
         let selection = Selection { targets: Some(&config.targets), towers: config.towers, layers: config.layers.as_ref() };
         let mut patch = SvdPatch { spectra: HashMap::new(), by_weight: HashMap::new() };
-        for (id, site) in selection.sites(sites, scope::linear)? {
+        let found = selection.sites(sites, scope::linear)?;
+        linalg::svd_all(sites, &found)?;
+        for (id, site) in found {
             let (SiteKind::Linear { input, output }, Some((weight, base))) = (site.kind, sites.weight(&format!("{}.weight", site.path)))
             else {
                 return Err(Error::config("targets", format!("{} has no weight", site.path)));

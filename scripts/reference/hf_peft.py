@@ -1,7 +1,8 @@
 """Adapters between HF PEFT and this project, both ways, over methods and configurations.
 
     python scripts/reference/hf_peft.py write            # tests/data/peft/<case>: adapters saved by HF PEFT, with features
-    python scripts/reference/hf_peft.py train            # tests/data/peft/train/<case>: a start, 20 losses, features behind them
+    python scripts/reference/hf_peft.py train            # tests/data/peft/train/<case>: a start, 20 losses, features behind them;
+                                                         # methods that HF PEFT lacks as small torch counterparts
     python scripts/reference/hf_peft.py read BASE DIR…   # loads adapters of ours with HF PEFT: no key may be missing or left over
 
 `write` makes a small random CLIPModel in tests/data/peft/base and adapters on it, each with random non-zero weights. `read` also
@@ -82,7 +83,7 @@ CASES = {
 }
 
 STEPS, RATE = 20, 5e-3
-ADALORA = dict(init_r=4, target_r=2, tinit=3, tfinal=4, deltaT=2, lora_alpha=8, orth_reg_weight=0.1, total_step=STEPS)
+ADALORA = dict(init_r=4, target_r=2, tinit=3, tfinal=4, deltaT=3, lora_alpha=8, orth_reg_weight=0.1, total_step=STEPS)
 TRAINED = {
     "lora": LoraConfig(r=4, lora_alpha=8, target_modules=QKV),
     "lora_plus": LoraConfig(r=4, lora_alpha=8, target_modules=QKV),
@@ -96,6 +97,63 @@ TRAINED = {
     "lokr": LoKrConfig(r=1, alpha=2, target_modules=QKV),
     "adalora": AdaLoraConfig(target_modules=QKV, **ADALORA),
 }
+
+
+class Spectrum(torch.nn.Module):
+    """U diag(s) Vᵀ with s trained (CLIP-SVD)."""
+
+    def __init__(self, weight):
+        super().__init__()
+        u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
+        self.register_buffer("u", u.float())
+        self.register_buffer("v", v.float())
+        self.s = torch.nn.Parameter(s.float())
+
+    def forward(self, _):
+        return self.u @ torch.diag(self.s) @ self.v
+
+
+def svd(clip):
+    clip.requires_grad_(False)
+    for name, module in list(clip.named_modules()):
+        if isinstance(module, torch.nn.Linear) and ".layers." in name:
+            torch.nn.utils.parametrize.register_parametrization(module, "weight", Spectrum(module.weight.data))
+            module.parametrizations.weight.original.requires_grad_(False)
+
+
+def bitfit(clip):
+    for name, parameter in clip.named_parameters():
+        parameter.requires_grad_(name.endswith(".bias"))
+
+
+def compacter(clip, n=4, reduction=2):
+    """h + U relu(D h) behind each MLP; D and U are sums of Kronecker products with one shared rule. Returns the tensors."""
+    clip.requires_grad_(False)
+    tensors = {"base_model.model.phm_rule": torch.nn.Parameter(torch.randn(n, n, n) / n)}
+    rule = tensors["base_model.model.phm_rule"]
+
+    def layer(name, i, o):
+        parts = {"phm_left": (n, i // n, 1), "phm_right": (n, 1, o // n), "bias": (o,)}
+        own = {part: torch.nn.Parameter(0.3 * torch.randn(shape)) for part, shape in parts.items()}
+        tensors.update({f"{name}.{part}": value for part, value in own.items()})
+        return lambda x: x @ sum(torch.kron(rule[k], own["phm_left"][k] @ own["phm_right"][k]) for k in range(n)) + own["bias"]
+
+    def behind(name, dim):
+        down, up = layer(f"{name}.adapter_down", dim, dim // reduction), layer(f"{name}.adapter_up", dim // reduction, dim)
+        return lambda _module, _inputs, y: y + up(torch.relu(down(y)))
+
+    for name, module in list(clip.named_modules()):
+        if name.endswith(".mlp"):
+            module.register_forward_hook(behind(f"base_model.model.{name}", module.fc1.in_features))
+    config = {"placement": "pfeiffer", "reduction": reduction, "activation": "relu", "hypercomplex": {"n": n}}
+    out = OUT / "train" / "compacter"
+    out.mkdir(parents=True)
+    save_file({k: v.detach().clone() for k, v in tensors.items()}, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    (out / "adapter_config.json").write_text(json.dumps({"peft_type": "BOTTLENECK", "config": config}, indent=2) + "\n")
+    return list(tensors.values())
+
+
+OTHERS = {"svd": svd, "bitfit": bitfit, "compacter": compacter}
 
 
 def inputs(config):
@@ -149,6 +207,8 @@ def save(model, directory, **options):
     (directory / "README.md").unlink(missing_ok=True)
     config = json.loads((directory / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "base"
+    # Sets are written in any order; sorted, the files are the same each time.
+    config = {k: sorted(v) if isinstance(v, list) and all(isinstance(x, str) for x in v) else v for k, v in config.items()}
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -185,14 +245,34 @@ def write():
     print("wrote", ", ".join(CASES))
 
 
-def optimizer_for(name, model):
+def optimizer_for(name, model, extra):
     if name == "lora_plus":
         return create_loraplus_optimizer(model, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=16, loraplus_weight_decay=0.0, weight_decay=0.0)
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
+    return torch.optim.AdamW([p for p in [*model.parameters(), *extra] if p.requires_grad], lr=RATE, weight_decay=0.0)
+
+
+def run(name, model, clip, extra=()):
+    """CLIP's own loss over the same batch; HF PEFT adds AdaLoRA's term to it. The losses; then features."""
+    pixels, ids = inputs(clip.config)
+    optimizer = optimizer_for(name, model, extra)
+    losses = []
+    for step in range(STEPS):
+        # PeftModel's own forward leaves AdaLoRA's term out.
+        loss = getattr(model, "base_model", model)(input_ids=ids, pixel_values=pixels, return_loss=True).loss
+        loss.backward()
+        optimizer.step()
+        if name == "adalora":
+            model.base_model.update_and_allocate(step + 1)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    (OUT / "train" / name).mkdir(parents=True, exist_ok=True)
+    model.eval()
+    save_file(features(clip, clip.config), OUT / "train" / name / "golden.safetensors")
+    print(name, losses[0], losses[-1])
+    return losses
 
 
 def train():
-    """CLIP's own loss over the same batch; HF PEFT adds AdaLoRA's term to it."""
     shutil.rmtree(OUT / "train", ignore_errors=True)
     losses = {}
     for seed, (name, config) in enumerate(TRAINED.items()):
@@ -202,21 +282,11 @@ def train():
             # LoHa's and LoKr's zero halves and LoRA's B, so that gradients reach everything from the first step.
             shake(model, 0.02)
             save(model, OUT / "train" / name)
-        pixels, ids = inputs(model.base_model.model.config)
-        optimizer = optimizer_for(name, model)
-        losses[name] = []
-        for step in range(STEPS):
-            # PeftModel's own forward leaves AdaLoRA's term out.
-            loss = model.base_model(input_ids=ids, pixel_values=pixels, return_loss=True).loss
-            loss.backward()
-            optimizer.step()
-            if name == "adalora":
-                model.base_model.update_and_allocate(step + 1)
-            optimizer.zero_grad()
-            losses[name].append(loss.item())
-        (OUT / "train" / name).mkdir(parents=True, exist_ok=True)
-        save_file(features(model.eval().base_model.model, model.base_model.model.config), OUT / "train" / name / "golden.safetensors")
-        print(name, losses[name][0], losses[name][-1])
+        losses[name] = run(name, model, model.base_model.model)
+    for seed, (name, attach) in enumerate(OTHERS.items()):
+        torch.manual_seed(300 + seed)
+        clip = base().train()
+        losses[name] = run(name, clip, clip, attach(clip) or ())
     (OUT / "train" / "losses.json").write_text(json.dumps(losses, indent=1) + "\n")
 
 
