@@ -94,7 +94,7 @@ fn perturb(params: &Params, size: f64) {
 }
 
 fn trained(params: &Params) -> impl Iterator<Item = &Param> {
-    params.iter().filter(|p| p.trained)
+    params.iter().filter(|p| !p.frozen)
 }
 
 fn max_abs(t: &Tensor) -> f64 {

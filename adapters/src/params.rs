@@ -41,8 +41,8 @@ pub struct Param {
     pub lr_factor: f64,
     /// Whether decoupled weight decay applies. By default it skips tensors below 2-D.
     pub decay: bool,
-    /// Whether it is trained; otherwise it is only saved and loaded.
-    pub trained: bool,
+    /// Saved and loaded, but not trained (a cache's labels).
+    pub frozen: bool,
 }
 
 /// What a method declares for one parameter.
@@ -58,20 +58,14 @@ pub struct Spec {
     pub lr_factor: f64,
     /// Overrides whether weight decay applies.
     pub decay: Option<bool>,
-    /// Whether it is trained; otherwise it is only saved and loaded.
-    pub trained: bool,
+    /// Saved and loaded, but not trained.
+    pub frozen: bool,
 }
 
 impl Spec {
     /// A parameter with learning-rate factor 1 and the default decay.
     pub fn new(name: impl Into<String>, shape: impl Into<Shape>, start: Start) -> Self {
-        Self { name: name.into(), shape: shape.into(), start, lr_factor: 1.0, decay: None, trained: true }
-    }
-
-    /// The same without training: saved and loaded only.
-    #[must_use]
-    pub fn frozen(self) -> Self {
-        Self { trained: false, ..self }
+        Self { name: name.into(), shape: shape.into(), start, lr_factor: 1.0, decay: None, frozen: false }
     }
 }
 
@@ -143,8 +137,8 @@ impl Params {
         let decay = spec.decay.unwrap_or(spec.shape.rank() >= 2);
         let var = Var::from_tensor(&value)?;
         // Detached tensors share the variable's storage and so follow its updates.
-        let tensor = if spec.trained { var.as_tensor().clone() } else { var.as_tensor().detach() };
-        self.items.push(Param { name: spec.name, var, lr_factor: spec.lr_factor, decay, trained: spec.trained });
+        let tensor = if spec.frozen { var.as_tensor().detach() } else { var.as_tensor().clone() };
+        self.items.push(Param { name: spec.name, var, lr_factor: spec.lr_factor, decay, frozen: spec.frozen });
         Ok(tensor)
     }
 
@@ -168,7 +162,7 @@ impl Params {
     /// How many numbers are trained.
     #[must_use]
     pub fn count(&self) -> usize {
-        self.items.iter().filter(|p| p.trained).map(|p| p.var.elem_count()).sum()
+        self.items.iter().filter(|p| !p.frozen).map(|p| p.var.elem_count()).sum()
     }
 
     /// The parameter called `name`.
