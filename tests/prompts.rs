@@ -131,6 +131,10 @@ fn a_cache_is_filled_without_a_step_and_tuned_on_validation() {
     assert!(number(&trained["steps"]) > 0.0 && number(&trained["after"]["accuracy"]) > number(&plain["accuracy"]), "{trained}");
     let again = w.json(&["train", "m.yaml", "--output", "again"]);
     assert_eq!(again["after"]["loss"], trained["after"]["loss"]);
+    // Going on from a cache keeps it.
+    let on = ["--set", "train.init_adapter=free/adapter", "--output", "on"];
+    let on = w.json(&[&["train", "m.yaml"], on.as_slice()].concat());
+    assert_eq!(on["before"]["loss"], report["after"]["loss"]);
     let merge = ["merge", "--model", "base", "--adapter", "free/adapter", "--classifier", "c.safetensors"];
     assert!(w.fails(&merge, 2).contains("tip_adapter"));
     assert!(w.fails(&["train", "m.yaml", "--check", "--set", "task=retrieve"], 2).contains("classes"));
