@@ -67,12 +67,6 @@ impl Spec {
     pub fn new(name: impl Into<String>, shape: impl Into<Shape>, start: Start) -> Self {
         Self { name: name.into(), shape: shape.into(), start, lr_factor: 1.0, decay: None, frozen: false }
     }
-
-    /// The same without training: saved and loaded only.
-    #[must_use]
-    pub fn frozen(self) -> Self {
-        Self { frozen: true, ..self }
-    }
 }
 
 /// The ordered set of trainable parameters.

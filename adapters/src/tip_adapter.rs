@@ -132,9 +132,9 @@ impl Method for TipAdapter {
         // Nothing is added before the cache is filled.
         let start = Tensor::new(&[0.0, config.beta], params.device())?.to_dtype(params.dtype())?;
         Ok(Box::new(TipAdapterPatch {
-            keys: params.declare(if config.train { keys } else { keys.frozen() })?,
-            labels: params.declare(Spec::new(name("labels"), entries, Start::Zeros).frozen())?,
-            factors: params.declare(Spec::new(name("alpha_beta"), 2, Start::Value(start)).frozen())?,
+            keys: params.declare(Spec { frozen: !config.train, ..keys })?,
+            labels: params.declare(Spec { frozen: true, ..Spec::new(name("labels"), entries, Start::Zeros) })?,
+            factors: params.declare(Spec { frozen: true, ..Spec::new(name("alpha_beta"), 2, Start::Value(start)) })?,
             classes,
             config: config.clone(),
             values: Mutex::new(None),

@@ -177,7 +177,8 @@ impl<'a> Trainer<'a> {
     /// When a step fails, a number is not finite, or a signal came.
     pub fn train(&mut self, run: &mut Run, checkpoints: Option<&Path>, observer: &mut dyn Observer) -> Result<()> {
         let total = self.total_steps();
-        if run.state.step == 0 {
+        // An adapter that training starts from has its cache already.
+        if run.state.step == 0 && self.config.init_adapter.is_none() {
             self.fit(run, observer)?;
         }
         if total > 0 {
