@@ -85,6 +85,7 @@ pub fn bench(mut recipe: Recipe, options: BenchOptions, device: &candle_core::De
     fill_batch(&mut session);
     let (mut adapters, task) = session.plan()?;
     let trainable_parameters = adapters.params.count();
+    session.discard_replaced(&adapters)?;
     let mut trainer = session.trainer(&mut adapters, task)?;
     let mut run = trainer.begin()?;
     let mut stepper = Stepper::new(&mut trainer, 0, steps + 1, observer)?;

@@ -36,8 +36,10 @@ const SLACK: f64 = 0.1;
 pub struct Load {
     /// Texts that go through the text tower at once.
     pub texts: usize,
-    /// Tokens of the longest.
+    /// Tokens of the longest, learnt context included.
     pub tokens: usize,
+    /// Tokens of an image, learnt ones included.
+    pub image_tokens: usize,
     /// Images that stay decoded in memory between epochs.
     pub images: usize,
 }
@@ -105,7 +107,7 @@ pub fn estimate(config: &ClipConfig, adapters: &Adapters, train: &TrainConfig, l
             dim: v.hidden_size,
             mlp: v.intermediate_size,
             rows: train.batch,
-            tokens: (v.image_size / v.patch_size).pow(2) + 1,
+            tokens: load.image_tokens,
         },
         Tower {
             name: "text_model",

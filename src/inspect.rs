@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::clip::base::Base;
 use crate::clip::spec::Spec;
-use crate::delta::{Delta, Manifest, is_clip_lora, locate};
+use crate::delta::{Delta, Manifest, bundled, is_clip_lora, locate};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::hub;
@@ -95,6 +95,7 @@ fn base(spec: &str) -> Result<Inspected> {
     let (config, sites) = (base.clip.config(), base.clip.sites());
     let (v, t) = (&config.vision, &config.text);
     let tower = |dim: usize, depth: usize, heads: usize| format!("{depth} blocks, width {dim}, {heads} heads");
+    let adapters: Vec<Value> = bundled(spec)?.iter().map(|dir| Ok(json!(adapter(dir)?.facts))).collect::<Result<_>>()?;
     let linear = sites.summary(|s| matches!(s.kind, peft_adapters::SiteKind::Linear { .. }));
     Ok(Inspected {
         kind: "base",
@@ -123,7 +124,10 @@ fn base(spec: &str) -> Result<Inspected> {
             ),
             ("projection", json!(config.projection_dim)),
             ("linear_sites", json!(linear)),
-        ]),
+        ])
+        .into_iter()
+        .chain((!adapters.is_empty()).then(|| ("adapters".to_string(), json!(adapters))))
+        .collect(),
         tensors: rows(sites.weights().map(|(_, w)| (w.name.as_str(), w.tensor.dims()))),
     })
 }

@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::clip::base::Base;
 use crate::clip::tokenizer::Tokenizer;
 use crate::clip::{Clip, TextBatch, foreign, weights};
-use crate::delta::{Delta, locate};
+use crate::delta::{Delta, bundled, locate};
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -122,11 +122,7 @@ fn verify(dir: &Path, expected: &Tensor, dtype: DType, output: &Path) -> Result<
     let found = probe(&reloaded.clip, &reloaded.tokenizer, &Patches::none())?;
     let diff = max_abs(&(expected - &found)?)?;
     let relative = diff / max_abs(expected)?.max(1e-12);
-    let tolerance = match dtype {
-        DType::F16 => 2e-3,
-        DType::BF16 => 2e-2,
-        _ => 1e-4,
-    };
+    let tolerance = tolerance(dtype);
     if relative.is_nan() || relative > tolerance {
         return Err(Error::Verdict(format!(
             "{}: the merged model's logits differ by {relative:.2e} (relative), more than {tolerance:.0e} for {}; nothing was written",
@@ -137,7 +133,16 @@ fn verify(dir: &Path, expected: &Tensor, dtype: DType, output: &Path) -> Result<
     Ok(Check { diff, relative, tolerance })
 }
 
-fn check_output(options: &MergeOptions) -> Result<()> {
+/// How far logits may part by rounding to `dtype`, relative.
+pub(crate) fn tolerance(dtype: DType) -> f64 {
+    match dtype {
+        DType::F16 => 2e-3,
+        DType::BF16 => 2e-2,
+        _ => 1e-4,
+    }
+}
+
+pub(crate) fn check_output(options: &MergeOptions) -> Result<()> {
     let out = &options.output;
     let same = |path: &Path| path.canonicalize().ok().zip(out.canonicalize().ok()).is_some_and(|(a, b)| a == b);
     if same(Path::new(&options.model)) || options.adapters.iter().any(|(a, _)| same(a)) {
@@ -156,27 +161,30 @@ fn check_output(options: &MergeOptions) -> Result<()> {
 }
 
 /// An adapter's hooks and how much of it is folded.
-type Weighted = (Patches, f64);
+pub(crate) type Weighted = (Patches, f64);
 
 /// The adapters' hooks with their weights; refused where one does not fold.
 fn adapters(base: &Base, options: &MergeOptions) -> Result<(Vec<Weighted>, Vec<String>)> {
     let (mut all, mut notes) = (Vec::new(), Vec::new());
-    for (dir, weight) in &options.adapters {
+    // What a bundle brings along was made for the base alone.
+    let own = options.adapters.iter().map(|(dir, weight)| (dir.clone(), *weight, options.allow_base_mismatch));
+    let beneath = bundled(&options.model)?.into_iter().map(|dir| (dir, 1.0, true));
+    for (dir, weight, allow) in &beneath.chain(own).collect::<Vec<_>>() {
         if !weight.is_finite() {
             return Err(Error::input("--adapter", format!("expected a finite weight, found {weight}")));
         }
         let delta = Delta::read(&locate(dir)?)?;
-        notes.extend(delta.check_base(base, options.allow_base_mismatch)?);
+        notes.extend(delta.check_base(base, *allow)?);
         if !delta.own.is_empty() {
             let names: Vec<&str> = delta.own.iter().map(|(n, _)| n.as_str()).collect();
             return Err(Error::input(dir.display(), format!("has a task head ({}), which plain CLIP has no place for", names.join(", ")))
-                .hint("keep base and adapter apart"));
+                .hint("keep base and adapter apart, pass --bundle for one directory with both, or --classifier FILE for the head"));
         }
         let mut adapters = delta.apply(&base.clip)?;
         for (patch, method) in adapters.view.iter().zip(&adapters.methods) {
             if let Some(why) = patch.unfoldable() {
                 return Err(Error::input(dir.display(), format!("{} does not fold: {why}", method.name()))
-                    .hint("keep base and adapter apart; every command takes --adapter"));
+                    .hint("keep base and adapter apart (every command takes --adapter), or pass --bundle for one directory with both"));
             }
         }
         adapters.view.prepare(&peft_adapters::Step::eval())?;
@@ -186,7 +194,7 @@ fn adapters(base: &Base, options: &MergeOptions) -> Result<(Vec<Weighted>, Vec<S
 }
 
 /// All tensors in model order with the adapters folded in, f32 arithmetic, cast to `dtype` at the end.
-fn folded(base: &Base, adapters: &[Weighted], dtype: DType) -> Result<(Vec<(String, Tensor)>, usize)> {
+pub(crate) fn folded(base: &Base, adapters: &[Weighted], dtype: DType) -> Result<(Vec<(String, Tensor)>, usize)> {
     let (mut all, mut changed) = (Vec::new(), 0);
     for (id, weight) in base.clip.sites().weights() {
         let mut value = weight.tensor.clone();
@@ -234,6 +242,17 @@ fn expected(base: &Base, adapters: Vec<Weighted>, tensors: &[(String, Tensor)]) 
     probe(&clip, &base.tokenizer, &Patches::none())
 }
 
+/// A base with an adapter folded in, in memory, to compute as the base does; the adapter comes back.
+///
+/// # Errors
+/// When a folded weight is not finite.
+pub fn folded_clip(base: &Base, patches: Patches) -> Result<(Clip, Patches)> {
+    let mut weighted = [(patches, 1.0)];
+    let (tensors, _) = folded(base, &weighted, DType::F32)?;
+    let clip = Clip::new(base.clip.config(), tensors.into_iter().collect(), base.clip.dtype(), base.clip.device())?;
+    Ok((clip, std::mem::take(&mut weighted[0].0)))
+}
+
 /// Writes a model that was trained from random weights as a base of its own, f32.
 ///
 /// # Errors
@@ -244,7 +263,7 @@ pub fn write_trained(base: &Base, patches: Patches, output: &Path) -> Result<()>
 }
 
 /// Writes a base; `check` sees it before it takes its place.
-fn write(
+pub(crate) fn write(
     base: &Base,
     tensors: &[(String, Tensor)],
     dtype: DType,
@@ -316,7 +335,7 @@ fn probe(clip: &Clip, tokenizer: &Tokenizer, patches: &Patches) -> Result<Tensor
     Ok(clip.logits(&images, &texts, patches)?)
 }
 
-fn max_abs(t: &Tensor) -> Result<f64> {
+pub(crate) fn max_abs(t: &Tensor) -> Result<f64> {
     let values = t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
     // NaN has to survive, which `f32::max` would drop.
     Ok(values.iter().fold(0.0, |m, v| if v.is_nan() || f64::is_nan(m) { f64::NAN } else { f64::max(m, f64::from(v.abs())) }))

@@ -1,32 +1,42 @@
 //! A base with adapters on it: what a service loads.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use peft_adapters::{ClassFeatures, Patches, Step};
+use image::RgbImage;
+use peft_adapters::{Patches, Step};
 
 use crate::clip::base::Base;
 use crate::clip::decode::{self, DecodeOptions};
-use crate::clip::model::{all_finite, class_logits, unit_rows};
+use crate::clip::model::all_finite;
 use crate::data::check_classes;
-use crate::delta::{Adapters, Delta, Manifest, locate};
+use crate::delta::{Adapters, Delta, Manifest, bundled, locate};
 use crate::error::{Error, Result};
 use crate::task::prompts::{self, Pad, Prompts};
 use crate::task::{Forward, HEAD};
 
+mod scorer;
+
+use scorer::Classes;
+pub use scorer::{Ranked, Scorer};
+
 /// Images that go through the tower at once.
 const BATCH: usize = 32;
 
-/// A frozen base and the adapters that change it.
+/// A frozen base and the adapters that change it. [`Model::fork`] puts other adapters on the same base.
 ///
 /// ```
 /// # fn main() -> peft::Result<()> {
 /// # let dir = std::env::temp_dir().join(format!("peft-doc-{}", std::process::id()));
-/// # std::fs::create_dir_all(&dir).ok();
-/// # let photo = dir.join("photo.png");
-/// # std::fs::write(&photo, peft::builtin::sample()).ok();
-/// # let recipe = "{ model: 'builtin:tiny', method: lora, data: { builtin: emoji }, task: classify, train: { steps: 1 } }";
-/// # let mut recipe = peft::recipe::Recipe::parse("recipe", recipe, "recipe", &[])?;
+/// # let _ = std::fs::remove_dir_all(&dir);
+/// # for name in ["clock/1.png", "clock/2.png", "clock/3.png", "heart/1.png", "heart/2.png", "heart/3.png"] {
+/// #     peft::files::write_atomic(&dir.join("images").join(name), peft::builtin::sample())?;
+/// # }
+/// # let photo = dir.join("images/clock/1.png");
+/// # let data = format!("data: {{ folder: {{ root: '{}' }} }}", dir.join("images").display());
+/// # let recipe = format!("{{ model: 'builtin:tiny', method: lora, {data}, task: classify, train: {{ steps: 1 }} }}");
+/// # let mut recipe = peft::recipe::Recipe::parse("recipe", &recipe, "recipe", &[])?;
 /// # recipe.output = Some(dir.join("run"));
 /// # peft::session::train(recipe, peft::run::Existing::Refuse, &candle_core::Device::Cpu, &mut peft::train::Silent)?;
 /// # let adapter = dir.join("run/adapter");
@@ -40,22 +50,15 @@ const BATCH: usize = 32;
 /// ```
 #[derive(Debug)]
 pub struct Model {
-    base: Base,
+    base: Arc<Base>,
     adapters: Vec<Adapters>,
     patches: Patches,
     manifest: Option<Manifest>,
     head: Option<[Tensor; 2]>,
+    /// The classes that an adapter is bound to.
+    bound: Option<Vec<String>>,
     options: DecodeOptions,
     notes: Vec<String>,
-}
-
-/// A class and how likely it is.
-#[derive(Debug, Clone, PartialEq, serde::Serialize)]
-pub struct Ranked {
-    /// The class.
-    pub label: String,
-    /// From 0 to 1; all classes add up to 1.
-    pub probability: f32,
 }
 
 impl Model {
@@ -72,14 +75,36 @@ impl Model {
     /// # Errors
     /// When a file is missing or malformed.
     pub fn load_on(base: &str, dtype: DType, device: &Device) -> Result<Self> {
-        Ok(Self::from_base(Base::load(base, dtype, device)?))
+        let mut model = Self::from_base(Base::load(base, dtype, device)?);
+        // They were made for the base alone, which the bundle's digest is not.
+        for dir in bundled(base)? {
+            model = model.with_adapter_of(&dir, true)?;
+        }
+        model.notes.clear();
+        Ok(model)
     }
 
     /// A model without adapters.
     #[must_use]
-    pub fn from_base(base: Base) -> Self {
+    pub fn from_base(base: impl Into<Arc<Base>>) -> Self {
+        let base = base.into();
         let notes = base.source.notes().to_vec();
-        Self { base, adapters: Vec::new(), patches: Patches::none(), manifest: None, head: None, options: DecodeOptions::default(), notes }
+        Self {
+            base,
+            adapters: Vec::new(),
+            patches: Patches::none(),
+            manifest: None,
+            head: None,
+            bound: None,
+            options: DecodeOptions::default(),
+            notes,
+        }
+    }
+
+    /// Another model on the same base, without adapters. The base stays in memory once, however many models share it.
+    #[must_use]
+    pub fn fork(&self) -> Self {
+        Self::from_base(self.base.clone()).with_images(self.options)
     }
 
     /// Puts an adapter (a directory, a `.pt` of CLIP-LoRA's, a hub id) on top of what is there.
@@ -100,6 +125,7 @@ impl Model {
         let mut adapters = delta.apply(&self.base.clip)?;
         let mut view = std::mem::take(&mut adapters.view);
         view.prepare(&Step::eval())?;
+        self.bind(dir, &view, delta.manifest.as_ref())?;
         self.patches.extend(view);
         self.adapters.push(adapters);
         let own = |name: &str| delta.own.iter().find(|(n, _)| n == name).map(|(_, t)| t.to_device(self.base.clip.device()));
@@ -108,6 +134,22 @@ impl Model {
         }
         self.manifest = delta.manifest.or(self.manifest);
         Ok(self)
+    }
+
+    /// Notes the classes of an adapter that knows no others.
+    fn bind(&mut self, dir: &Path, view: &Patches, manifest: Option<&Manifest>) -> Result<()> {
+        let classes = manifest.map(|m| m.classes.clone()).unwrap_or_default();
+        if !view.class_bound() || classes.is_empty() {
+            return Ok(());
+        }
+        match &self.bound {
+            Some(before) if *before != classes => Err(Error::input(dir.display(), "knows other classes than the adapter before it")
+                .hint("adapters that hold something for each class go together only where their classes are the same")),
+            _ => {
+                self.bound = Some(classes);
+                Ok(())
+            }
+        }
     }
 
     fn checked_head(&self, dir: &Path, weight: Tensor, bias: Tensor, manifest: Option<&Manifest>) -> Result<[Tensor; 2]> {
@@ -168,12 +210,26 @@ impl Model {
     /// # Errors
     /// When an image cannot be read.
     pub fn embed_images(&self, paths: &[impl AsRef<Path> + Sync]) -> Result<Tensor> {
+        self.embed(paths, |p| decode::open(p.as_ref(), &self.options).and_then(|image| self.base.preprocess.apply(&image)))
+    }
+
+    /// Projected features of images in memory, unnormalised, f32.
+    ///
+    /// # Shapes
+    /// N images → [N, P]
+    ///
+    /// # Errors
+    /// When one has no pixels.
+    pub fn embed_pixels(&self, images: &[RgbImage]) -> Result<Tensor> {
+        self.embed(images, |image| self.base.preprocess.apply(image))
+    }
+
+    fn embed<T: Sync>(&self, images: &[T], pixels: impl Fn(&T) -> Result<Vec<f32>> + Sync) -> Result<Tensor> {
         use rayon::prelude::*;
         let (height, width) = self.base.preprocess.output_size();
         let mut parts = Vec::new();
-        for chunk in paths.chunks(BATCH) {
-            let pixels: Vec<Vec<f32>> =
-                chunk.par_iter().map(|p| self.base.preprocess.apply(&decode::open(p.as_ref(), &self.options)?)).collect::<Result<_>>()?;
+        for chunk in images.chunks(BATCH) {
+            let pixels: Vec<Vec<f32>> = chunk.par_iter().map(&pixels).collect::<Result<_>>()?;
             let pixels = Tensor::from_vec(pixels.concat(), (chunk.len(), 3, height, width), &Device::Cpu)?;
             parts.push(finite("image", self.base.clip.image_features(&pixels, &self.patches)?.to_dtype(DType::F32)?)?);
         }
@@ -191,8 +247,16 @@ impl Model {
         if texts.is_empty() {
             return Ok((self.joined(&[])?, 0));
         }
+        if self.patches.per_image() {
+            return Err(Error::input("texts", "this adapter encodes a text anew for each image (cocoop), so a text alone has no feature")
+                .hint("rank labels for images with `predict`"));
+        }
         let prompts = Prompts::new(&self.base.tokenizer, texts, Pad::Longest)?;
-        let features = prompts.features(&Forward::eval(&self.base.clip, &self.patches))?.to_dtype(DType::F32)?;
+        let features = prompts.features(&Forward::eval(&self.base.clip, &self.patches)).map_err(|e| match &self.bound {
+            Some(_) => Error::input("texts", e).hint("class-specific context is for the adapter's own classes: use `predict`"),
+            None => e,
+        })?;
+        let features = features.to_dtype(DType::F32)?;
         Ok((finite("text", features)?, prompts.truncated))
     }
 
@@ -235,10 +299,19 @@ impl Model {
             return Err(Error::input("--labels", "expected at least one label; the adapter stores no classes")
                 .hint("pass --labels a,b or a file with one label a line"));
         }
-        check_classes("--labels", &labels)?;
+        // What an adapter was trained with is not wrong here: ImageNet has two classes `sunglasses`.
+        if labels != known {
+            check_classes("--labels", &labels)?;
+        }
+        if let Some(bound) = &self.bound
+            && *bound != labels
+        {
+            return Err(Error::input("--labels", "this adapter holds something for each of its classes, and knows no others")
+                .hint("leave the labels out"));
+        }
         if self.head.is_some() {
             return match labels == known {
-                true => Ok(Scorer { labels, classes: None }),
+                true => Ok(Scorer { labels, templates: Vec::new(), classes: Classes::Head }),
                 false => Err(Error::input("--labels", "this adapter has a linear head, which knows only its own classes")
                     .hint("leave the labels out")),
             };
@@ -251,8 +324,19 @@ impl Model {
         };
         templates.iter().try_for_each(|t| prompts::check_template("--template", t))?;
         let prompts = Prompts::of_classes(&self.base.tokenizer, &labels, &templates, Pad::Longest)?;
-        let classes = prompts.class_features(&Forward::eval(&self.base.clip, &self.patches))?;
-        Ok(Scorer { classes: Some(finite("text", classes)?), labels })
+        if self.patches.per_image() {
+            return Ok(Scorer { classes: Classes::PerImage(Box::new(prompts)), templates, labels });
+        }
+        let classes = prompts.class_features(&Forward::eval(&self.base.clip, &self.patches)).map_err(|e| self.of_classes(e))?;
+        Ok(Scorer { classes: Classes::Shared(finite("text", classes)?), templates, labels })
+    }
+
+    /// What fails where an adapter is bound to classes that it does not name (one without `peft.json`) is the labels' fault.
+    fn of_classes(&self, error: Error) -> Error {
+        match (self.patches.class_bound() && self.bound.is_none(), &error) {
+            (true, Error::Tensor(e)) => Error::input("--labels", e).hint("this adapter does not say for which classes it was made"),
+            _ => error,
+        }
     }
 }
 
@@ -262,48 +346,5 @@ fn finite(what: &str, features: Tensor) -> Result<Tensor> {
         true => Ok(features),
         false => Err(Error::fault(format!("{what} features"), "are not finite")
             .hint("the adapter's weights may be too large for this base, or --dtype too narrow")),
-    }
-}
-
-/// Labels whose text side is computed.
-#[derive(Debug)]
-pub struct Scorer {
-    labels: Vec<String>,
-    classes: Option<Tensor>,
-}
-
-impl Scorer {
-    /// The labels in order.
-    #[must_use]
-    pub fn labels(&self) -> &[String] {
-        &self.labels
-    }
-
-    /// All labels for each row of `features` [N, P], most likely first.
-    ///
-    /// # Errors
-    /// When a tensor operation fails.
-    pub fn rank(&self, model: &Model, features: &Tensor) -> Result<Vec<Vec<Ranked>>> {
-        if features.dim(0)? == 0 {
-            return Ok(Vec::new());
-        }
-        let clip = &model.base.clip;
-        let logits = match (&self.classes, &model.head) {
-            (None, Some([weight, bias])) => unit_rows(features)?.matmul(&weight.t()?)?.broadcast_add(bias)?,
-            (Some(classes), _) => {
-                let classes = model.patches.class_features(ClassFeatures::Shared(classes.clone()), features)?;
-                class_logits(clip, features, &classes, &model.patches)?
-            }
-            (None, None) => return Err(Error::fault("predict", "no class features")),
-        };
-        let rows = candle_nn::ops::softmax(&logits.to_dtype(DType::F32)?, 1)?.to_vec2::<f32>()?;
-        Ok(rows.into_iter().map(|row| self.ranked(row)).collect())
-    }
-
-    fn ranked(&self, row: Vec<f32>) -> Vec<Ranked> {
-        let mut all: Vec<Ranked> =
-            row.into_iter().zip(&self.labels).map(|(probability, label)| Ranked { label: label.clone(), probability }).collect();
-        all.sort_by(|a, b| b.probability.total_cmp(&a.probability));
-        all
     }
 }

@@ -36,6 +36,14 @@ fn by_name<T: DeserializeOwned, E: Error>(name: &str) -> Result<T, E> {
     serde_json::from_value(json!({ name: {} })).map_err(|e| E::custom(e.to_string()))
 }
 
+/// [`list`] for an optional key.
+///
+/// # Errors
+/// As [`one`].
+pub fn maybe_list<'de, D: Deserializer<'de>, T: DeserializeOwned>(deserializer: D) -> Result<Option<Vec<T>>, D::Error> {
+    list(deserializer).map(Some)
+}
+
 struct One<T>(PhantomData<T>);
 
 impl<'de, T: DeserializeOwned> Visitor<'de> for One<T> {

@@ -116,6 +116,12 @@ pub struct TrainReport {
     pub adapter_bytes: u64,
     /// Wall-clock time of training, evaluation included.
     pub seconds: f64,
+    /// Wall-clock time of the steps alone, waiting for images included.
+    #[serde(default)]
+    pub step_seconds: f64,
+    /// Images that the steps saw, one that came again counted again.
+    #[serde(default)]
+    pub images: usize,
     /// Largest resident set, where the system tells.
     pub peak_rss_mib: Option<f64>,
     /// Examples in train, val and test.
@@ -126,6 +132,14 @@ pub struct TrainReport {
     pub device: String,
     /// The run directory.
     pub run: PathBuf,
+}
+
+impl TrainReport {
+    /// Images a second while training, evaluation apart; `None` where nothing was measured.
+    #[must_use]
+    pub fn images_per_second(&self) -> Option<f64> {
+        (self.step_seconds > 0.0 && self.images > 0).then(|| self.images as f64 / self.step_seconds)
+    }
 }
 
 impl Evaluation {

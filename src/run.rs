@@ -5,18 +5,23 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::events::Events;
 use crate::files;
 use crate::recipe::Recipe;
-use crate::report::{Prediction, TrainReport};
+use crate::report::{EpochRecord, Evaluation, Prediction, TrainReport};
 use crate::train::StepRecord;
 
 const RECIPE: &str = "recipe.yaml";
 const REPORT: &str = "report.json";
 const METRICS: &str = "metrics.jsonl";
 const PREDICTIONS: &str = "predictions.jsonl";
+const PAGE: &str = "report.html";
+/// TensorBoard looks for `tfevents` in a name.
+const EVENTS: &str = "events.out.tfevents.peft";
 const LOCK: &str = "lock";
+const FAILURE: &str = "failure.txt";
 /// All that `--force` may remove.
-const OURS: [&str; 8] = [RECIPE, REPORT, METRICS, PREDICTIONS, LOCK, "adapter", "checkpoint", "model"];
+const OURS: [&str; 11] = [RECIPE, REPORT, METRICS, PREDICTIONS, PAGE, EVENTS, LOCK, FAILURE, "adapter", "checkpoint", "model"];
 
 /// What to do with a directory that is not empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,9 +38,9 @@ pub enum Existing {
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
-    /// Held open: the lock ends with the process, however it ends.
     _lock: File,
     metrics: Option<File>,
+    events: Option<Events>,
 }
 
 /// What was found.
@@ -59,7 +64,7 @@ impl RunDir {
         let lock = lock(&path)?;
         let yaml = recipe.to_yaml()?;
         let before = std::fs::read_to_string(path.join(RECIPE)).ok();
-        let run = Self { path, _lock: lock, metrics: None };
+        let run = Self { path, _lock: lock, metrics: None, events: None };
         match (before, existing) {
             (None, _) => run.start(&yaml)?,
             (Some(_), Existing::Replace) => {
@@ -74,6 +79,7 @@ impl RunDir {
                 }
             }
         }
+        remove(&run.path.join(FAILURE))?;
         Ok(Opened::Open(Box::new(run)))
     }
 
@@ -123,19 +129,14 @@ impl RunDir {
         Error::input(self.path.display(), what).hint(hint)
     }
 
-    /// Refuses to go on with other settings; where the output lies does not matter.
+    /// Refuses to go on with other settings.
     fn same_recipe(&self, recipe: &Recipe, before: &str) -> Result<()> {
         let place = self.path.join(RECIPE);
-        let mut old = Recipe::parse(&place.display().to_string(), before, &recipe.name, &[])?;
-        old.output.clone_from(&recipe.output);
-        if old == *recipe {
-            return Ok(());
+        match differing(&place, recipe, before)? {
+            None => Ok(()),
+            Some(example) => Err(Error::input(place.display(), format!("the unfinished run has another recipe{example}"))
+                .hint("resume with the same recipe, or start anew with --force")),
         }
-        let (old, new) = (old.to_yaml()?, recipe.to_yaml()?);
-        let differing = old.lines().zip(new.lines()).find(|(a, b)| a != b);
-        let example = differing.map(|(a, b)| format!(": it had `{}`, now `{}`", a.trim(), b.trim())).unwrap_or_default();
-        Err(Error::input(place.display(), format!("the unfinished run has another recipe{example}"))
-            .hint("resume with the same recipe, or start anew with --force"))
     }
 
     /// The report of a finished run.
@@ -146,11 +147,12 @@ impl RunDir {
         read_report(&self.path)
     }
 
-    /// Drops the lines of steps that the checkpoint does not know, and opens the file for more.
+    /// Drops the lines of steps that the checkpoint does not know, and opens the files for more, with `events`
+    /// TensorBoard's as well.
     ///
     /// # Errors
     /// When the disk refuses.
-    pub fn open_metrics(&mut self, done: usize) -> Result<()> {
+    pub fn open_metrics(&mut self, done: usize, events: bool) -> Result<()> {
         let path = self.path.join(METRICS);
         let text = std::fs::read_to_string(&path).unwrap_or_default();
         let kept: String = text.lines().take(done).flat_map(|l| [l, "\n"]).collect();
@@ -159,10 +161,13 @@ impl RunDir {
         }
         let file = OpenOptions::new().create(true).append(true).open(&path).map_err(|e| Error::write(&path, e))?;
         self.metrics = Some(file);
+        // What came before the first step has step 0.
+        let from = if done == 0 { 0 } else { done + 1 };
+        self.events = events.then(|| Events::open(&self.path.join(EVENTS), from)).transpose()?;
         Ok(())
     }
 
-    /// Adds a line to `metrics.jsonl`.
+    /// Adds a line to `metrics.jsonl`, and an event.
     ///
     /// # Errors
     /// When the disk refuses.
@@ -170,15 +175,60 @@ impl RunDir {
         let Some(file) = &mut self.metrics else { return Ok(()) };
         let mut line = serde_json::to_string(record).map_err(|e| Error::fault(METRICS, e))?;
         line.push('\n');
-        file.write_all(line.as_bytes()).map_err(|e| Error::write(self.path.join(METRICS), e))
+        file.write_all(line.as_bytes()).map_err(|e| Error::write(self.path.join(METRICS), e))?;
+        let Some(events) = &mut self.events else { return Ok(()) };
+        events.scalars(record.step, [("train/loss", record.loss), ("train/lr", record.lr), ("train/grad_norm", record.grad_norm)])
     }
 
-    /// Writes the predictions and, as the mark of a finished run, the report.
+    /// Notes why the run ended early, for whoever lists runs. Signals are no failure.
     ///
     /// # Errors
     /// When the disk refuses.
-    pub fn finish(&self, report: &TrainReport, predictions: &[Prediction]) -> Result<()> {
+    pub fn note_failure(&self, error: &Error) -> Result<()> {
+        match error {
+            Error::Interrupted { .. } => Ok(()),
+            error => files::write_atomic(&self.path.join(FAILURE), format!("{error}\n").as_bytes()),
+        }
+    }
+
+    /// Adds an event for the end of an epoch.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn log_epoch(&mut self, record: &EpochRecord) -> Result<()> {
+        let Some(events) = &mut self.events else { return Ok(()) };
+        events.scalars(record.step, [("train/epoch_loss", record.train_loss)])?;
+        record.val.as_ref().map_or(Ok(()), |val| self.log_evaluation("val", record.step, val))
+    }
+
+    /// Adds an event for a split.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn log_evaluation(&mut self, split: &str, step: usize, found: &Evaluation) -> Result<()> {
+        let Some(events) = &mut self.events else { return Ok(()) };
+        let tagged: Vec<(String, f64)> = std::iter::once(("loss", &found.loss))
+            .chain(found.metrics.iter().map(|(n, v)| (n.as_str(), v)))
+            .map(|(n, v)| (format!("{split}/{n}"), *v))
+            .collect();
+        events.scalars(step, tagged.iter().map(|(tag, v)| (tag.as_str(), *v)))
+    }
+
+    /// The steps so far, as `metrics.jsonl` has them.
+    ///
+    /// # Errors
+    /// When the file is broken.
+    pub fn steps(&self) -> Result<Vec<StepRecord>> {
+        read_steps(&self.path)
+    }
+
+    /// Writes the predictions, the page and, as the mark of a finished run, the report.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn finish(&self, report: &TrainReport, predictions: &[Prediction], page: &str) -> Result<()> {
         write_predictions(&self.path.join(PREDICTIONS), predictions)?;
+        files::write_atomic(&self.path.join(PAGE), page.as_bytes())?;
         files::write_json(&self.path.join(REPORT), report)
     }
 }
@@ -196,6 +246,53 @@ pub fn write_predictions(path: &Path, predictions: &[Prediction]) -> Result<()> 
     files::write_atomic(path, text.as_bytes())
 }
 
+/// What a run directory's recipe has that `recipe` has not; `None` where they are the same, or where there is no run.
+///
+/// # Errors
+/// When its recipe is broken.
+pub fn differs(run: &Path, recipe: &Recipe) -> Result<Option<String>> {
+    let place = run.join(RECIPE);
+    match std::fs::read_to_string(&place) {
+        Ok(before) => differing(&place, recipe, &before),
+        Err(_) => Ok(None),
+    }
+}
+
+/// The first line that differs; where the output lies and what is logged does not matter.
+fn differing(place: &Path, recipe: &Recipe, before: &str) -> Result<Option<String>> {
+    let mut old = Recipe::parse(&place.display().to_string(), before, &recipe.name, &[])?;
+    old.output.clone_from(&recipe.output);
+    old.train.tensorboard = recipe.train.tensorboard;
+    if old == *recipe {
+        return Ok(None);
+    }
+    let (old, new) = (old.to_yaml()?, recipe.to_yaml()?);
+    let line = old.lines().zip(new.lines()).find(|(a, b)| a != b);
+    Ok(Some(line.map(|(a, b)| format!(": it had `{}`, now `{}`", a.trim(), b.trim())).unwrap_or_default()))
+}
+
+/// The steps of a run directory.
+///
+/// # Errors
+/// When a line is broken.
+pub fn read_steps(run: &Path) -> Result<Vec<StepRecord>> {
+    read_lines(&run.join(METRICS))
+}
+
+/// The predictions of a run directory.
+///
+/// # Errors
+/// When a line is broken.
+pub fn read_predictions(run: &Path) -> Result<Vec<Prediction>> {
+    read_lines(&run.join(PREDICTIONS))
+}
+
+fn read_lines<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
+    let text = std::fs::read_to_string(path).map_err(|e| Error::read(path, e))?;
+    let one = |(i, line)| serde_json::from_str(line).map_err(|e| Error::input(format!("{}:{}", path.display(), i + 1), e));
+    text.lines().enumerate().map(one).collect()
+}
+
 /// The report of a run directory, if it is finished.
 ///
 /// # Errors
@@ -206,6 +303,13 @@ pub fn read_report(run: &Path) -> Result<Option<TrainReport>> {
         Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::input(path.display(), e)),
         Err(_) => Ok(None),
     }
+}
+
+/// Why the last attempt at a run failed, if it did.
+#[must_use]
+pub fn read_failure(run: &Path) -> Option<String> {
+    let text = files::read_text(&run.join(FAILURE), 1 << 20).ok()?;
+    Some(text.trim().to_string())
 }
 
 /// The recipe of a run directory.
@@ -232,14 +336,18 @@ fn check_ours(path: &Path) -> Result<()> {
         Err(e) => return Err(Error::input(path.display(), format!("cannot be a run directory: {e}"))),
     };
     let foreign = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned());
-    match foreign.into_iter().find(|n| !OURS.contains(&n.as_str()) && !n.starts_with('.') && n != "report.html") {
+    match foreign.into_iter().find(|n| !OURS.contains(&n.as_str()) && !n.starts_with('.')) {
         Some(name) => Err(Error::input(path.display(), format!("holds `{name}`, which is not part of a run"))
             .hint("choose another directory with --output")),
         None => Ok(()),
     }
 }
 
-fn lock(dir: &Path) -> Result<File> {
+/// Takes a directory for this process; the lock ends with the file, or with the process, however it ends.
+///
+/// # Errors
+/// When another process has it.
+pub fn lock(dir: &Path) -> Result<File> {
     let path = dir.join(LOCK);
     let mut file =
         OpenOptions::new().create(true).read(true).write(true).truncate(false).open(&path).map_err(|e| Error::write(&path, e))?;

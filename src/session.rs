@@ -3,24 +3,29 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
+use peft_adapters::{Sites, TaskFacts, ops};
 use serde_json::json;
 
+use crate::change::{Change, changes};
 use crate::clip::base::Base;
 use crate::clip::decode::DecodeOptions;
 use crate::clip::source::Source;
-use crate::data::{Dataset, Images, Split};
-use crate::delta::{self, Adapters, BaseRef, Delta, Manifest};
+use crate::data::{Dataset, Example, Images, Split};
+use crate::delta::{self, Adapters, BaseRef, Delta, Manifest, bundled};
 use crate::error::{Error, Result};
-use crate::estimate::{Estimate, Load, estimate};
 use crate::fetch::fetched;
 use crate::merge;
+use crate::page;
 use crate::recipe::{ModelConfig, Recipe};
-use crate::report::{Evaluation, TrainReport, peak_rss_mib};
+use crate::report::{Evaluation, Prediction, TrainReport, peak_rss_mib};
 use crate::run::{Existing, Opened, RunDir};
-use crate::task::prompts::{self, Pad};
 use crate::task::{Task, TaskConfig, TaskParts};
-use crate::train::{Event, FeatureSource, Features, Observer, Run, StepRecord, Trainer};
+use crate::train::{Event, FeatureSource, Features, Observer, Run, Trainer};
+
+mod check;
+
+pub use check::{Checked, check};
 
 /// What a recipe names, opened.
 pub struct Session {
@@ -41,11 +46,7 @@ impl Session {
     /// When a file is missing or malformed.
     pub fn open(recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Result<Self> {
         let mut data = recipe.data.open(recipe.train.seed)?;
-        let dtype = recipe.train.dtype.into();
-        let base = match &recipe.model {
-            ModelConfig::Pretrained(spec) => Base::from_source(fetched(observer, |p| Source::resolve_with(spec, p))?, dtype, device)?,
-            ModelConfig::Scratch(s) => Base::random(&s.init.config, recipe.train.seed, dtype, device)?,
-        };
+        let base = load(&recipe, device, observer)?;
         let options = DecodeOptions { background: recipe.images.background, orient: recipe.images.orient, ..Default::default() };
         let images = Arc::new(Images::new(base.preprocess.clone(), options));
         for note in base.source.notes() {
@@ -66,16 +67,45 @@ impl Session {
     pub fn plan(&self) -> Result<(Adapters, Box<dyn Task>)> {
         let recipe = &self.recipe;
         let clip = &self.base.clip;
-        let mut adapters = Adapters::plan(&recipe.method, clip.sites(), recipe.train.seed, clip.device())?;
+        let mut adapters = Adapters::plan(&recipe.method, &self.sites(), recipe.train.seed, clip.device())?;
+        self.put_beneath(&mut adapters)?;
         let task = self.task(&mut adapters)?;
         if let Some(dir) = &recipe.train.init_adapter {
-            Delta::read(&delta::locate(dir)?)?.fill(&adapters.params)?;
+            let init = Delta::read(&delta::locate(dir)?)?;
+            self.check_classes(&init, &adapters)?;
+            init.fill(&adapters.params)?;
         }
         Ok((adapters, task))
     }
 
+    /// The model's sites with what methods may want to know of the task.
+    fn sites(&self) -> Sites {
+        let classes = if matches!(self.recipe.task, TaskConfig::Classify(_)) { self.data.classes.len() } else { 0 };
+        self.base.clip.sites().for_task(TaskFacts { classes, examples: self.data.train.len() })
+    }
+
+    /// What a bundle brings along goes beneath the recipe's methods.
+    fn put_beneath(&self, adapters: &mut Adapters) -> Result<()> {
+        let ModelConfig::Pretrained(spec) = &self.recipe.model else { return Ok(()) };
+        for dir in bundled(spec)? {
+            let delta = Delta::read(&dir)?;
+            if !delta.own.is_empty() {
+                return Err(Error::input(dir.display(), "is a linear head, which a recipe trains or evaluates by itself")
+                    .hint("name the base that the bundle was made of, and the adapter by --adapter or train.init_adapter"));
+            }
+            let [training, reading] = [delta.apply(&self.base.clip)?, delta.apply(&self.base.clip)?];
+            self.check_classes(&delta, &reading)?;
+            adapters.put_beneath([training.view, reading.view]);
+        }
+        Ok(())
+    }
+
     /// Builds the task, which adds its own parameters.
     fn task(&self, adapters: &mut Adapters) -> Result<Box<dyn Task>> {
+        if adapters.view.per_image() && !matches!(self.recipe.task, TaskConfig::Classify(_)) {
+            return Err(Error::input("method", "a method that encodes class prompts for each image (cocoop) needs classes")
+                .hint("task: classify, or coop in its place"));
+        }
         let parts = TaskParts {
             clip: &self.base.clip,
             tokenizer: &self.base.tokenizer,
@@ -116,17 +146,44 @@ impl Session {
         })
     }
 
-    /// Tokens of the longest text, at most `context`.
-    fn longest_text(&self, context: usize) -> Result<usize> {
-        let (texts, pad): (Vec<String>, _) = match &self.recipe.task {
-            TaskConfig::Classify(c) => (prompts::fill(&self.data.classes, &c.templates), c.pad),
-            TaskConfig::Retrieve(r) => (self.data.train.iter().flat_map(|e| e.texts.iter().cloned()).collect(), r.pad),
+    /// The base weights that the only method has replaced by its own. With several methods another one may still look at
+    /// them.
+    fn replaced<'s>(&'s self, adapters: &Adapters) -> Vec<&'s Tensor> {
+        let mut patches = adapters.patches.iter();
+        let (Some(only), None) = (patches.next(), patches.next()) else { return Vec::new() };
+        self.base.clip.sites().weights().filter(|(id, _)| only.replaces(*id)).map(|(_, w)| &w.tensor).collect()
+    }
+
+    /// Gives up base weights that training does not need: full fine-tuning has them as its parameters. Nothing but the
+    /// trained model can be computed with [`Session::base`] afterwards.
+    ///
+    /// # Errors
+    /// When another thread failed while it held the memory.
+    pub fn discard_replaced(&self, adapters: &Adapters) -> Result<()> {
+        Ok(self.replaced(adapters).into_iter().try_for_each(ops::discard)?)
+    }
+
+    /// What the adapters change of the base, and which of them do not fold.
+    fn changed(&self, trainer: &mut Trainer<'_>, observer: &mut dyn Observer) -> Result<(Vec<Change>, Vec<String>)> {
+        let again = match self.replaced(trainer.adapters).is_empty() {
+            true => None,
+            false => Some(load(&self.recipe, self.base.clip.device(), observer)?),
         };
-        if pad == Pad::Max {
-            return Ok(context);
+        let Adapters { view, methods, .. } = &mut *trainer.adapters;
+        let why =
+            view.iter().zip(&*methods).filter_map(|(p, m)| Some(format!("{} does not fold into the base: {}.", m.name(), p.unfoldable()?)));
+        let why = why.collect();
+        Ok((changes(again.as_ref().unwrap_or(&self.base).clip.sites(), view)?, why))
+    }
+
+    /// What an adapter holds for each class is of use for these classes only.
+    fn check_classes(&self, delta: &Delta, adapters: &Adapters) -> Result<()> {
+        let known = delta.manifest.as_ref().map(|m| m.classes.as_slice()).unwrap_or_default();
+        if !adapters.view.class_bound() || known.is_empty() || known == self.data.classes {
+            return Ok(());
         }
-        let (ids, _) = self.base.tokenizer.encode_all(&texts)?;
-        Ok(ids.iter().map(Vec::len).max().unwrap_or(0))
+        let message = format!("holds something for each of its {} classes, and the data has other ones", known.len());
+        Err(Error::input(delta.dir.display(), message).hint("evaluate it on the classes that it was trained for, in their order"))
     }
 
     /// Everything that activations of the base depend on, the images apart.
@@ -183,7 +240,7 @@ fn to_json(value: &impl serde::Serialize) -> Result<serde_json::Value> {
     serde_json::to_value(value).map_err(|e| Error::fault("peft.json", e))
 }
 
-/// Passes events on and writes each step to `metrics.jsonl`.
+/// Passes events on and writes steps and epochs to `metrics.jsonl` and for TensorBoard.
 struct Logged<'a> {
     inner: &'a mut dyn Observer,
     run: RunDir,
@@ -192,22 +249,19 @@ struct Logged<'a> {
 
 impl Observer for Logged<'_> {
     fn event(&mut self, event: Event<'_>) {
-        if let Event::Step(record) = &event {
-            self.log(record);
+        let logged = match &event {
+            Event::Step(record) => self.run.log(record),
+            Event::Epoch(record) => self.run.log_epoch(record),
+            _ => Ok(()),
+        };
+        if let Err(e) = logged {
+            self.failed.get_or_insert(e);
         }
         self.inner.event(event);
     }
 
     fn stop(&self) -> Option<i32> {
         self.inner.stop()
-    }
-}
-
-impl Logged<'_> {
-    fn log(&mut self, record: &StepRecord) {
-        if let Err(e) = self.run.log(record) {
-            self.failed.get_or_insert(e);
-        }
     }
 }
 
@@ -226,17 +280,32 @@ pub fn train(recipe: Recipe, existing: Existing, device: &Device, observer: &mut
         Opened::Finished(report) => return Ok((*report, true)),
         Opened::Open(run) => run,
     };
+    session.discard_replaced(&adapters)?;
     let mut trainer = session.trainer(&mut adapters, task)?;
     let mut state = trainer.begin()?;
     if existing == Existing::Resume {
         trainer.resume(&mut state, &run.checkpoint())?;
     }
     let mut logged = Logged { inner: observer, run: *run, failed: None };
-    logged.run.open_metrics(state.state().step)?;
-    let report = session.execute(&mut trainer, &mut state, &mut logged)?;
+    logged.run.open_metrics(state.state().step, session.recipe.train.tensorboard)?;
+    let done = session.execute(&mut trainer, &mut state, &mut logged);
+    if let Err(e) = &done {
+        // The disk may be what failed; the error itself is the one to report.
+        let _ = logged.run.note_failure(e);
+    }
+    let report = done?;
     match logged.failed {
         Some(e) => Err(e),
         None => Ok((report, false)),
+    }
+}
+
+/// The model of a recipe.
+fn load(recipe: &Recipe, device: &Device, observer: &mut dyn Observer) -> Result<Base> {
+    let dtype = recipe.train.dtype.into();
+    match &recipe.model {
+        ModelConfig::Pretrained(spec) => Base::from_source(fetched(observer, |p| Source::resolve_with(spec, p))?, dtype, device),
+        ModelConfig::Scratch(s) => Base::random(&s.init.config, recipe.train.seed, dtype, device),
     }
 }
 
@@ -245,7 +314,9 @@ impl Session {
         let split = self.reported();
         if run.state().before.is_none() {
             logged.event(Event::Phase("before", Some(self.data.split(split).len())));
-            run.set_before(trainer.evaluate(split, logged)?);
+            let before = trainer.evaluate(split, logged)?;
+            logged.run.log_evaluation(&split.to_string(), run.state().step, &before)?;
+            run.set_before(before);
         }
         if let Some(before) = &run.state().before {
             logged.event(Event::Before(before));
@@ -260,16 +331,54 @@ impl Session {
         trainer.train(run, Some(&checkpoint), logged)?;
         logged.event(Event::Phase("after", Some(self.data.split(split).len())));
         let after = trainer.evaluate(split, logged)?;
+        logged.run.log_evaluation(&split.to_string(), run.state().step, &after)?;
         for warning in trainer.task.warnings() {
             logged.event(Event::Warning(warning));
         }
-        let bytes = delta::save(&logged.run.adapter(), trainer.adapters, self.base.clip.sites(), &self.manifest(&after)?)?;
+        let (changes, unfoldable) = self.changed(trainer, logged)?;
+        let bytes = delta::save(&logged.run.adapter(), trainer.adapters, &self.sites(), &self.manifest(&after)?)?;
         if matches!(self.recipe.model, ModelConfig::Scratch(_)) {
             merge::write_trained(&self.base, std::mem::take(&mut trainer.adapters.view), &logged.run.model())?;
         }
         let report = self.report(trainer, run, split, after, bytes, logged.run.path());
-        logged.run.finish(&report, report.after.as_ref().map_or(&[], |e| &e.predictions))?;
+        let predictions = report.after.as_ref().map_or(&[][..], |e| &e.predictions);
+        let page = self.page(&report, &logged.run, split, &changes, &unfoldable)?;
+        logged.run.finish(&report, predictions, &page)?;
         Ok(report)
+    }
+
+    /// `report.html`.
+    fn page(&self, report: &TrainReport, run: &RunDir, split: Split, changes: &[Change], unfoldable: &[String]) -> Result<String> {
+        let base = base_ref(&self.base, self.recipe.model.spec());
+        let digests = [
+            ("program", format!("peft {}", report.version)),
+            ("base", base.digest),
+            ("tokeniser", base.tokenizer),
+            ("preprocessing", base.preprocess),
+            ("recipe", format!("blake3:{}", blake3::hash(self.recipe.to_yaml()?.as_bytes()).to_hex())),
+        ];
+        let mistakes = self.mistakes(report, split)?;
+        let (recipe, steps) = (self.recipe.to_yaml()?, run.steps()?);
+        page::report(&page::RunPage { report, recipe: &recipe, steps: &steps, mistakes: &mistakes, changes, unfoldable, digests: &digests })
+    }
+
+    /// Wrong predictions, the most confident first.
+    fn mistakes(&self, report: &TrainReport, split: Split) -> Result<Vec<page::Mistake>> {
+        const SHOWN: usize = 24;
+        let all = report.after.iter().filter(|e| e.classification.is_some()).flat_map(|e| e.predictions.iter().zip(self.data.split(split)));
+        let confidence = |p: &Prediction| p.scores.iter().copied().fold(0.0, f32::max);
+        let mut wrong: Vec<_> = all.filter(|(p, _)| p.label.as_deref() != Some(&p.prediction)).collect();
+        wrong.sort_by(|a, b| confidence(b.0).total_cmp(&confidence(a.0)));
+        let one = |(p, example): (&Prediction, &Example)| {
+            Ok(page::Mistake {
+                id: p.id.clone(),
+                image: page::thumbnail(&self.images.open(example)?)?,
+                label: p.label.clone().unwrap_or_default(),
+                prediction: p.prediction.clone(),
+                confidence: confidence(p),
+            })
+        };
+        wrong.into_iter().take(SHOWN).map(one).collect()
     }
 
     fn report(&self, trainer: &Trainer<'_>, run: &Run, split: Split, after: Evaluation, bytes: u64, path: &Path) -> TrainReport {
@@ -294,6 +403,8 @@ impl Session {
             total_parameters: self.total_parameters(trainer.adapters),
             adapter_bytes: bytes,
             seconds: run.seconds(),
+            step_seconds: state.step_seconds,
+            images: state.images,
             peak_rss_mib: peak_rss_mib(),
             examples: [self.data.train.len(), self.data.val.len(), self.data.test.len()],
             skipped_images: self.data.skipped,
@@ -301,56 +412,6 @@ impl Session {
             run: path.to_path_buf(),
         }
     }
-}
-
-/// What `peft train --check` finds.
-#[derive(Debug, serde::Serialize)]
-pub struct Checked {
-    /// The recipe with every default written out.
-    pub recipe: Recipe,
-    /// Examples in train, val and test.
-    pub examples: [usize; 3],
-    /// Class names in label order.
-    pub classes: Vec<String>,
-    /// Numbers that would be trained.
-    pub trainable_parameters: usize,
-    /// Numbers of the base and of what is added to it.
-    pub total_parameters: usize,
-    /// Optimiser steps.
-    pub steps: usize,
-    /// Bytes of memory by what they are for.
-    pub memory: Estimate,
-}
-
-/// `peft train --check`: everything that needs no training; nothing is written.
-///
-/// # Errors
-/// As [`train`].
-pub fn check(recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Result<Checked> {
-    let session = Session::open(recipe, device, observer)?;
-    let (mut adapters, task) = session.plan()?;
-    let total_parameters = session.total_parameters(&adapters);
-    let trainable_parameters = adapters.params.count();
-    let context = session.base.tokenizer.context();
-    let (batch, classes) = (session.recipe.train.batch, session.data.classes.len());
-    let texts = match &session.recipe.task {
-        TaskConfig::Classify(c) => classes * c.templates.len(),
-        TaskConfig::Retrieve(_) => batch,
-    };
-    let images = session.data.train.len() + session.data.val.len();
-    let load = Load { texts, tokens: session.longest_text(context)?, images };
-    let memory = estimate(session.base.clip.config(), &adapters, &session.recipe.train, load);
-    let steps = session.trainer(&mut adapters, task)?.total_steps();
-    let data = &session.data;
-    Ok(Checked {
-        examples: [data.train.len(), data.val.len(), data.test.len()],
-        classes: data.classes.clone(),
-        trainable_parameters,
-        total_parameters,
-        steps,
-        memory,
-        recipe: session.recipe,
-    })
 }
 
 /// What `peft eval` evaluates.
@@ -369,31 +430,44 @@ pub struct EvalOptions {
 /// # Errors
 /// When the adapter does not fit or the split is empty.
 pub fn evaluate(recipe: Recipe, options: &EvalOptions, device: &Device, observer: &mut dyn Observer) -> Result<Evaluation> {
-    let session = Session::open(recipe, device, observer)?;
-    let examples = session.data.split(options.split).len();
-    if examples == 0 {
-        return Err(Error::input("--split", format!("the {} split is empty", options.split)));
-    }
-    let sites = session.base.clip.sites();
-    let delta = options.adapter.as_deref().map(Delta::read).transpose()?;
-    let mut adapters = match &delta {
-        None => Adapters::plan(&[], sites, 0, device)?,
-        Some(delta) => {
-            for note in delta.check_base(&session.base, options.allow_base_mismatch)? {
-                observer.event(Event::Note(note));
-            }
-            delta.apply(&session.base.clip)?
+    Session::open(recipe, device, observer)?.evaluate(options, observer)
+}
+
+impl Session {
+    /// [`evaluate`] for a session that is open.
+    ///
+    /// # Errors
+    /// As [`evaluate`].
+    pub fn evaluate(&self, options: &EvalOptions, observer: &mut dyn Observer) -> Result<Evaluation> {
+        let device = self.base.clip.device();
+        let examples = self.data.split(options.split).len();
+        if examples == 0 {
+            return Err(Error::input("--split", format!("the {} split is empty", options.split)));
         }
-    };
-    let task = session.task(&mut adapters)?;
-    if let Some(delta) = delta.filter(|_| adapters.params.iter().any(|p| p.name.starts_with("head."))) {
-        delta.fill(&adapters.params)?;
-    }
-    let mut trainer = session.trainer(&mut adapters, task)?;
-    observer.event(Event::Phase("evaluate", Some(examples)));
-    let found = trainer.evaluate(options.split, observer)?;
-    match found.loss.is_finite() {
-        true => Ok(found),
-        false => Err(Error::fault("evaluation", "the loss is not finite").hint("the adapter's weights may be too large for this base")),
+        let sites = self.base.clip.sites();
+        let delta = options.adapter.as_deref().map(Delta::read).transpose()?;
+        let mut adapters = match &delta {
+            None => Adapters::plan(&[], sites, 0, device)?,
+            Some(delta) => {
+                for note in delta.check_base(&self.base, options.allow_base_mismatch)? {
+                    observer.event(Event::Note(note));
+                }
+                let adapters = delta.apply(&self.base.clip)?;
+                self.check_classes(delta, &adapters)?;
+                adapters
+            }
+        };
+        self.put_beneath(&mut adapters)?;
+        let task = self.task(&mut adapters)?;
+        if let Some(delta) = delta.filter(|_| adapters.params.iter().any(|p| p.name.starts_with("head."))) {
+            delta.fill(&adapters.params)?;
+        }
+        let mut trainer = self.trainer(&mut adapters, task)?;
+        observer.event(Event::Phase("evaluate", Some(examples)));
+        let found = trainer.evaluate(options.split, observer)?;
+        match found.loss.is_finite() {
+            true => Ok(found),
+            false => Err(Error::fault("evaluation", "the loss is not finite").hint("the adapter's weights may be too large for this base")),
+        }
     }
 }

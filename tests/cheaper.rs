@@ -98,7 +98,7 @@ fn cached_gradients_are_those_of_the_whole_batch() {
     w.write("train.jsonl", &rows(0));
     w.write("val.jsonl", &rows(4));
     let data = ["data={table: {path: train.jsonl, val: val.jsonl}}", "task=retrieve", "train.lr=1.0e-3", "train.epochs=6"];
-    for method in ["method=full", "method={lora: {rank: 2, layers: {last: 1}}}"] {
+    for method in ["method=full", "method={lora: {rank: 2, layers: {last: 1}}}", "method={lora: {rank: 2, dropout: 0.3}}"] {
         let plain = train(&w, "plain", &[data.as_slice(), &[method]].concat());
         let cached = train(&w, "cached", &[data.as_slice(), &[method, "train.grad_cache=3"]].concat());
         close(&plain, &cached, 1e-4);

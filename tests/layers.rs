@@ -5,7 +5,7 @@ use std::path::Path;
 
 /// Each module and what it may import; `session` and `cli` put everything together. What is right about
 /// this table is the direction: nothing below knows of recipes, nothing but `cli` of the command line.
-const TABLE: [(&str, &[&str]); 22] = [
+const TABLE: [(&str, &[&str]); 36] = [
     ("error", &[]),
     ("named", &[]),
     ("builtin", &[]),
@@ -21,12 +21,26 @@ const TABLE: [(&str, &[&str]); 22] = [
     ("train", &["clip", "data", "delta", "error", "named", "optim", "report", "task"]),
     ("recipe", &["clip", "data", "error", "files", "named", "task", "train"]),
     ("fetch", &["error", "hub", "train"]),
-    ("run", &["error", "files", "recipe", "report", "train"]),
+    ("events", &["error"]),
+    ("change", &["error"]),
+    ("figures", &[]),
+    ("comparison", &["figures"]),
+    ("page", &["change", "comparison", "error", "figures", "report", "train"]),
+    ("run", &["error", "events", "files", "recipe", "report", "train"]),
     ("estimate", &["clip", "delta", "train"]),
     ("merge", &["clip", "delta", "error", "files"]),
+    ("bundle", &["clip", "delta", "error", "files", "merge", "model"]),
+    ("classifier", &["clip", "error", "model"]),
     ("model", &["clip", "data", "delta", "error", "task"]),
     ("embed", &["clip", "data", "error", "files", "model"]),
     ("inspect", &["clip", "delta", "error", "files", "hub", "recipe", "run"]),
+    ("survey", &["clip", "data", "error", "recipe", "train"]),
+    ("sheet", &["clip", "data", "error", "files"]),
+    ("runs", &["error", "recipe", "report", "run"]),
+    ("draft", &["data", "error", "recipe"]),
+    ("doctor", &["device", "files", "train"]),
+    ("compare", &["comparison", "data", "error", "figures", "files", "page", "recipe", "report", "run", "task", "train"]),
+    ("measure", &["clip", "compare", "comparison", "data", "delta", "error", "merge", "page", "recipe", "run", "session", "task", "train"]),
     ("bench", &["error", "recipe", "report", "session", "train"]),
 ];
 

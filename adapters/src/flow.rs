@@ -171,6 +171,30 @@ pub struct Sequence {
     pub pool: Vec<u32>,
 }
 
+/// Tokens on their way into a tower: texts before positions are added, images after that and before the first norm.
+#[derive(Debug, Clone)]
+pub struct Embedded {
+    /// [B, T, D].
+    pub x: Tensor,
+    /// Texts: the end of each, whose output is pooled. Empty for images.
+    pub pool: Vec<u32>,
+    /// Texts: the class name of each. Empty for images and for captions, which count as names from begin to end.
+    pub names: Vec<ClassName>,
+    /// Texts that are encoded for one image each: its normalised feature, [B, P].
+    pub images: Option<Tensor>,
+}
+
+/// Where the class name stands in a tokenised text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClassName {
+    /// Which class it is.
+    pub class: u32,
+    /// Its first token, counted from the begin token.
+    pub start: u32,
+    /// How many tokens it has.
+    pub len: u32,
+}
+
 /// A residual branch that has been computed.
 #[derive(Debug)]
 pub struct Branch<'a> {

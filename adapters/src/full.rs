@@ -125,6 +125,10 @@ impl Patch for FullPatch {
         }
     }
 
+    fn replaces(&self, id: WeightId) -> bool {
+        self.trained.contains_key(&id)
+    }
+
     fn fold(&self, _id: WeightId, _value: &Tensor) -> TensorResult<Fold> {
         // `weight` says it all.
         Ok(Fold::Unchanged)

@@ -5,25 +5,33 @@
 //! returns a [`Patch`] of typed hooks. The model itself is immutable and can be shared.
 
 pub mod bottleneck;
+pub mod clip_adapter;
+pub mod cocoop;
+pub mod context;
+pub mod coop;
 pub mod error;
 pub mod flow;
 pub mod full;
 pub mod layers;
 pub mod lora;
+pub mod maple;
 pub mod method;
 pub mod ops;
 pub mod params;
 pub mod prefix;
+pub mod prolip;
 pub mod registry;
 pub mod rng;
 pub mod sites;
 pub mod tape;
 pub mod targets;
+pub mod tip_adapter;
+pub mod vpt;
 
 pub use error::{Error, Result};
-pub use flow::{Branch, ClassFeatures, LinearOut, LowRankTerm, Qkv, Sequence};
-pub use method::{Fold, Grads, Init, Method, Patch, Patches, Step};
+pub use flow::{Branch, ClassFeatures, ClassName, Embedded, LinearOut, LowRankTerm, Qkv, Sequence};
+pub use method::{Fold, Grads, Init, Labelled, Method, Patch, Patches, Step};
 pub use params::{Param, Params, Spec, Start};
 pub use registry::MethodConfig;
-pub use sites::{BaseWeight, Site, SiteId, SiteKind, Sites, Tower, WeightId};
+pub use sites::{BaseWeight, Site, SiteId, SiteKind, Sites, TaskFacts, Tower, WeightId};
 pub use tape::Tape;

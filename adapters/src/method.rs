@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::Result;
-use crate::flow::{Branch, ClassFeatures, LinearOut, Qkv, Sequence};
+use crate::flow::{Branch, ClassFeatures, Embedded, LinearOut, Qkv, Sequence};
 use crate::params::Params;
 use crate::sites::{SiteId, Sites, WeightId};
 
@@ -103,6 +103,12 @@ pub trait Patch: Send + Sync {
         Ok(value)
     }
 
+    /// Whether [`Patch::weight`] never looks at the base's value of this weight: it has one of its own. Where memory is
+    /// short, the base's can then go.
+    fn replaces(&self, _id: WeightId) -> bool {
+        false
+    }
+
     /// A linear layer. `y` is not computed for the first patch, which may fuse with the frozen product.
     ///
     /// # Errors
@@ -117,6 +123,14 @@ pub trait Patch: Send + Sync {
     /// When a tensor operation fails.
     fn attention(&self, _at: SiteId, qkv: Qkv) -> TensorResult<Qkv> {
         Ok(qkv)
+    }
+
+    /// Tokens on their way into a tower, before texts get positions; learnt context takes the place of words here.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn embed(&self, _at: SiteId, embedded: Embedded) -> TensorResult<Embedded> {
+        Ok(embedded)
     }
 
     /// The tokens that enter a block; prompts are inserted here.
@@ -157,6 +171,27 @@ pub trait Patch: Send + Sync {
         Ok(classes)
     }
 
+    /// The logits of a classifier, f32; `images` are normalised features [B, P]. Tip-Adapter adds its cache's here.
+    ///
+    /// # Shapes
+    /// [B, C] → [B, C]
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn logits(&self, logits: Tensor, _images: &Tensor) -> TensorResult<Tensor> {
+        Ok(logits)
+    }
+
+    /// Whether texts depend on the image they are compared with: every class prompt is then encoded for every image.
+    fn per_image(&self) -> bool {
+        false
+    }
+
+    /// Whether something is held for each class of the task, so that other classes cannot be asked for.
+    fn class_bound(&self) -> bool {
+        false
+    }
+
     /// A term of the loss, a scalar.
     ///
     /// # Errors
@@ -173,12 +208,26 @@ pub trait Patch: Send + Sync {
         Ok(())
     }
 
-    /// Methods that look at training features [N, D] and labels [N] first (Tip-Adapter).
+    /// Whether [`Patch::fit`] and [`Patch::tune`] want to be called.
+    fn fits(&self) -> bool {
+        false
+    }
+
+    /// Before the first step, for methods that look at the training examples first (Tip-Adapter): new values of
+    /// parameters by name.
     ///
     /// # Errors
     /// When a tensor operation fails.
-    fn fit(&mut self, _features: &Tensor, _labels: &Tensor) -> TensorResult<()> {
-        Ok(())
+    fn fit(&self, _train: &Labelled) -> TensorResult<Vec<(String, Tensor)>> {
+        Ok(Vec::new())
+    }
+
+    /// After the last step: hyper-parameters chosen on validation examples, as new values of parameters by name.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn tune(&self, _val: &Labelled) -> TensorResult<Vec<(String, Tensor)>> {
+        Ok(Vec::new())
     }
 
     /// Whether the method folds into plain weights; `Some(why)` where it does not.
@@ -201,6 +250,17 @@ pub trait Patch: Send + Sync {
     fn export(&self) -> TensorResult<Option<Vec<(String, Tensor)>>> {
         Ok(None)
     }
+}
+
+/// Labelled examples as methods that look at data see them.
+#[derive(Debug, Clone)]
+pub struct Labelled {
+    /// Normalised image features, [N, P].
+    pub features: Tensor,
+    /// The class of each, u32 [N].
+    pub labels: Tensor,
+    /// Logits before [`Patch::logits`], f32 [N, C].
+    pub logits: Tensor,
 }
 
 /// Gradients by parameter name.
@@ -234,6 +294,11 @@ impl Patches {
     /// Adds a patch that runs after those that are there.
     pub fn push(&mut self, patch: Box<dyn Patch>) {
         self.list.push(patch);
+    }
+
+    /// Adds all of `others` in front of the patch at `index`.
+    pub fn insert(&mut self, index: usize, others: Self) {
+        self.list.splice(index..index, others.list);
     }
 
     /// Adds all of `others` behind those that are there.
@@ -283,6 +348,14 @@ impl Patches {
         self.iter().try_fold(qkv, |qkv, p| p.attention(at, qkv))
     }
 
+    /// See [`Patch::embed`].
+    ///
+    /// # Errors
+    /// When a patch fails.
+    pub fn embed(&self, at: SiteId, embedded: Embedded) -> TensorResult<Embedded> {
+        self.iter().try_fold(embedded, |e, p| p.embed(at, e))
+    }
+
     /// See [`Patch::tokens`].
     ///
     /// # Errors
@@ -313,6 +386,26 @@ impl Patches {
     /// When a patch fails.
     pub fn class_features(&self, classes: ClassFeatures, images: &Tensor) -> TensorResult<ClassFeatures> {
         self.iter().try_fold(classes, |c, p| p.class_features(c, images))
+    }
+
+    /// See [`Patch::logits`].
+    ///
+    /// # Errors
+    /// When a patch fails.
+    pub fn logits(&self, logits: Tensor, images: &Tensor) -> TensorResult<Tensor> {
+        self.iter().try_fold(logits, |l, p| p.logits(l, images))
+    }
+
+    /// See [`Patch::per_image`].
+    #[must_use]
+    pub fn per_image(&self) -> bool {
+        self.iter().any(Patch::per_image)
+    }
+
+    /// See [`Patch::class_bound`].
+    #[must_use]
+    pub fn class_bound(&self) -> bool {
+        self.iter().any(Patch::class_bound)
     }
 
     /// The sum of all regularisers.

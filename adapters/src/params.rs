@@ -1,4 +1,4 @@
-//! Trainable parameters: declared once, ordered, named. The only thing optimisers see.
+//! Parameters: declared once, ordered, named. The only thing optimisers see.
 
 use candle_core::{DType, Device, Shape, Tensor, Var};
 
@@ -15,6 +15,11 @@ pub enum Start {
     KaimingUniform {
         /// The number of inputs of one output.
         fan_in: usize,
+    },
+    /// Uniform in ±bound.
+    Uniform {
+        /// The largest absolute value.
+        bound: f64,
     },
     /// Normal with mean 0.
     Normal {
@@ -36,6 +41,8 @@ pub struct Param {
     pub lr_factor: f64,
     /// Whether decoupled weight decay applies. By default it skips tensors below 2-D.
     pub decay: bool,
+    /// Whether it is trained; otherwise it is only saved and loaded.
+    pub trained: bool,
 }
 
 /// What a method declares for one parameter.
@@ -51,12 +58,20 @@ pub struct Spec {
     pub lr_factor: f64,
     /// Overrides whether weight decay applies.
     pub decay: Option<bool>,
+    /// Whether it is trained; otherwise it is only saved and loaded.
+    pub trained: bool,
 }
 
 impl Spec {
     /// A parameter with learning-rate factor 1 and the default decay.
     pub fn new(name: impl Into<String>, shape: impl Into<Shape>, start: Start) -> Self {
-        Self { name: name.into(), shape: shape.into(), start, lr_factor: 1.0, decay: None }
+        Self { name: name.into(), shape: shape.into(), start, lr_factor: 1.0, decay: None, trained: true }
+    }
+
+    /// The same without training: saved and loaded only.
+    #[must_use]
+    pub fn frozen(self) -> Self {
+        Self { trained: false, ..self }
     }
 }
 
@@ -118,6 +133,7 @@ impl Params {
                 let bound = 1.0 / (*fan_in as f64).sqrt();
                 rng::uniform(&mut rng, -bound, bound, &spec.shape, dtype, device)?
             }
+            Start::Uniform { bound } => rng::uniform(&mut rng, -bound, *bound, &spec.shape, dtype, device)?,
             Start::Normal { std } => rng::normal(&mut rng, *std, &spec.shape, dtype, device)?,
             Start::Value(v) => v.to_dtype(dtype)?.to_device(device)?,
         };
@@ -126,8 +142,9 @@ impl Params {
         }
         let decay = spec.decay.unwrap_or(spec.shape.rank() >= 2);
         let var = Var::from_tensor(&value)?;
-        let tensor = var.as_tensor().clone();
-        self.items.push(Param { name: spec.name, var, lr_factor: spec.lr_factor, decay });
+        // Detached tensors share the variable's storage and so follow its updates.
+        let tensor = if spec.trained { var.as_tensor().clone() } else { var.as_tensor().detach() };
+        self.items.push(Param { name: spec.name, var, lr_factor: spec.lr_factor, decay, trained: spec.trained });
         Ok(tensor)
     }
 
@@ -151,7 +168,7 @@ impl Params {
     /// How many numbers are trained.
     #[must_use]
     pub fn count(&self) -> usize {
-        self.items.iter().map(|p| p.var.elem_count()).sum()
+        self.items.iter().filter(|p| p.trained).map(|p| p.var.elem_count()).sum()
     }
 
     /// The parameter called `name`.

@@ -64,6 +64,20 @@ methods! {
     "bottleneck" Bottleneck = crate::bottleneck::Bottleneck;
     /// Base weights themselves.
     "full" Full = crate::full::Full;
+    /// Learnt tokens among an image's patches.
+    "vpt" Vpt = crate::vpt::Vpt;
+    /// Learnt context around class names.
+    "coop" Coop = crate::coop::Coop;
+    /// Learnt context that each image shifts.
+    "cocoop" Cocoop = crate::cocoop::Cocoop;
+    /// Learnt context in both towers, coupled.
+    "maple" Maple = crate::maple::Maple;
+    /// A small MLP behind the features.
+    "clip_adapter" ClipAdapter = crate::clip_adapter::ClipAdapter;
+    /// A cache of training features.
+    "tip_adapter" TipAdapter = crate::tip_adapter::TipAdapter;
+    /// The image projection, held near its start.
+    "prolip" Prolip = crate::prolip::Prolip;
 }
 
 /// One line of the registry.

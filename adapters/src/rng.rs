@@ -4,6 +4,9 @@
 //! of a seed and of where the draw happens (epoch, step, site, example). Nothing has
 //! to be saved to resume a run, and the order in which threads run cannot change a result.
 
+use std::cell::Cell;
+use std::ops::Range;
+
 use candle_core::{DType, Device, Result, Shape, Tensor};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -69,6 +72,22 @@ pub fn normal(rng: &mut ChaCha8Rng, std: f64, shape: impl Into<Shape>, dtype: DT
     Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
 }
 
+thread_local! {
+    static ROWS: Cell<Range<usize>> = const { Cell::new(0..0) };
+}
+
+/// Runs `f` for these rows of a batch that is computed in parts: its dropout masks are those parts of the whole batch's.
+pub fn with_rows<R>(rows: Range<usize>, f: impl FnOnce() -> R) -> R {
+    struct Reset(Range<usize>);
+    impl Drop for Reset {
+        fn drop(&mut self) {
+            ROWS.set(self.0.clone());
+        }
+    }
+    let _before = Reset(ROWS.replace(rows));
+    f()
+}
+
 /// A dropout mask: 0 with probability `p`, otherwise `1 / (1 - p)`.
 ///
 /// # Errors
@@ -78,6 +97,10 @@ pub fn dropout_mask(rng: &mut ChaCha8Rng, p: f64, shape: impl Into<Shape>, dtype
     let keep = (1.0 / (1.0 - p)) as f32;
     // One 32-bit draw an element: enough for a probability, half the cost of a float.
     let threshold = (p * f64::from(u32::MAX)) as u32;
+    let rows = ROWS.take();
+    ROWS.set(rows.clone());
+    let before = shape.elem_count() / rows.len().max(1) * rows.start;
+    rng.set_word_pos(rng.get_word_pos() + before as u128);
     let values: Vec<f32> = (0..shape.elem_count()).map(|_| if rng.random::<u32>() < threshold { 0.0 } else { keep }).collect();
     Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
 }
@@ -104,6 +127,15 @@ mod tests {
         let var = t.sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap();
         assert!(mean.abs() < 0.02, "{mean}");
         assert!((var.sqrt() - 0.5).abs() < 0.01, "{var}");
+    }
+
+    #[test]
+    fn parts_of_a_batch_get_their_parts_of_the_mask() {
+        let draw = |shape: (usize, usize)| dropout_mask(&mut rng(0, &[]), 0.5, shape, DType::F32, &Device::Cpu).unwrap();
+        let whole = draw((5, 7)).to_vec2::<f32>().unwrap();
+        let part = with_rows(2..5, || draw((3, 7))).to_vec2::<f32>().unwrap();
+        assert_eq!(part, whole[2..]);
+        assert_eq!(draw((5, 7)).to_vec2::<f32>().unwrap(), whole);
     }
 
     #[test]

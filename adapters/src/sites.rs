@@ -1,6 +1,8 @@
 //! Where a model can be patched: its sites and base weights under their HF names.
 
 use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
@@ -68,6 +70,13 @@ pub enum SiteKind {
         /// Whether it is the MLP branch.
         mlp: bool,
     },
+    /// Tokens on their way into a tower: the `embed` hook.
+    Embed {
+        /// Model width.
+        dim: usize,
+        /// The most tokens there are positions for; for images, whose positions are given, as many as memory holds.
+        limit: usize,
+    },
     /// The token sequence that enters a block: the `tokens` hook.
     Tokens {
         /// Model width.
@@ -106,12 +115,35 @@ pub struct BaseWeight {
     pub tensor: Tensor,
 }
 
-/// Everything a method may see of a model when it plans.
-#[derive(Debug, Default)]
+/// Everything a method may see when it plans: of the model, and of the task where there is one.
+#[derive(Debug, Default, Clone)]
 pub struct Sites {
     sites: Vec<Site>,
     weights: Vec<BaseWeight>,
     by_name: HashMap<String, WeightId>,
+    encoder: Option<Encoder>,
+    task: TaskFacts,
+}
+
+/// What methods that hold something for each class or example have to know.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct TaskFacts {
+    /// Classes; 0 where the task has none, or where it is not known.
+    pub classes: usize,
+    /// Training examples; 0 where it is not known.
+    pub examples: usize,
+}
+
+/// A text's token ids without begin and end.
+#[derive(Clone)]
+struct Encoder(Arc<Encode>);
+
+type Encode = dyn Fn(&str) -> std::result::Result<Vec<u32>, String> + Send + Sync;
+
+impl fmt::Debug for Encoder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Encoder")
+    }
 }
 
 impl Sites {
@@ -119,6 +151,32 @@ impl Sites {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Makes the model's tokeniser known, for methods that start from words.
+    pub fn set_encoder(&mut self, encode: impl Fn(&str) -> std::result::Result<Vec<u32>, String> + Send + Sync + 'static) {
+        self.encoder = Some(Encoder(Arc::new(encode)));
+    }
+
+    /// The same model for a task.
+    #[must_use]
+    pub fn for_task(&self, task: TaskFacts) -> Self {
+        Self { task, ..self.clone() }
+    }
+
+    /// What is known of the task.
+    #[must_use]
+    pub fn task(&self) -> TaskFacts {
+        self.task
+    }
+
+    /// The token ids of a text, without begin and end; `key` stands in messages.
+    ///
+    /// # Errors
+    /// When the model came without a tokeniser, or the text cannot be encoded.
+    pub fn encode(&self, key: &str, text: &str) -> Result<Vec<u32>> {
+        let Some(Encoder(encode)) = &self.encoder else { return Err(Error::config(key, "needs the model's tokeniser")) };
+        encode(text).map_err(|e| Error::config(key, e))
     }
 
     /// Registers a site.

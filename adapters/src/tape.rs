@@ -4,16 +4,19 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::ops::Range;
 
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, TensorId, Var, bail};
 
-type Again<'a> = Box<dyn Fn(&Tensor) -> Result<Tensor> + 'a>;
+type Again<'a> = Box<dyn Fn(&Tensor, Range<usize>) -> Result<Tensor> + 'a>;
 
 /// A part that will be computed again.
 struct Segment<'a> {
     input: Tensor,
     output: Var,
+    /// At most so many rows are computed at once.
+    group: usize,
     again: Again<'a>,
 }
 
@@ -51,19 +54,43 @@ impl<'a> Tape<'a> {
         self.rows
     }
 
-    /// Computes `again(input)` and forgets everything but its value; what else it returns is handed through.
+    /// Computes `again(input)` and forgets everything but its value.
     ///
     /// # Errors
     /// What `again` returns.
-    pub fn segment<E>(&self, input: &Tensor, again: impl Fn(&Tensor) -> Result<(Tensor, E)> + 'a) -> Result<(Tensor, E)> {
-        let (value, extra) = again(&input.detach())?;
-        if !value.track_op() && !input.track_op() {
+    pub fn segment(&self, input: &Tensor, again: impl Fn(&Tensor) -> Result<Tensor> + 'a) -> Result<Tensor> {
+        Ok(self.segment_in_groups(input, usize::MAX, move |x, _| Ok((again(x)?, Vec::<()>::new())))?.0)
+    }
+
+    /// [`Tape::segment`], computed for at most `group` rows at once, which bounds what is alive in its middle. `again` gets
+    /// some rows of the input and which these are; what else it returns, an item for each row or nothing, is joined.
+    ///
+    /// # Errors
+    /// What `again` returns.
+    pub fn segment_in_groups<E>(
+        &self,
+        input: &Tensor,
+        group: usize,
+        again: impl Fn(&Tensor, Range<usize>) -> Result<(Tensor, Vec<E>)> + 'a,
+    ) -> Result<(Tensor, Vec<E>)> {
+        let (mut parts, mut extra, mut tracked) = (Vec::new(), Vec::new(), input.track_op());
+        for rows in groups(input, group) {
+            let (value, more) = again(&part(&input.detach(), &rows)?, rows)?;
+            tracked |= value.track_op();
+            extra.extend(more);
+            parts.push(if tracked { value.detach() } else { value });
+        }
+        let value = match parts.len() {
+            1 => parts.remove(0),
+            _ => Tensor::cat(&parts, 0)?,
+        };
+        if !tracked {
             return Ok((value, extra));
         }
-        let output = Var::from_tensor(&value.detach())?;
+        let output = Var::from_tensor(&value)?;
         let leaf = output.as_tensor().clone();
-        let again = Box::new(move |x: &Tensor| again(x).map(|(value, _)| value));
-        self.segments.borrow_mut().push(Segment { input: input.clone(), output, again });
+        let again = Box::new(move |x: &Tensor, rows: Range<usize>| again(x, rows).map(|(value, _)| value));
+        self.segments.borrow_mut().push(Segment { input: input.clone(), output, group, again });
         Ok((leaf, extra))
     }
 
@@ -78,29 +105,47 @@ impl<'a> Tape<'a> {
     {
         let mut segments = self.segments.into_inner();
         let mut pending: HashMap<TensorId, Tensor> = HashMap::new();
-        let mut store = loss.backward()?;
-        loop {
-            take(&store)?;
-            for segment in &segments {
-                let leaf = segment.output.as_tensor();
-                let Some(found) = store.remove(leaf) else { continue };
-                let sum = match pending.remove(&leaf.id()) {
-                    Some(sum) => (sum + found)?,
-                    None => found,
-                };
-                pending.insert(leaf.id(), sum);
+        let store = loss.backward()?;
+        take(&store)?;
+        collect(&segments, store, &mut pending)?;
+        // Nothing later can reach the last segment any more; segments whose output went unused have no gradient.
+        while let Some(segment) = segments.pop() {
+            let Some(dy) = pending.remove(&segment.output.as_tensor().id()) else { continue };
+            for rows in groups(&segment.input, segment.group) {
+                let dy = part(&dy, &rows)?;
+                let store = backward_from(&(segment.again)(&part(&segment.input, &rows)?, rows)?, &dy)?;
+                take(&store)?;
+                collect(&segments, store, &mut pending)?;
             }
-            // Nothing later can reach the last segment any more; segments whose output went unused have no gradient.
-            let next = loop {
-                let Some(segment) = segments.pop() else { return Ok(()) };
-                if let Some(dy) = pending.remove(&segment.output.as_tensor().id()) {
-                    break (segment, dy);
-                }
-            };
-            let (segment, dy) = next;
-            store = backward_from(&(segment.again)(&segment.input)?, &dy)?;
         }
+        Ok(())
     }
+}
+
+/// Adds the gradients of the segments' outputs to those that wait.
+fn collect(segments: &[Segment<'_>], mut store: GradStore, pending: &mut HashMap<TensorId, Tensor>) -> Result<()> {
+    for segment in segments {
+        let leaf = segment.output.as_tensor();
+        let Some(found) = store.remove(leaf) else { continue };
+        let sum = match pending.remove(&leaf.id()) {
+            Some(sum) => (sum + found)?,
+            None => found,
+        };
+        pending.insert(leaf.id(), sum);
+    }
+    Ok(())
+}
+
+/// Groups of about equal size, at most `group` rows each.
+fn groups(input: &Tensor, group: usize) -> Vec<Range<usize>> {
+    let rows = input.dims().first().copied().unwrap_or(1).max(1);
+    let each = rows.div_ceil(rows.div_ceil(group.max(1)));
+    (0..rows).step_by(each).map(|from| from..rows.min(from + each)).collect()
+}
+
+/// These rows of `t`; all of them are `t` itself.
+fn part(t: &Tensor, rows: &Range<usize>) -> Result<Tensor> {
+    if t.rank() == 0 || rows.len() == t.dim(0)? { Ok(t.clone()) } else { t.narrow(0, rows.start, rows.len())?.contiguous() }
 }
 
 /// The gradients of everything below `y`, given that of `y`.
@@ -151,9 +196,11 @@ mod tests {
             let grads = (y.sqr().unwrap().sum_all().unwrap() + x.sum_all().unwrap()).unwrap().backward().unwrap();
             return (grads.get(w).unwrap().clone(), grads.get(x).unwrap().clone());
         };
-        let again = move |x: &Tensor| Ok((net(x, &weight)?, ()));
-        let (h, ()) = tape.segment(x, again.clone()).unwrap();
-        let (y, ()) = tape.segment(&h, again).unwrap();
+        let again = move |x: &Tensor| net(x, &weight);
+        let in_groups = again.clone();
+        let h = tape.segment(x, again).unwrap();
+        let (y, seen) = tape.segment_in_groups(&h, 3, move |x, rows| Ok((in_groups(x)?, rows.collect()))).unwrap();
+        assert_eq!(seen, [0, 1, 2, 3]);
         let loss = (y.sqr().unwrap().sum_all().unwrap() + x.sum_all().unwrap()).unwrap();
         let mut sums: [Option<Tensor>; 2] = [None, None];
         let take = |store: &GradStore| {
@@ -187,8 +234,8 @@ mod tests {
     fn constants_leave_no_segment() {
         let tape = Tape::by_blocks();
         let x = Tensor::ones((2, 2), DType::F32, &Device::Cpu).unwrap();
-        let (y, extra) = tape.segment(&x, |x| Ok((x.sqr()?, 7))).unwrap();
-        assert!(!y.track_op() && extra == 7 && tape.segments.borrow().is_empty());
+        let y = tape.segment(&x, Tensor::sqr).unwrap();
+        assert!(!y.track_op() && tape.segments.borrow().is_empty());
         let loss = Var::from_tensor(&Tensor::ones((), DType::F32, &Device::Cpu).unwrap()).unwrap();
         let mut stores = 0;
         tape.backward(&loss.sqr().unwrap(), |_| {

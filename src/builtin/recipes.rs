@@ -1,8 +1,26 @@
 //! The recipes inside the binary.
 
+macro_rules! recipes {
+    ($($name:literal),* $(,)?) => { &[$(($name, include_str!(concat!("../../recipes/", $name, ".yaml")))),*] };
+}
+
 /// Name and text of each.
-pub const RECIPES: &[(&str, &str)] =
-    &[("quickstart", include_str!("../../recipes/quickstart.yaml")), ("pretrain-tiny", include_str!("../../recipes/pretrain-tiny.yaml"))];
+pub const RECIPES: &[(&str, &str)] = recipes![
+    "quickstart",
+    "pretrain-tiny",
+    "textile",
+    "clip-lora/imagenet",
+    "clip-lora/sun397",
+    "clip-lora/aircraft",
+    "clip-lora/eurosat",
+    "clip-lora/stanford-cars",
+    "clip-lora/food101",
+    "clip-lora/pets",
+    "clip-lora/flowers102",
+    "clip-lora/caltech101",
+    "clip-lora/dtd",
+    "clip-lora/ucf101",
+];
 
 /// What a recipe is for: the second line of its head.
 #[must_use]

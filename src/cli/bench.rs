@@ -9,6 +9,11 @@ use crate::bench::{BenchOptions, bench};
 use crate::error::Result;
 use crate::recipe::Recipe;
 
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  peft bench recipes/quickstart.yaml --steps 20
+  peft bench pets.yaml --floor --set train.batch=64";
+
 /// Arguments of `peft bench`.
 #[derive(Debug, Args)]
 pub(super) struct BenchArgs {

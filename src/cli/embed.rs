@@ -8,6 +8,11 @@ use super::{Context, ModelArgs};
 use crate::embed::{EmbedOptions, embed};
 use crate::error::Result;
 
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  peft embed --model path/to/clip --images photos --texts captions.txt --output features.safetensors
+  peft embed --model builtin:tiny --adapter runs/quickstart/adapter --images list.txt --normalize -o e.safetensors";
+
 /// Arguments of `peft embed`.
 #[derive(Debug, Args)]
 pub(super) struct EmbedArgs {

@@ -13,6 +13,12 @@ use crate::recipe::Recipe;
 use crate::run;
 use crate::session::{EvalOptions, evaluate};
 
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  peft eval runs/pets                                the run's adapter on the test split
+  peft eval pets.yaml                                the bare base
+  peft eval pets.yaml --adapter runs/pets/adapter --split val --predictions val.jsonl";
+
 /// Arguments of `peft eval`.
 #[derive(Debug, Args)]
 pub(super) struct EvalArgs {

@@ -9,6 +9,12 @@ use super::{BaseOptions, Context};
 use crate::error::Result;
 use crate::inspect::{Inspected, inspect};
 
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  peft inspect builtin:tiny
+  peft inspect runs/quickstart/adapter
+  peft inspect pets.yaml                             the recipe with every default";
+
 /// Arguments of `peft inspect`.
 #[derive(Debug, Args)]
 pub(super) struct InspectArgs {

@@ -1,13 +1,22 @@
 //! `peft merge`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::DType;
 use clap::{Args, ValueEnum};
 
-use super::{BaseArgs, Context};
+use super::{BaseArgs, Context, predict};
+use crate::bundle::bundle;
+use crate::classifier::{ClassifierOptions, classifier};
 use crate::error::{Error, Result};
 use crate::merge::{Layout, MergeOptions, merge};
+use crate::model::Model;
+
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  peft merge --model path/to/clip --adapter runs/pets/adapter --output pets-clip
+  peft merge --model path/to/clip --adapter a=0.5 --adapter b=0.5 --output mix --dtype f16
+  peft merge --model path/to/clip --output clip-f16 --dtype f16";
 
 /// Arguments of `peft merge`.
 #[derive(Debug, Args)]
@@ -19,8 +28,20 @@ pub(super) struct MergeArgs {
     #[arg(long = "adapter", value_name = "ADAPTER[=WEIGHT]")]
     adapters: Vec<String>,
     /// The directory to write
-    #[arg(long, short, value_name = "DIR")]
-    output: PathBuf,
+    #[arg(long, short, value_name = "DIR", required_unless_present = "classifier")]
+    output: Option<PathBuf>,
+    /// Keep base and adapters unfolded in one directory that every command takes as --model
+    #[arg(long, conflicts_with_all = ["classifier", "to"])]
+    bundle: bool,
+    /// In place of a model write the class features [classes, width] to a safetensors file
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["output", "dtype", "to"])]
+    classifier: Option<PathBuf>,
+    /// With --classifier: labels, a,b,c or a file with one a line; the adapter's classes when left out
+    #[arg(long, value_name = "A,B|FILE", requires = "classifier")]
+    labels: Option<String>,
+    /// With --classifier: a prompt around the label; may be repeated
+    #[arg(long = "template", value_name = "TEXT", requires = "classifier")]
+    templates: Vec<String>,
     /// The files' dtype; the base's when left out
     #[arg(long, value_enum)]
     dtype: Option<FileDtype>,
@@ -72,16 +93,27 @@ impl From<FileDtype> for DType {
 }
 
 pub(super) fn run(args: MergeArgs, context: &Context) -> Result<()> {
+    if let Some(file) = &args.classifier {
+        return write_classifier(&args, file, context);
+    }
     let adapters = args.adapters.iter().map(|a| weighted(a)).collect::<Result<Vec<_>>>()?;
     let options = MergeOptions {
         model: args.base.fetched(context)?,
         adapters: adapters.into_iter().map(|(a, w)| Ok((context.adapter(&a)?, w))).collect::<Result<_>>()?,
-        output: args.output,
+        output: args.output.unwrap_or_default(),
         dtype: args.dtype.map(Into::into),
         layout: args.to.into(),
         force: args.force,
         allow_base_mismatch: args.allow_base_mismatch,
     };
+    if args.bundle {
+        let done = bundle(&options)?;
+        done.notes.iter().for_each(|note| context.say(&format!("note: {note}")));
+        return context.print(&done, || {
+            let count = done.adapters.len();
+            format!("{}: base and {count} adapters, {}; use it as --model\n", done.output.display(), done.dtype)
+        });
+    }
     let done = merge(&options)?;
     done.notes.iter().for_each(|note| context.say(&format!("note: {note}")));
     context.print(&done, || {
@@ -94,6 +126,28 @@ pub(super) fn run(args: MergeArgs, context: &Context) -> Result<()> {
             done.relative_diff,
             done.tolerance
         )
+    })
+}
+
+fn write_classifier(args: &MergeArgs, file: &Path, context: &Context) -> Result<()> {
+    let mut model = Model::load(&args.base.fetched(context)?)?;
+    for adapter in &args.adapters {
+        model = match weighted(adapter)? {
+            (adapter, 1.0) => model.with_adapter_of(&context.adapter(&adapter)?, args.allow_base_mismatch)?,
+            (_, weight) => return Err(Error::input("--adapter", format!("a classifier takes whole adapters, found the weight {weight}"))),
+        };
+    }
+    let options = ClassifierOptions {
+        labels: args.labels.as_deref().map(predict::labels).transpose()?.unwrap_or_default(),
+        templates: args.templates.clone(),
+        output: file.to_path_buf(),
+        force: args.force,
+    };
+    let done = classifier(&model, &options)?;
+    model.notes().iter().chain(&done.notes).for_each(|note| context.say(&format!("note: {note}")));
+    context.print(&done, || {
+        let (rows, scale) = (done.classes.len(), done.logit_scale);
+        format!("{}: weight [{rows}, {}], logit scale {scale:.4}\n", done.output.display(), done.dim)
     })
 }
 

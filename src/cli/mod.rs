@@ -18,21 +18,31 @@ use crate::fetch::fetched;
 use crate::model::Model;
 
 mod bench;
+mod compare;
+mod completions;
 mod convert;
+mod data;
+mod doctor;
 mod embed;
 mod eval;
 mod inspect;
+mod jobs;
+mod man;
 mod merge;
+mod new;
 mod predict;
 mod progress;
 mod recipes;
+mod runs;
+#[cfg(test)]
+mod tests;
 mod train;
 
 use progress::Progress;
 
 /// Parameter-efficient fine-tuning of CLIP from YAML recipes.
 #[derive(Debug, Parser)]
-#[command(name = "peft", version, about, max_term_width = 100)]
+#[command(name = "peft", version, about, max_term_width = 100, after_help = EXAMPLES)]
 struct Cli {
     #[command(flatten)]
     global: Global,
@@ -40,43 +50,82 @@ struct Cli {
     verb: Verb,
 }
 
+const EXAMPLES: &str = "\
+Examples:
+  peft train recipes/quickstart.yaml     adapts an embedded CLIP to embedded images
+  peft new --data data/pets              writes a recipe for your own
+  peft help train                        says more about a verb
+
+Exit codes: 0 done, 1 a check failed, 2 bad input, 3 a fault of the machine, 130 and 143 after a signal.";
+
+/// So that a verb's own options stand together.
+const GLOBAL: &str = "Options of every verb";
+
 /// What every verb takes.
 #[derive(Debug, Clone, Args)]
 struct Global {
     /// Print one JSON document on stdout; text and progress go to stderr
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = GLOBAL)]
     json: bool,
     /// Where to compute: auto, cpu, cuda, cuda:N or metal
-    #[arg(long, global = true, default_value = "auto", value_name = "DEVICE")]
+    #[arg(long, global = true, default_value = "auto", value_name = "DEVICE", help_heading = GLOBAL)]
     device: String,
     /// Threads of all pools; all cores when left out
-    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = GLOBAL)]
     threads: Option<u16>,
     /// Say nothing but results and errors
-    #[arg(long, short, global = true)]
+    #[arg(long, short, global = true, help_heading = GLOBAL)]
     quiet: bool,
 }
 
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// Train what a recipe describes
+    #[command(after_help = train::EXAMPLES)]
     Train(train::TrainArgs),
     /// Evaluate a base, an adapter or a run on a labelled split
+    #[command(after_help = eval::EXAMPLES)]
     Eval(eval::EvalArgs),
     /// Rank labels for images
+    #[command(after_help = predict::EXAMPLES)]
     Predict(predict::PredictArgs),
     /// Write features of images and texts
+    #[command(after_help = embed::EXAMPLES)]
     Embed(embed::EmbedArgs),
     /// Write a checkpoint of another layout as transformers or HF PEFT would have saved it
     Convert(convert::ConvertArgs),
     /// Fold adapters into the base
+    #[command(after_help = merge::EXAMPLES)]
     Merge(merge::MergeArgs),
+    /// Run methods side by side under one protocol, and say what each reaches, costs and forgets
+    Compare(compare::CompareArgs),
     /// Describe a base, an adapter, a run or a recipe
+    #[command(after_help = inspect::EXAMPLES)]
     Inspect(inspect::InspectArgs),
+    /// Show what data holds: counts, sizes, captions, duplicates, unreadable files
+    #[command(after_help = data::EXAMPLES)]
+    Data(data::DataArgs),
+    /// Write a commented recipe for your data
+    #[command(after_help = new::EXAMPLES)]
+    New(new::NewArgs),
+    /// List runs with their key figures, or show where two recipes differ
+    #[command(after_help = runs::EXAMPLES)]
+    Runs(runs::RunsArgs),
     /// Time training steps
+    #[command(after_help = bench::EXAMPLES)]
     Bench(bench::BenchArgs),
     /// List the embedded recipes, or print one
+    #[command(after_help = recipes::EXAMPLES)]
     Recipes(recipes::RecipesArgs),
+    /// Say what this machine has, and what would be used
+    #[command(after_help = doctor::EXAMPLES)]
+    Doctor(doctor::DoctorArgs),
+    /// Print a shell's completions
+    #[command(after_help = completions::EXAMPLES)]
+    Completions(completions::CompletionsArgs),
+    /// Write man pages
+    #[command(after_help = man::EXAMPLES)]
+    Man(man::ManArgs),
 }
 
 /// What names a base.
@@ -199,6 +248,31 @@ impl Context {
     }
 }
 
+/// Rows as lines, each column as wide as its widest cell; the first row is the head. Cells of `right` columns end together.
+fn columns(rows: &[Vec<String>], right: &[usize]) -> String {
+    let count = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let wide = |s: &String| s.chars().count();
+    let widths: Vec<usize> = (0..count).map(|c| rows.iter().filter_map(|r| r.get(c)).map(wide).max().unwrap_or(0)).collect();
+    let cell = |(c, text): (usize, &String)| match right.contains(&c) {
+        true => format!("{text:>width$}", width = widths[c]),
+        false => format!("{text:<width$}", width = widths[c]),
+    };
+    let line = |row: &Vec<String>| row.iter().enumerate().map(cell).collect::<Vec<_>>().join("  ").trim_end().to_string() + "\n";
+    rows.iter().map(line).collect()
+}
+
+/// Bytes for people: `331 kB`, `1.7 GB`.
+fn size(bytes: u64) -> String {
+    let steps = [(1_000_000_000, "GB"), (1_000_000, "MB"), (1_000, "kB")];
+    match steps.iter().find(|(unit, _)| bytes >= *unit) {
+        Some((unit, name)) => {
+            let value = bytes as f64 / *unit as f64;
+            format!("{value:.*} {name}", usize::from(value < 10.0))
+        }
+        None => format!("{bytes} B"),
+    }
+}
+
 /// Parses the arguments, runs the verb and turns its result into an exit code.
 #[must_use]
 pub fn main() -> ExitCode {
@@ -233,8 +307,15 @@ fn run(cli: Cli) -> Result<()> {
         Verb::Embed(args) => embed::run(args, &context),
         Verb::Convert(args) => convert::run(&args, &context),
         Verb::Merge(args) => merge::run(args, &context),
+        Verb::Compare(args) => compare::run(args, &context),
         Verb::Inspect(args) => inspect::run(&args, &context),
+        Verb::Data(args) => data::run(&args, &context),
+        Verb::New(args) => new::run(args, &context),
+        Verb::Runs(args) => runs::run(&args, &context),
         Verb::Bench(args) => bench::run(&args, &context),
         Verb::Recipes(args) => recipes::run(&args, &context),
+        Verb::Doctor(args) => doctor::run(&args, &context),
+        Verb::Completions(args) => completions::run(&args, &context),
+        Verb::Man(args) => man::run(&args, &context),
     }
 }

@@ -11,6 +11,12 @@ use super::{Context, ModelArgs};
 use crate::embed::read_lines;
 use crate::error::{Error, Result};
 
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  peft predict --model builtin:tiny --adapter runs/quickstart/adapter photo.png
+  peft predict --model path/to/clip --labels cat,dog --template \"a photo of a {}.\" 'photos/*.jpg'
+  find photos -name '*.png' | peft predict --model path/to/clip --labels labels.txt --json -";
+
 /// Arguments of `peft predict`.
 #[derive(Debug, Args)]
 pub(super) struct PredictArgs {
@@ -53,7 +59,7 @@ pub(super) fn run(args: &PredictArgs, context: &Context) -> Result<()> {
 }
 
 /// A value that is an existing file is read, anything else is split at commas.
-fn labels(value: &str) -> Result<Vec<String>> {
+pub(super) fn labels(value: &str) -> Result<Vec<String>> {
     let path = PathBuf::from(value);
     if path.is_file() {
         return read_lines(&path);

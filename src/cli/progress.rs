@@ -48,6 +48,15 @@ impl Progress {
         }
     }
 
+    /// The end of stdin asks for a stop as SIGTERM does.
+    pub(super) fn listen_to_stdin(&self) {
+        let signal = self.signal.clone();
+        std::thread::spawn(move || {
+            let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+            signal.store(signal_hook::consts::SIGTERM as usize, Ordering::Relaxed);
+        });
+    }
+
     pub(super) fn say(&self, text: &str) {
         if !self.quiet {
             self.bar.suspend(|| eprintln!("{text}"));

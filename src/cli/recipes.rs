@@ -3,9 +3,15 @@
 use clap::Args;
 use serde_json::json;
 
-use super::Context;
+use super::{Context, columns};
 use crate::builtin::recipes::{RECIPES, summary};
 use crate::error::{Error, Result};
+
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  peft recipes
+  peft recipes quickstart > mine.yaml
+  peft recipes clip-lora/dtd";
 
 /// Arguments of `peft recipes`.
 #[derive(Debug, Args)]
@@ -17,7 +23,9 @@ pub(super) struct RecipesArgs {
 pub(super) fn run(args: &RecipesArgs, context: &Context) -> Result<()> {
     let Some(name) = &args.name else {
         let all: Vec<_> = RECIPES.iter().map(|(name, text)| json!({ "name": name, "summary": summary(text) })).collect();
-        return context.print(&all, || RECIPES.iter().map(|(name, text)| format!("{name:<20}{}\n", summary(text))).collect());
+        return context.print(&all, || {
+            columns(&RECIPES.iter().map(|(name, text)| vec![(*name).to_string(), summary(text).to_string()]).collect::<Vec<_>>(), &[])
+        });
     };
     let wanted = name.trim_end_matches(".yaml");
     let (name, text) = RECIPES.iter().find(|(n, _)| *n == wanted).ok_or_else(|| {

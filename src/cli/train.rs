@@ -14,6 +14,13 @@ use crate::report::{Evaluation, TrainReport};
 use crate::run::Existing;
 use crate::session;
 
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  peft train recipes/quickstart.yaml
+  peft train pets.yaml --check                       opens everything, trains nothing
+  peft train pets.yaml --set train.lr=5e-4 --output runs/pets-lr5e-4
+  peft train pets.yaml --resume                      goes on after Ctrl-C or a crash";
+
 /// Arguments of `peft train`.
 #[derive(Debug, Args)]
 pub(super) struct TrainArgs {
@@ -34,6 +41,9 @@ pub(super) struct TrainArgs {
     /// Check model, data, classes and targets, estimate memory, print the resolved recipe; train nothing
     #[arg(long)]
     check: bool,
+    /// Stop as after SIGTERM when stdin ends: so a process that started this one takes it along, however it ends
+    #[arg(long, hide = true)]
+    stop_with_stdin: bool,
 }
 
 pub(super) fn run(args: TrainArgs, context: &Context) -> Result<()> {
@@ -54,6 +64,9 @@ pub(super) fn run(args: TrainArgs, context: &Context) -> Result<()> {
         return context.print(&checked, || check_text(&checked, &yaml));
     }
     progress.listen();
+    if args.stop_with_stdin {
+        progress.listen_to_stdin();
+    }
     let (report, finished_before) = session::train(recipe, existing, &context.device, &mut progress)?;
     if finished_before {
         progress.say("this run was finished before; nothing was changed");
@@ -66,10 +79,11 @@ fn check_text(checked: &session::Checked, yaml: &str) -> String {
     let [train, val, test] = checked.examples;
     let m = &checked.memory;
     format!(
-        "{yaml}\n# {train} training, {val} validation and {test} test examples; {} classes\n\
+        "{yaml}\n# {train} training, {val} validation and {test} test examples; {} classes; {} texts encoded a step\n\
          # {} of {} parameters are trained, {} steps\n\
          # about {:.0} MiB: {:.0} for the base, {:.0} for what is trained, {:.0} for activations, {:.0} for images and the program\n",
         checked.classes.len(),
+        checked.texts_per_step,
         checked.trainable_parameters,
         checked.total_parameters,
         checked.steps,

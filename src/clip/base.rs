@@ -12,6 +12,9 @@ use super::tokenizer::Tokenizer;
 use super::weights;
 use crate::error::Result;
 
+/// Names the adapters that a base brings along, in its directory.
+pub const BUNDLE: &str = "bundle.json";
+
 /// Everything that is frozen.
 #[derive(Debug)]
 pub struct Base {
@@ -23,7 +26,7 @@ pub struct Base {
     pub preprocess: Preprocess,
     /// Where the files are.
     pub source: Source,
-    /// blake3 over names, dtypes, shapes and bytes of the weights.
+    /// blake3 over names, dtypes, shapes and bytes of the weights; of a bundle, over that and its list of adapters.
     pub digest: String,
     /// What the files hold, whatever the model computes in.
     pub file_dtype: DType,
@@ -68,8 +71,10 @@ impl Parts {
     }
 
     fn with(self, tensors: HashMap<String, Tensor>, digest: String, file_dtype: DType, dtype: DType, device: &Device) -> Result<Base> {
+        let tokenizer = self.tokenizer.clone();
+        let encode = move |text: &str| tokenizer.words(text).map_err(|e| e.to_string());
         Ok(Base {
-            clip: Clip::new(&self.config, tensors, dtype, device)?,
+            clip: Clip::new(&self.config, tensors, dtype, device)?.with_encoder(encode),
             tokenizer: self.tokenizer,
             preprocess: self.preprocess,
             source: self.source,
@@ -95,7 +100,11 @@ impl Base {
     pub fn from_source(source: Source, dtype: DType, device: &Device) -> Result<Self> {
         let parts = Parts::from_source(source)?;
         let weights = weights::load(&parts.source, &parts.config)?;
-        parts.with(weights.tensors, weights.digest, weights.dtype, dtype, device)
+        let digest = match parts.source.read(BUNDLE)? {
+            None => weights.digest,
+            Some(list) => format!("blake3:{}", blake3::hash(&[weights.digest.as_bytes(), &list].concat()).to_hex()),
+        };
+        parts.with(weights.tensors, digest, weights.dtype, dtype, device)
     }
 
     /// Random weights in the shape of `spec`.

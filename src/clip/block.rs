@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use candle_core::{Result as TensorResult, Tensor};
 use peft_adapters::layers::{LayerNorm, Linear};
 use peft_adapters::ops::{self, Activation, AttentionShape};
-use peft_adapters::{Patches, Qkv, Sequence, Site, SiteId, SiteKind, Sites, Tape, Tower};
+use peft_adapters::{Patches, Qkv, Sequence, Site, SiteId, SiteKind, Sites, Tape, Tower, rng};
 
 use super::trunk::Trunk;
 use crate::error::{Error, Result};
@@ -243,23 +243,36 @@ pub(super) fn pooled<'a>(blocks: &'a [Block], trunk: Trunk, patches: &'a Patches
     let Trunk { x, pool, mask, depth } = trunk;
     let mut sequence = Sequence { x, pool };
     let Some((last, others)) = blocks[depth..].split_last() else { return pick(&sequence.x, &sequence.pool) };
-    let pass = Pass { patches, key_mask: mask.as_ref(), plain: None };
     for block in others {
-        sequence = match tape {
-            None => block.forward(sequence, &pass)?,
-            Some(tape) => {
-                let (mask, pool, plain) = (mask.clone(), sequence.pool, Cell::new(None));
-                let again = move |x: &Tensor| {
-                    let pass = Pass { patches, key_mask: mask.as_ref(), plain: Some(&plain) };
-                    let out = block.forward(Sequence { x: x.clone(), pool: pool.clone() }, &pass)?;
-                    Ok((out.x, out.pool))
-                };
-                let (x, pool) = tape.segment(&sequence.x, again)?;
-                Sequence { x, pool }
-            }
-        };
+        let (x, pool) = stage(sequence, mask.clone(), patches, tape, |sequence, pass| {
+            let Sequence { x, pool } = block.forward(sequence, pass)?;
+            Ok((x, pool))
+        })?;
+        sequence = Sequence { x, pool };
     }
-    last.forward_pooled(sequence, &pass)
+    Ok(stage(sequence, mask, patches, tape, |sequence, pass| Ok((last.forward_pooled(sequence, pass)?, Vec::new())))?.0)
+}
+
+/// With a tape, so many tokens are in the middle of a block at once.
+const GROUP: usize = 4096;
+
+/// One block, as a segment of the tape if there is one.
+fn stage<'a>(
+    sequence: Sequence,
+    mask: Option<Tensor>,
+    patches: &'a Patches,
+    tape: Option<&Tape<'a>>,
+    run: impl Fn(Sequence, &Pass<'_>) -> TensorResult<(Tensor, Vec<u32>)> + 'a,
+) -> TensorResult<(Tensor, Vec<u32>)> {
+    let Some(tape) = tape else { return run(sequence, &Pass { patches, key_mask: mask.as_ref(), plain: None }) };
+    let Sequence { x, pool } = sequence;
+    let plain = Cell::new(None);
+    tape.segment_in_groups(&x, (GROUP / x.dim(1)?).max(1), move |x, rows| {
+        let mask = mask.as_ref().map(|m| m.narrow(0, rows.start, rows.len())).transpose()?;
+        let pool = pool.get(rows.clone()).unwrap_or_default().to_vec();
+        let pass = Pass { patches, key_mask: mask.as_ref(), plain: Some(&plain) };
+        rng::with_rows(rows, || run(Sequence { x: x.clone(), pool }, &pass))
+    })
 }
 
 /// Prefix keys are always visible.

@@ -43,6 +43,13 @@ impl Clip {
         Ok(Self { config: config.clone(), vision, text, logit_scale, sites, device: device.clone(), dtype })
     }
 
+    /// Makes the tokeniser known to methods that start from words.
+    #[must_use]
+    pub fn with_encoder(mut self, encode: impl Fn(&str) -> std::result::Result<Vec<u32>, String> + Send + Sync + 'static) -> Self {
+        self.sites.set_encoder(encode);
+        self
+    }
+
     /// The configuration.
     #[must_use]
     pub fn config(&self) -> &ClipConfig {
@@ -87,28 +94,33 @@ impl Clip {
     /// # Errors
     /// When the image size is not the model's.
     pub fn image_features(&self, pixels: &Tensor, patches: &Patches) -> TensorResult<Tensor> {
-        self.image_features_on(pixels, None, patches, None)
+        self.image_features_on(pixels.clone(), None, patches, None)
     }
 
-    /// [`Clip::image_features`] of some patches of each image, [B, K] u32, and with a tape that saves memory.
+    /// [`Clip::image_features`] of some patches of each image, [B, K] u32, and with a tape that saves memory. Pixels that
+    /// nobody else holds are freed as soon as they are embedded.
     ///
     /// # Errors
     /// When the image size is not the model's.
     pub fn image_features_on<'a>(
         &'a self,
-        pixels: &Tensor,
+        pixels: Tensor,
         keep: Option<&Tensor>,
         patches: &'a Patches,
         tape: Option<&Tape<'a>>,
     ) -> TensorResult<Tensor> {
-        let pixels = pixels.to_device(&self.device)?.to_dtype(self.dtype)?;
+        let here = pixels.to_device(&self.device)?.to_dtype(self.dtype)?;
+        drop(pixels);
+        let pixels = here;
         let Some((tape, rows)) = tape.and_then(|t| Some((t, t.rows()?))) else {
-            return self.vision.forward(&pixels, keep, patches, tape);
+            return self.vision.forward(pixels, keep, patches, tape);
         };
         by_rows(pixels.dim(0)?, rows, |from, count| {
             let keep = keep.map(|k| k.narrow(0, from, count)).transpose()?;
-            let again = move |pixels: &Tensor| Ok((self.vision.forward(pixels, keep.as_ref(), patches, None)?, ()));
-            Ok(tape.segment(&pixels.narrow(0, from, count)?, again)?.0)
+            let again = move |pixels: &Tensor| {
+                rng::with_rows(from..from + count, || self.vision.forward(pixels.clone(), keep.as_ref(), patches, None))
+            };
+            tape.segment(&pixels.narrow(0, from, count)?, again)
         })
     }
 
@@ -135,8 +147,8 @@ impl Clip {
             let part = texts.narrow(from, count)?;
             let ids = part.ids.clone();
             // The ids are constants, so there is nothing to take from the segment's input.
-            let again = move |_: &Tensor| Ok((self.text.forward(&part, patches, None)?, ()));
-            Ok(tape.segment(&ids, again)?.0)
+            let again = move |_: &Tensor| rng::with_rows(from..from + count, || self.text.forward(&part, patches, None));
+            tape.segment(&ids, again)
         })
     }
 
@@ -186,8 +198,11 @@ impl Clip {
         by_rows(trunk.x.dim(0)?, rows, |from, count| {
             let part = trunk.narrow(from, count)?;
             let x = part.x.clone();
-            let again = move |x: &Tensor| Ok((self.vision.finish(Trunk { x: x.clone(), ..part.clone() }, patches, None)?, ()));
-            Ok(tape.segment(&x, again)?.0)
+            let again = move |x: &Tensor| {
+                let part = Trunk { x: x.clone(), ..part.clone() };
+                rng::with_rows(from..from + count, || self.vision.finish(part, patches, None))
+            };
+            tape.segment(&x, again)
         })
     }
 
@@ -205,8 +220,11 @@ impl Clip {
         by_rows(trunk.x.dim(0)?, rows, |from, count| {
             let part = trunk.narrow(from, count)?;
             let x = part.x.clone();
-            let again = move |x: &Tensor| Ok((self.text.finish(Trunk { x: x.clone(), ..part.clone() }, patches, None)?, ()));
-            Ok(tape.segment(&x, again)?.0)
+            let again = move |x: &Tensor| {
+                let part = Trunk { x: x.clone(), ..part.clone() };
+                rng::with_rows(from..from + count, || self.text.finish(part, patches, None))
+            };
+            tape.segment(&x, again)
         })
     }
 
@@ -232,7 +250,7 @@ impl Clip {
     }
 }
 
-/// Logits of images against classes that may differ from image to image (CoCoOp).
+/// Logits of images against classes that may differ from image to image (CoCoOp), and what patches add to them.
 ///
 /// # Shapes
 /// `images` [B, P], `classes` [C, P] or [B, C, P] → [B, C]
@@ -240,6 +258,17 @@ impl Clip {
 /// # Errors
 /// When widths differ.
 pub fn class_logits(clip: &Clip, images: &Tensor, classes: &ClassFeatures, patches: &Patches) -> TensorResult<Tensor> {
+    patches.logits(cosine_logits(clip, images, classes, patches)?, &unit_rows(images)?)
+}
+
+/// [`class_logits`] without what patches add.
+///
+/// # Shapes
+/// `images` [B, P], `classes` [C, P] or [B, C, P] → [B, C]
+///
+/// # Errors
+/// When widths differ.
+pub fn cosine_logits(clip: &Clip, images: &Tensor, classes: &ClassFeatures, patches: &Patches) -> TensorResult<Tensor> {
     match classes {
         ClassFeatures::Shared(classes) => clip.logits(images, classes, patches),
         ClassFeatures::PerImage(classes) => {

@@ -148,12 +148,12 @@ impl Preprocess {
     pub fn normalise(&self, image: &RgbImage, out: &mut [f32]) {
         let pixels = image.width() as usize * image.height() as usize;
         assert_eq!(out.len(), 3 * pixels, "the output does not have 3 × height × width values");
-        let raw = image.as_raw();
-        for channel in 0..3 {
-            let values = self.values(channel);
-            let plane = &mut out[channel * pixels..(channel + 1) * pixels];
-            for (target, pixel) in plane.iter_mut().zip(raw.chunks_exact(3)) {
-                *target = values[usize::from(pixel[channel])];
+        let values: [[f32; 256]; 3] = std::array::from_fn(|channel| self.values(channel));
+        let (red, rest) = out.split_at_mut(pixels);
+        let (green, blue) = rest.split_at_mut(pixels);
+        for (((red, green), blue), pixel) in red.iter_mut().zip(green).zip(blue).zip(image.as_raw().as_chunks::<3>().0) {
+            for ((target, values), v) in [red, green, blue].into_iter().zip(&values).zip(pixel) {
+                *target = values[usize::from(*v)];
             }
         }
     }

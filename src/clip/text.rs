@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
 use peft_adapters::layers::{Embedding, LayerNorm, Linear};
-use peft_adapters::{Patches, Site, SiteId, SiteKind, Sites, Tape, Tower};
+use peft_adapters::{ClassName, Embedded, Patches, Site, SiteId, SiteKind, Sites, Tape, Tower};
 
 use super::block::{self, Block, BlockShape, Tensors};
 use super::config::{ClipConfig, TextConfig};
@@ -19,6 +19,10 @@ pub struct TextBatch {
     pub mask: Option<Tensor>,
     /// The pooled position of each row.
     pub pool: Vec<u32>,
+    /// Where the class name stands in each row; empty where texts are no class prompts.
+    pub names: Vec<ClassName>,
+    /// The normalised feature of the image that each row is encoded for, [N, P]; `None` where texts stand for themselves.
+    pub images: Option<Tensor>,
 }
 
 impl TextBatch {
@@ -34,7 +38,19 @@ impl TextBatch {
         let pool = ids.iter().map(|row| pooled_position(row, config)).collect();
         let flat: Vec<u32> =
             ids.iter().flat_map(|row| row.iter().copied().chain(std::iter::repeat(config.pad_token_id)).take(len)).collect();
-        Ok(Self { ids: Tensor::from_vec(flat, (ids.len(), len), device)?, mask: None, pool })
+        Ok(Self { ids: Tensor::from_vec(flat, (ids.len(), len), device)?, mask: None, pool, names: Vec::new(), images: None })
+    }
+
+    /// The same as class prompts.
+    #[must_use]
+    pub fn with_names(self, names: Vec<ClassName>) -> Self {
+        Self { names, ..self }
+    }
+
+    /// The same, each row for one image: `images` [N, P], normalised.
+    #[must_use]
+    pub fn with_images(self, images: Tensor) -> Self {
+        Self { images: Some(images), ..self }
     }
 
     /// Rows with an attention mask of the caller's, [N, T] with 1 for tokens.
@@ -58,6 +74,8 @@ impl TextBatch {
             ids: self.ids.narrow(0, from, count)?,
             mask: self.mask.as_ref().map(|m| m.narrow(0, from, count)).transpose()?,
             pool: self.pool[from..from + count].to_vec(),
+            names: self.names.get(from..from + count).unwrap_or_default().to_vec(),
+            images: self.images.as_ref().map(|i| i.narrow(0, from, count)).transpose()?,
         })
     }
 }
@@ -77,6 +95,7 @@ fn pooled_position(ids: &[u32], config: &TextConfig) -> u32 {
 /// The text encoder.
 #[derive(Debug)]
 pub struct TextTower {
+    entrance: SiteId,
     token: Embedding,
     position: Embedding,
     blocks: Vec<Block>,
@@ -98,6 +117,8 @@ impl TextTower {
         };
         let token = embedding(sites, "text_model.embeddings.token_embedding")?;
         let position = embedding(sites, "text_model.embeddings.position_embedding")?;
+        let kind = SiteKind::Embed { dim: text.hidden_size, limit: text.max_position_embeddings };
+        let entrance = sites.add(Site { path: "text_model.embeddings".into(), tower, layer: None, kind });
         let shape = BlockShape {
             tower,
             dim: text.hidden_size,
@@ -115,7 +136,7 @@ impl TextTower {
         let projection = sites.linear("text_projection", tower, None, weight, None).map_err(super::method_error)?;
         let features =
             sites.add(Site { path: "text_model".into(), tower, layer: None, kind: SiteKind::Features { dim: config.projection_dim } });
-        Ok(Self { token, position, blocks, final_norm, projection, features })
+        Ok(Self { entrance, token, position, blocks, final_norm, projection, features })
     }
 
     /// Projected text features, not normalised. With a tape, blocks keep only their input for the backward pass.
@@ -134,7 +155,8 @@ impl TextTower {
     /// # Errors
     /// When a tensor operation fails.
     pub fn constant_blocks(&self, config: &TextConfig, patches: &Patches) -> TensorResult<usize> {
-        let probe = TextBatch::new(&[vec![0]], None, config, self.token.weight.1.device())?;
+        let probe = TextBatch::new(&[vec![0, config.eos_token_id]], None, config, self.token.weight.1.device())?;
+        let probe = probe.with_names(vec![ClassName { class: 0, start: 1, len: 0 }]);
         self.embed(&probe, patches)?.constant(&self.blocks, patches)
     }
 
@@ -177,13 +199,18 @@ impl TextTower {
     }
 
     fn embed(&self, batch: &TextBatch, patches: &Patches) -> TensorResult<Trunk> {
-        let len = batch.ids.dim(1)?;
         let table = self.position.table(patches)?;
+        let x = self.token.forward(&batch.ids, patches)?;
+        let words = Embedded { x, pool: batch.pool.clone(), names: batch.names.clone(), images: batch.images.clone() };
+        let Embedded { x, pool, .. } = patches.embed(self.entrance, words)?;
+        let len = x.dim(1)?;
         if len > table.dim(0)? {
             candle_core::bail!("texts have {len} tokens, the model has {} positions", table.dim(0)?);
         }
-        let x = self.token.forward(&batch.ids, patches)?;
+        if batch.mask.is_some() && pool != batch.pool {
+            candle_core::bail!("an attention mask does not fit texts with learnt context");
+        }
         let x = x.broadcast_add(&table.narrow(0, 0, len)?)?;
-        Ok(Trunk { x, pool: batch.pool.clone(), mask: batch.mask.clone(), depth: 0 })
+        Ok(Trunk { x, pool, mask: batch.mask.clone(), depth: 0 })
     }
 }

@@ -2,7 +2,7 @@
 
 use candle_core::{Result as TensorResult, Tensor};
 use peft_adapters::layers::{Embedding, LayerNorm, Linear};
-use peft_adapters::{Patches, Site, SiteId, SiteKind, Sites, Tape, Tower, WeightId, ops};
+use peft_adapters::{Embedded, Patches, Site, SiteId, SiteKind, Sites, Tape, Tower, WeightId, ops};
 
 use super::block::{self, Block, BlockShape, Tensors};
 use super::config::{ClipConfig, VisionConfig};
@@ -13,6 +13,7 @@ use crate::error::Result;
 #[derive(Debug)]
 pub struct VisionTower {
     config: VisionConfig,
+    entrance: SiteId,
     class: (WeightId, Tensor),
     patch: (WeightId, Tensor),
     position: Embedding,
@@ -39,6 +40,8 @@ impl VisionTower {
         let patch = weight(sites, "vision_model.embeddings.patch_embedding.weight")?;
         let table = tensors.take("vision_model.embeddings.position_embedding.weight")?;
         let position = sites.embedding("vision_model.embeddings.position_embedding", tower, table);
+        let kind = SiteKind::Embed { dim: vision.hidden_size, limit: usize::MAX };
+        let entrance = sites.add(Site { path: "vision_model.embeddings".into(), tower, layer: None, kind });
         let norm = |sites: &mut Sites, tensors: &mut Tensors, path: &str| -> Result<LayerNorm> {
             Ok(sites.layer_norm(path, tower, None, tensors.pair(path)?, vision.layer_norm_eps))
         };
@@ -59,7 +62,7 @@ impl VisionTower {
         let projection = sites.linear("visual_projection", tower, None, weight, None).map_err(super::method_error)?;
         let features =
             sites.add(Site { path: "vision_model".into(), tower, layer: None, kind: SiteKind::Features { dim: config.projection_dim } });
-        Ok(Self { config: vision.clone(), class, patch, position, pre_norm, blocks, post_norm, projection, features })
+        Ok(Self { config: vision.clone(), entrance, class, patch, position, pre_norm, blocks, post_norm, projection, features })
     }
 
     /// The number of patches of an image.
@@ -81,12 +84,14 @@ impl VisionTower {
     /// When the image size is not the model's.
     pub fn forward<'a>(
         &'a self,
-        pixels: &Tensor,
+        pixels: Tensor,
         keep: Option<&Tensor>,
         patches: &'a Patches,
         tape: Option<&Tape<'a>>,
     ) -> TensorResult<Tensor> {
-        self.finish(self.embed(pixels, keep, patches)?, patches, tape)
+        let embedded = self.embed(&pixels, keep, patches)?;
+        drop(pixels);
+        self.finish(embedded, patches, tape)
     }
 
     /// How many blocks nothing that is trained reaches; 0 where the images' embedding is trained.
@@ -158,7 +163,8 @@ impl VisionTower {
         let first = (class + table.narrow(0, 0, 1)?.squeeze(0)?)?;
         let first = first.reshape((1, 1, dim))?.broadcast_as((batch, 1, dim))?;
         let x = Tensor::cat(&[&first, &x], 1)?;
-        let x = self.pre_norm.forward(&x, patches)?;
+        let embedded = Embedded { x, pool: Vec::new(), names: Vec::new(), images: None };
+        let x = self.pre_norm.forward(&patches.embed(self.entrance, embedded)?.x, patches)?;
         Ok(Trunk { x, pool: Vec::new(), mask: None, depth: 0 })
     }
 

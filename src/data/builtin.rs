@@ -37,7 +37,7 @@ impl Source for Builtin {
             return names(set);
         }
         let (header, bytes) = open(&self.0)?;
-        let mut raw = Raw { classes: Some(header.classes.clone()), examples: Vec::new() };
+        let mut raw = Raw { classes: Some(header.classes.clone()), ..Default::default() };
         // Icons outside the classes have no split: they serve naming, not this task.
         for item in header.items {
             let (Some(label), Some(split)) = (item.label, item.split) else { continue };
@@ -66,7 +66,7 @@ fn names(set: &str) -> Result<Raw> {
         group: None,
         split: Some(Split::Test),
     });
-    Ok(Raw { classes: None, examples: examples.collect() })
+    Ok(Raw { examples: examples.collect(), ..Default::default() })
 }
 
 fn open(name: &str) -> Result<(Header, &'static [u8])> {

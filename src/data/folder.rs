@@ -22,7 +22,7 @@ impl Source for FolderConfig {
     }
 
     fn read(&self) -> Result<Raw> {
-        let top = directories(&self.root)?;
+        let top = directories(&self.root).map_err(|e| e.hint("data.folder.root is relative to the working directory"))?;
         let split = |path: &PathBuf| Split::parse(&name(path));
         let mut raw = Raw::default();
         if top.iter().any(|d| split(d) == Some(Split::Train)) {
@@ -77,12 +77,12 @@ pub(crate) fn is_image(path: &Path) -> bool {
     known && !hidden
 }
 
-fn name(path: &Path) -> String {
+pub(super) fn name(path: &Path) -> String {
     path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
 /// Visible subdirectories, sorted.
-fn directories(dir: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn directories(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut list = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(|e| Error::read(dir, e))? {
         let path = entry.map_err(|e| Error::read(dir, e))?.path();

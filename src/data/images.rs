@@ -64,6 +64,25 @@ pub struct Variation<'a> {
     pub epoch: u64,
 }
 
+/// What `then` makes of an image that is kept, or is made now and kept if there is room.
+fn keep<T: std::ops::Deref<Target = [u8]>, R>(
+    slots: &[OnceLock<T>],
+    index: usize,
+    cache: &Cached,
+    make: impl FnOnce() -> Result<T>,
+    then: impl FnOnce(&T) -> R,
+) -> Result<R> {
+    if let Some(image) = slots.get(index).and_then(OnceLock::get) {
+        return Ok(then(image));
+    }
+    let image = make()?;
+    let result = then(&image);
+    if let Some(slot) = slots.get(index).filter(|_| cache.has_room(image.len())) {
+        let _ = slot.set(image);
+    }
+    Ok(result)
+}
+
 impl Images {
     /// Images as `preprocess` wants them.
     #[must_use]
@@ -106,10 +125,7 @@ impl Images {
     /// # Errors
     /// When one cannot be read.
     pub fn digests(&self, examples: &[Example]) -> Result<Vec<blake3::Hash>> {
-        let digest = |e: &Example| match &e.image {
-            ImageRef::Embedded(bytes) => Ok(blake3::hash(bytes)),
-            ImageRef::File(path) => Ok(blake3::hash(&decode::read_file(path)?)),
-        };
+        let digest = |e: &Example| Ok(blake3::hash(&e.bytes()?));
         examples.par_iter().map(digest).collect()
     }
 
@@ -119,36 +135,17 @@ impl Images {
         examples.par_iter().enumerate().filter_map(|(i, e)| self.read(e, decode::decode).err().map(|error| (i, error))).collect()
     }
 
-    /// Writes one image, normalised, into `out` [3, H, W].
+    /// One image, resized and cropped, not yet normalised; varied where that is asked for.
     ///
     /// # Errors
     /// When the image cannot be read.
-    pub fn load(&self, index: usize, example: &Example, vary: Option<&Variation<'_>>, cache: &Cached, out: &mut [f32]) -> Result<()> {
+    pub fn fetch(&self, index: usize, example: &Example, vary: Option<&Variation<'_>>, cache: &Cached) -> Result<RgbImage> {
         let Some(vary) = vary.filter(|v| !v.augment.is_none()) else {
-            if let Some(image) = cache.plain.get(index).and_then(OnceLock::get) {
-                self.preprocess.normalise(image, out);
-                return Ok(());
-            }
-            let image = self.open(example)?;
-            self.preprocess.normalise(&image, out);
-            if let Some(slot) = cache.plain.get(index).filter(|_| cache.has_room(image.len())) {
-                let _ = slot.set(image);
-            }
-            return Ok(());
+            let open = || self.open(example);
+            return keep(&cache.plain, index, cache, open, Clone::clone);
         };
-        let image = match cache.decoded.get(index).and_then(OnceLock::get) {
-            Some(image) => self.vary(image, index, vary)?,
-            None => {
-                let image = self.read(example, decode::decode_rgba)?;
-                let varied = self.vary(&image, index, vary)?;
-                if let Some(slot) = cache.decoded.get(index).filter(|_| cache.has_room(image.len())) {
-                    let _ = slot.set(image);
-                }
-                varied
-            }
-        };
-        self.preprocess.normalise(&image, out);
-        Ok(())
+        let read = || self.read(example, decode::decode_rgba);
+        keep(&cache.decoded, index, cache, read, |image| self.vary(image, index, vary))?
     }
 
     /// The same image, epoch and seed always give the same pixels, whichever thread asks.

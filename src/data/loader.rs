@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 
 use candle_core::{Device, Tensor};
+use image::RgbImage;
 use peft_adapters::rng;
 use rand::seq::SliceRandom;
 use rayon::prelude::*;
@@ -83,10 +84,19 @@ pub struct LoaderConfig {
     pub plan: Plan,
 }
 
+/// A batch that waits: as bytes, a quarter of its size as pixels.
+#[derive(Debug)]
+struct Waiting {
+    images: Vec<RgbImage>,
+    indices: Vec<usize>,
+    epoch: usize,
+}
+
 /// Prepares batches on its own thread, ahead of their use.
 #[derive(Debug)]
 pub struct Loader {
-    receiver: Option<Receiver<Result<Batch>>>,
+    images: Arc<Images>,
+    receiver: Option<Receiver<Result<Waiting>>>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -95,6 +105,7 @@ impl Loader {
     #[must_use]
     pub fn start(config: LoaderConfig, position: usize, end: usize) -> Self {
         let (sender, receiver) = sync_channel(AHEAD);
+        let images = config.images.clone();
         let thread = std::thread::spawn(move || {
             let cache = Cached::new(config.examples.len());
             for at in position..end {
@@ -105,7 +116,7 @@ impl Loader {
                 }
             }
         });
-        Self { receiver: Some(receiver), thread: Some(thread) }
+        Self { images, receiver: Some(receiver), thread: Some(thread) }
     }
 
     /// The next batch, or nothing at the end.
@@ -113,7 +124,13 @@ impl Loader {
     /// # Errors
     /// When an image cannot be read.
     pub fn next_batch(&mut self) -> Result<Option<Batch>> {
-        self.receiver.as_ref().and_then(|r| r.recv().ok()).transpose()
+        let Some(waiting) = self.receiver.as_ref().and_then(|r| r.recv().ok()).transpose()? else { return Ok(None) };
+        let Waiting { images, indices, epoch } = waiting;
+        let pixels = pixels(&self.images, images.len(), |i, out| {
+            self.images.preprocess().normalise(&images[i], out);
+            Ok(())
+        })?;
+        Ok(Some(Batch { pixels, indices, epoch }))
     }
 }
 
@@ -128,25 +145,34 @@ impl Drop for Loader {
 }
 
 impl LoaderConfig {
-    fn batch(&self, position: usize, cache: &Cached) -> Result<Batch> {
+    fn batch(&self, position: usize, cache: &Cached) -> Result<Waiting> {
         let indices = self.plan.indices(position);
         let epoch = position / self.plan.per_epoch().max(1);
         let vary = Variation { augment: &self.augment, seed: self.plan.seed, epoch: epoch as u64 };
-        let pixels = load(&self.images, &self.examples, &indices, Some(&vary), cache)?;
-        Ok(Batch { pixels, indices, epoch })
+        let images = indices.par_iter().map(|&i| self.images.fetch(i, &self.examples[i], Some(&vary), cache));
+        Ok(Waiting { images: images.collect::<Result<_>>()?, indices, epoch })
     }
 }
 
-/// Loads examples into one tensor [B, 3, H, W] on the CPU, in parallel.
+/// Loads examples, as they are or varied, into one tensor [B, 3, H, W] on the CPU, in parallel.
 ///
 /// # Errors
 /// When an image cannot be read.
 pub fn load(images: &Images, examples: &[Example], indices: &[usize], vary: Option<&Variation<'_>>, cache: &Cached) -> Result<Tensor> {
+    pixels(images, indices.len(), |at, out| {
+        let index = indices[at];
+        images.preprocess().normalise(&images.fetch(index, &examples[index], vary, cache)?, out);
+        Ok(())
+    })
+}
+
+/// [count, 3, H, W], each image written by `fill` on some thread.
+fn pixels(images: &Images, count: usize, fill: impl Fn(usize, &mut [f32]) -> Result<()> + Sync) -> Result<Tensor> {
     let (height, width) = images.size();
     let each = 3 * height * width;
-    let mut pixels = vec![0f32; indices.len() * each];
-    pixels.par_chunks_mut(each).zip(indices).try_for_each(|(out, &i)| images.load(i, &examples[i], vary, cache, out))?;
-    Tensor::from_vec(pixels, (indices.len(), 3, height, width), &Device::Cpu).map_err(Error::from)
+    let mut pixels = vec![0f32; count * each];
+    pixels.par_chunks_mut(each).enumerate().try_for_each(|(i, out)| fill(i, out))?;
+    Tensor::from_vec(pixels, (count, 3, height, width), &Device::Cpu).map_err(Error::from)
 }
 
 #[cfg(test)]

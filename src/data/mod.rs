@@ -1,24 +1,30 @@
 //! Examples: where they come from, which split they are in, how they become batches.
 //!
-//! A source is one file with a [`Source`] implementation and one line in [`DataConfig::source`].
+//! A source is one file with a `Source` implementation and one line in `DataConfig::source`.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::clip::decode;
 use crate::error::{Error, Result};
 
 pub mod augment;
 mod builtin;
+mod coop;
 mod folder;
 pub mod images;
 pub mod loader;
+mod locate;
 mod split;
 mod table;
 
 pub use augment::AugmentConfig;
+pub(crate) use coop::is_split;
+pub use coop::{CoopConfig, Draw};
 pub use folder::FolderConfig;
 pub(crate) use folder::is_image;
 pub use images::Images;
@@ -36,6 +42,9 @@ pub struct DataConfig {
     /// A CSV, TSV or JSONL file, or a directory with `metadata.jsonl` or `metadata.csv`.
     #[serde(default)]
     pub table: Option<TableConfig>,
+    /// One of CoOp's few-shot benchmarks in its own layout.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub coop: Option<CoopConfig>,
     /// Data inside the binary: `emoji` or `emoji-flat`.
     #[serde(default)]
     pub builtin: Option<String>,
@@ -107,6 +116,8 @@ pub(crate) struct RawExample {
 pub(crate) struct Raw {
     /// Class names in order, where the source fixes them.
     pub(crate) classes: Option<Vec<String>>,
+    /// What the examples call each class, where that is not its name: ImageNet has two classes `sunglasses`.
+    pub(crate) keys: Option<Vec<String>>,
     pub(crate) examples: Vec<RawExample>,
 }
 
@@ -116,13 +127,31 @@ pub(crate) trait Source {
     fn place(&self) -> String;
     /// Lists the examples; images are not opened.
     fn read(&self) -> Result<Raw>;
+    /// Lists them with `shots` of each class for training, where the source has its own way of drawing them.
+    fn read_few(&self, _shots: usize, _seed: u64) -> Option<Result<Raw>> {
+        None
+    }
+}
+
+impl Example {
+    /// The image file's bytes.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn bytes(&self) -> Result<Cow<'static, [u8]>> {
+        match &self.image {
+            ImageRef::Embedded(bytes) => Ok(Cow::Borrowed(bytes)),
+            ImageRef::File(path) => decode::read_file(path).map(Cow::Owned),
+        }
+    }
 }
 
 impl DataConfig {
     fn source(&self) -> Result<Box<dyn Source>> {
-        let sources: [Option<Box<dyn Source>>; 3] = [
+        let sources: [Option<Box<dyn Source>>; 4] = [
             self.folder.clone().map(|c| Box::new(c) as Box<dyn Source>),
             self.table.clone().map(|c| Box::new(c) as Box<dyn Source>),
+            self.coop.clone().map(|c| Box::new(c) as Box<dyn Source>),
             self.builtin.clone().map(|name| Box::new(builtin::Builtin(name)) as Box<dyn Source>),
         ];
         let mut given: Vec<_> = sources.into_iter().flatten().collect();
@@ -130,7 +159,7 @@ impl DataConfig {
             (Some(one), true) => Ok(one),
             (found, _) => {
                 Err(Error::input("data", format!("expected exactly one source, found {}", given.len() + usize::from(found.is_some())))
-                    .hint("give one of `folder: { root: DIR }`, `table: { path: FILE }`, `builtin: emoji`"))
+                    .hint("give one of `folder: { root: DIR }`, `table: { path: FILE }`, `coop: { root: DIR }`, `builtin: emoji`"))
             }
         }
     }
@@ -145,12 +174,16 @@ impl DataConfig {
         }
         let source = self.source()?;
         let place = source.place();
-        let raw = source.read()?;
+        let own = self.shots.and_then(|shots| source.read_few(shots, seed));
+        let draw = self.shots.filter(|_| own.is_none()).map(|shots| (shots, seed));
+        let raw = own.unwrap_or_else(|| source.read())?;
         if raw.examples.is_empty() {
             return Err(Error::input(place, "there is no image"));
         }
-        let (classes, labelled) = classes(&place, raw)?;
-        split::divide(&place, self, classes, labelled, seed)
+        let (classes, labelled, notes) = classes(&place, raw)?;
+        let mut data = split::divide(&place, self, classes, labelled, draw)?;
+        data.notes.extend(notes);
+        Ok(data)
     }
 }
 
@@ -158,7 +191,7 @@ impl DataConfig {
 type Placed = (Example, Option<Split>);
 
 /// Numbers the labels; names are sorted where the source does not fix them.
-fn classes(place: &str, raw: Raw) -> Result<(Vec<String>, Vec<Placed>)> {
+fn classes(place: &str, raw: Raw) -> Result<(Vec<String>, Vec<Placed>, Option<String>)> {
     let names = match raw.classes {
         Some(names) => names,
         None => {
@@ -168,8 +201,14 @@ fn classes(place: &str, raw: Raw) -> Result<(Vec<String>, Vec<Placed>)> {
             names
         }
     };
-    check_classes(place, &names)?;
-    let index: HashMap<&str, u32> = names.iter().enumerate().map(|(i, n)| (n.as_str(), i as u32)).collect();
+    let keys = raw.keys.as_ref().unwrap_or(&names);
+    let same = check_classes(place, &names);
+    let note = match (same, &raw.keys) {
+        // Whoever has keys knows that names are not unique.
+        (Err(Error::Input(p)), Some(_)) => Some(p.message),
+        (same, _) => same.map(|()| None)?,
+    };
+    let index: HashMap<&str, u32> = keys.iter().enumerate().map(|(i, n)| (n.as_str(), i as u32)).collect();
     let mut examples = Vec::with_capacity(raw.examples.len());
     for e in raw.examples {
         let label = match &e.label {
@@ -181,7 +220,7 @@ fn classes(place: &str, raw: Raw) -> Result<(Vec<String>, Vec<Placed>)> {
         let example = Example { id: e.id, image: e.image, texts: e.texts, label, group: e.group };
         examples.push((example, e.split));
     }
-    Ok((names, examples))
+    Ok((names, examples, note))
 }
 
 /// Empty and look-alike names make prompts that nobody can tell apart.

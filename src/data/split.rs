@@ -11,7 +11,7 @@ use super::{DataConfig, Dataset, Example};
 use crate::error::{Error, Result};
 
 /// Which part of the data.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Split {
     /// Trained on.
@@ -88,13 +88,13 @@ impl SplitConfig {
 
 type Examples = Vec<Example>;
 
-/// Divides where the source does not, carves out validation, samples shots.
+/// Divides where the source does not, carves out validation, samples shots by a seed unless the source has done so.
 pub(super) fn divide(
     place: &str,
     config: &DataConfig,
     classes: Vec<String>,
     labelled: Vec<(Example, Option<Split>)>,
-    seed: u64,
+    draw: Option<(usize, u64)>,
 ) -> Result<Dataset> {
     let mut notes = Vec::new();
     let given = labelled.iter().any(|(_, s)| s.is_some());
@@ -123,7 +123,7 @@ pub(super) fn divide(
         (train, val) = carve(train, VAL_FRACTION, split.seed, "val");
         notes.push(format!("no validation split: {} of the training examples serve as one (seed {})", val.len(), split.seed));
     }
-    if let Some(shots) = config.shots {
+    if let Some((shots, seed)) = draw {
         train = sample(place, &classes, train, shots, seed, &mut notes)?;
     }
     Ok(Dataset { classes, train, val, test, notes, skipped: 0 })
@@ -229,7 +229,7 @@ mod tests {
 
     #[test]
     fn each_class_is_in_each_split_and_nothing_is_lost() {
-        let d = divide("p", &DataConfig::default(), names(3), examples(3, 10, |_| None), 0).unwrap();
+        let d = divide("p", &DataConfig::default(), names(3), examples(3, 10, |_| None), None).unwrap();
         assert_eq!((d.train.len(), d.val.len(), d.test.len()), (21, 3, 6));
         for list in [&d.train, &d.val, &d.test] {
             assert_eq!(list.iter().map(|e| e.label.unwrap()).collect::<std::collections::BTreeSet<_>>().len(), 3);
@@ -238,7 +238,7 @@ mod tests {
 
     #[test]
     fn groups_stay_together() {
-        let d = divide("p", &DataConfig::default(), names(2), examples(2, 40, |i| Some(format!("g{}", i / 4))), 0).unwrap();
+        let d = divide("p", &DataConfig::default(), names(2), examples(2, 40, |i| Some(format!("g{}", i / 4))), None).unwrap();
         let groups = |l: &[Example]| l.iter().map(|e| e.group.clone().unwrap()).collect::<std::collections::BTreeSet<_>>();
         assert!(groups(&d.train).is_disjoint(&groups(&d.test)));
         assert!(groups(&d.train).is_disjoint(&groups(&d.val)));
@@ -247,9 +247,8 @@ mod tests {
 
     #[test]
     fn shots_follow_the_seed() {
-        let config = DataConfig { shots: Some(2), ..Default::default() };
         let ids = |seed| {
-            let d = divide("p", &config, names(3), examples(3, 10, |_| None), seed).unwrap();
+            let d = divide("p", &DataConfig::default(), names(3), examples(3, 10, |_| None), Some((2, seed))).unwrap();
             d.train.iter().map(|e| e.id.clone()).collect::<Vec<_>>()
         };
         assert_eq!(ids(1).len(), 6);
@@ -264,6 +263,6 @@ mod tests {
             e.1 = Some(if i % 2 == 0 { Split::Train } else { Split::Test });
         }
         all[1].0.id = "e0".into();
-        assert!(divide("p", &DataConfig::default(), names(2), all, 0).unwrap_err().to_string().contains("`e0`"));
+        assert!(divide("p", &DataConfig::default(), names(2), all, None).unwrap_err().to_string().contains("`e0`"));
     }
 }

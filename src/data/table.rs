@@ -73,21 +73,11 @@ impl TableConfig {
     }
 
     fn read_table(&self, path: &Path, split: Option<Split>, raw: &mut Raw) -> Result<()> {
-        let extension = path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
         let mut each = |line: usize, row: &Row| -> Result<()> {
             raw.examples.push(self.example(path, line, row, split)?);
             Ok(())
         };
-        match extension.as_deref() {
-            Some("csv") => delimited(path, b',', &mut each),
-            Some("tsv" | "tab") => delimited(path, b'\t', &mut each),
-            Some("jsonl" | "ndjson") => json_lines(path, &mut each),
-            other => Err(Error::input(
-                path.display(),
-                format!("expected a .csv, .tsv or .jsonl file, found {}", other.unwrap_or("no extension")),
-            )
-            .hint("rename the file after its format")),
-        }
+        rows(path, &mut each)
     }
 
     fn example(&self, path: &Path, line: usize, row: &Row, split: Option<Split>) -> Result<RawExample> {
@@ -129,7 +119,7 @@ impl TableConfig {
 }
 
 /// The `metadata` files of HF's imagefolder.
-fn imagefolder(dir: &Path) -> Result<Vec<(PathBuf, Option<Split>)>> {
+pub(super) fn imagefolder(dir: &Path) -> Result<Vec<(PathBuf, Option<Split>)>> {
     let metadata = |dir: &Path| ["metadata.jsonl", "metadata.csv"].map(|n| dir.join(n)).into_iter().find(|p| p.is_file());
     if let Some(path) = metadata(dir) {
         return Ok(vec![(path, None)]);
@@ -148,6 +138,33 @@ fn imagefolder(dir: &Path) -> Result<Vec<(PathBuf, Option<Split>)>> {
         true => Err(Error::input(dir.display(), "has no metadata.jsonl or metadata.csv, and none in train, val or test")
             .hint("name a table file, or use `folder` for one directory a class")),
         false => Ok(found),
+    }
+}
+
+/// The names of a table's columns: its header, or the keys of its first line.
+pub(super) fn columns(path: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    let mut each = |_: usize, row: &Row| -> Result<()> {
+        if names.is_empty() {
+            names = row.keys().cloned().collect();
+        }
+        Ok(())
+    };
+    rows(path, &mut each)?;
+    Ok(names)
+}
+
+/// Reads a table as its extension says.
+fn rows(path: &Path, each: Each<'_>) -> Result<()> {
+    let extension = path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
+    match extension.as_deref() {
+        Some("csv") => delimited(path, b',', each),
+        Some("tsv" | "tab") => delimited(path, b'\t', each),
+        Some("jsonl" | "ndjson") => json_lines(path, each),
+        other => {
+            Err(Error::input(path.display(), format!("expected a .csv, .tsv or .jsonl file, found {}", other.unwrap_or("no extension")))
+                .hint("rename the file after its format"))
+        }
     }
 }
 

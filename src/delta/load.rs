@@ -174,7 +174,7 @@ fn broken(name: &str, t: &Tensor) -> Result<Option<String>> {
     Ok((!all_finite(&t.to_dtype(DType::F32)?)?).then(|| format!("{name}: holds values that are not finite in f32")))
 }
 
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     if !path.exists() {
         return Ok(None);
     }

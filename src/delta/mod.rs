@@ -10,11 +10,13 @@ use serde_json::Value;
 use crate::clip::method_error;
 use crate::error::Result;
 
+mod bundle;
 mod clip_lora;
 mod fetch;
 mod load;
 mod save;
 
+pub use bundle::{Bundle, Bundled, bundled, digest as bundle_digest, files as bundle_files};
 pub use clip_lora::is_clip_lora;
 pub use fetch::{locate, locate_with};
 pub use load::{Delta, convert};
@@ -33,6 +35,8 @@ pub struct Adapters {
     pub patches: Patches,
     /// Hooks that read the same values and record nothing.
     pub view: Patches,
+    /// How many of the hooks, the first ones, are a bundle's and not trained.
+    pub beneath: usize,
 }
 
 impl Adapters {
@@ -53,7 +57,17 @@ impl Adapters {
         for method in methods {
             view.push(method.plan(sites, &mut reading).map_err(|e| named(method, e))?);
         }
-        Ok(Self { methods: methods.to_vec(), params, ranges, patches, view })
+        Ok(Self { methods: methods.to_vec(), params, ranges, patches, view, beneath: 0 })
+    }
+
+    /// Puts the hooks of a bundle's adapter beneath all others, above those that were put there before; `twice` gives them for
+    /// training and for evaluation.
+    pub fn put_beneath(&mut self, twice: [Patches; 2]) {
+        let [training, reading] = twice;
+        let count = training.iter().count();
+        self.patches.insert(self.beneath, training);
+        self.view.insert(self.beneath, reading);
+        self.beneath += count;
     }
 
     /// `lora`, `lora+bottleneck`, `none`.

@@ -18,7 +18,7 @@ pub fn save(dir: &Path, adapters: &Adapters, sites: &Sites, manifest: &Manifest)
     files::replace_dir(dir, |tmp| {
         let mut manifest = manifest.clone();
         manifest.methods.clear();
-        let parts: Vec<_> = adapters.methods.iter().zip(&adapters.ranges).zip(adapters.view.iter()).collect();
+        let parts: Vec<_> = adapters.methods.iter().zip(&adapters.ranges).zip(adapters.view.iter().skip(adapters.beneath)).collect();
         let params: Vec<&Param> = adapters.params.iter().collect();
         for (index, ((method, range), patch)) in parts.iter().enumerate() {
             let place = match parts.len() {

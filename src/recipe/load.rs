@@ -17,7 +17,10 @@ impl Recipe {
     /// # Errors
     /// With line, column, snippet and the nearest valid key where the file is wrong.
     pub fn load(path: &Path, sets: &[String]) -> Result<Self> {
-        let text = files::read_text(path, MAX_BYTES)?;
+        let text = files::read_text(path, MAX_BYTES).map_err(|e| match path.exists() {
+            true => e,
+            false => e.hint("`peft recipes` lists those in the binary, `peft new` writes one for your data"),
+        })?;
         let name = path.file_stem().map_or("recipe".into(), |s| s.to_string_lossy().into_owned());
         Self::parse(&path.display().to_string(), &text, &name, sets)
     }
@@ -131,7 +134,9 @@ fn message(error: &serde_saphyr::Error) -> String {
 /// serde's message with the file's name, the snippet and the nearest valid key.
 fn explain(place: &str, error: &serde_saphyr::Error) -> Error {
     let position = error.location().map(|l| format!(":{}:{}", l.line(), l.column())).unwrap_or_default();
-    let snippet: Vec<String> = error.to_string().lines().skip(2).map(|l| format!("  {l}")).collect();
+    // Under the caret the message would stand once more.
+    let caret = |l: &str| l.rfind('^').filter(|_| l.trim_start().starts_with('|')).map_or(l.len(), |at| at + 1);
+    let snippet: Vec<String> = error.to_string().lines().skip(2).map(|l| format!("  {}", &l[..caret(l)])).collect();
     let message = message(error);
     let mut text = message.clone();
     if !snippet.is_empty() {

@@ -14,7 +14,10 @@ use crate::named;
 use crate::task::TaskConfig;
 use crate::train::TrainConfig;
 
+mod compare;
 mod load;
+
+pub use compare::{CompareConfig, CompareMethod};
 
 /// What `peft train` runs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -37,6 +40,12 @@ pub struct Recipe {
     /// How images are read.
     #[serde(default)]
     pub images: ImageConfig,
+    /// What `peft compare` does with this recipe; training takes no notice.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compare: Option<CompareConfig>,
+    /// A second set, in the form of `data`, on which `peft compare` measures what was forgotten.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forget: Option<DataConfig>,
     /// The run directory; `runs/<recipe name>` when left out.
     #[serde(default)]
     pub output: Option<PathBuf>,
@@ -162,6 +171,9 @@ impl Recipe {
             return Err(
                 Error::input(format!("{place}: model"), "expected a base, found an empty name").hint("builtin:tiny, or a directory")
             );
+        }
+        if let Some(compare) = &self.compare {
+            compare.validate(place)?;
         }
         self.train.validate(place)?;
         self.task.validate(place)?;

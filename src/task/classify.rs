@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};
-use peft_adapters::{ClassFeatures, Params, Spec, Start};
+use peft_adapters::{ClassFeatures, Labelled, Params, Patches, Spec, Start};
 use serde::{Deserialize, Serialize};
 
 use super::prompts::{self, Pad, Prompts, cross_entropy};
 use super::{Forward, Task, TaskParts, metrics};
-use crate::clip::model::{class_logits, unit_rows};
+use crate::clip::model::{class_logits, cosine_logits, unit_rows};
 use crate::data::Example;
 use crate::error::{Error, Result};
 use crate::report::{Classification, Evaluation, Prediction};
@@ -21,6 +21,9 @@ pub struct ClassifyConfig {
     pub templates: Vec<String>,
     /// `prompts`: scaled cosine with the class prompts. `linear`: a trained matrix over image features.
     pub head: Head,
+    /// Where a linear head starts. `zero`: all classes alike. `text`: at the base's own logits, weights exp(logit scale) times
+    /// the class prompts' features; better with few examples.
+    pub head_init: HeadInit,
     /// `longest` or `max`: how far prompts are padded. `max` is slower and changes nothing.
     pub pad: Pad,
 }
@@ -36,9 +39,20 @@ pub enum Head {
     Linear,
 }
 
+/// Where a linear head starts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HeadInit {
+    /// W = 0, b = 0.
+    #[default]
+    Zero,
+    /// W = exp(logit scale) · prompts/‖prompts‖, b = 0.
+    Text,
+}
+
 impl Default for ClassifyConfig {
     fn default() -> Self {
-        Self { templates: vec![prompts::DEFAULT_TEMPLATE.into()], head: Head::Prompts, pad: Pad::Longest }
+        Self { templates: vec![prompts::DEFAULT_TEMPLATE.into()], head: Head::Prompts, head_init: HeadInit::Zero, pad: Pad::Longest }
     }
 }
 
@@ -74,24 +88,20 @@ impl Classify {
             return Err(Error::input("task.classify", format!("expected at least two classes, found {count}"))
                 .hint("a classifier chooses; check `data`"));
         }
+        let prompts = Prompts::of_classes(parts.tokenizer, parts.classes, &config.templates, config.pad)?;
         let head = match config.head {
             Head::Prompts => None,
             Head::Linear => {
                 let dim = parts.clip.config().projection_dim;
+                let start = match config.head_init {
+                    HeadInit::Zero => Start::Zeros,
+                    HeadInit::Text => Start::Value(text_weights(parts.clip, &prompts)?),
+                };
                 let declare = |params: &mut Params, spec| params.declare(spec).map_err(|e| Error::input("task.classify.head", e));
-                Some([
-                    declare(params, Spec::new(HEAD[0], (count, dim), Start::Zeros))?,
-                    declare(params, Spec::new(HEAD[1], count, Start::Zeros))?,
-                ])
+                Some([declare(params, Spec::new(HEAD[0], (count, dim), start))?, declare(params, Spec::new(HEAD[1], count, Start::Zeros))?])
             }
         };
-        Ok(Self {
-            classes: parts.classes.to_vec(),
-            prompts: Prompts::of_classes(parts.tokenizer, parts.classes, &config.templates, config.pad)?,
-            head,
-            smoothing: parts.label_smoothing,
-            frozen: None,
-        })
+        Ok(Self { classes: parts.classes.to_vec(), prompts, head, smoothing: parts.label_smoothing, frozen: None })
     }
 
     fn class_features(&mut self, on: &Forward<'_, '_>) -> Result<Tensor> {
@@ -114,12 +124,20 @@ impl Classify {
             return Ok(x.matmul(&weight.t()?)?.broadcast_add(&bias)?);
         }
         let classes = match classes {
-            Some(c) => c.clone(),
-            None => self.class_features(on)?,
+            Some(c) => ClassFeatures::Shared(c.clone()),
+            None if on.patches.per_image() => self.prompts.classes(on, features)?,
+            None => ClassFeatures::Shared(self.class_features(on)?),
         };
-        let classes = on.patches.class_features(ClassFeatures::Shared(classes), features)?;
+        let classes = on.patches.class_features(classes, features)?;
         Ok(class_logits(on.clip, features, &classes, on.patches)?)
     }
+}
+
+/// A zero-shot classifier of the bare base as the weights of a linear one, [C, P].
+fn text_weights(clip: &crate::clip::Clip, prompts: &Prompts) -> Result<Tensor> {
+    let none = Patches::none();
+    let features = unit_rows(&prompts.class_features(&Forward::eval(clip, &none))?)?;
+    Ok(features.broadcast_mul(&clip.logit_scale(&none)?)?)
 }
 
 fn labels(examples: &[&Example], like: &Tensor) -> Result<Tensor> {
@@ -141,11 +159,15 @@ impl Task for Classify {
     }
 
     fn evaluate(&mut self, on: &Forward<'_, '_>, features: &Tensor, examples: &[Example]) -> Result<Evaluation> {
-        let classes = match &self.head {
-            Some(_) => None,
-            None => Some(self.class_features(on)?),
+        let logits = match &self.head {
+            None if on.patches.per_image() => self.prompts.logits(on, features)?,
+            None => {
+                let classes = self.class_features(on)?;
+                self.logits(on, features, Some(&classes))?
+            }
+            Some(_) => self.logits(on, features, None)?,
         };
-        let logits = self.logits(on, features, classes.as_ref())?.to_dtype(DType::F32)?;
+        let logits = logits.to_dtype(DType::F32)?;
         let references: Vec<&Example> = examples.iter().collect();
         let loss = cross_entropy(&logits, &labels(&references, &logits)?, 0.0)?.to_scalar::<f32>()?;
         let rows = candle_nn::ops::softmax(&logits, 1)?.to_vec2::<f32>()?;
@@ -172,6 +194,16 @@ impl Task for Classify {
             predictions: predictions.collect(),
             classification: Some(classification),
         })
+    }
+
+    fn labelled(&mut self, on: &Forward<'_, '_>, features: &Tensor, examples: &[Example]) -> Result<Option<Labelled>> {
+        if self.head.is_some() || on.patches.per_image() {
+            return Ok(None);
+        }
+        let classes = on.patches.class_features(ClassFeatures::Shared(self.class_features(on)?), features)?;
+        let logits = cosine_logits(on.clip, features, &classes, on.patches)?;
+        let references: Vec<&Example> = examples.iter().collect();
+        Ok(Some(Labelled { features: unit_rows(features)?, labels: labels(&references, &logits)?, logits }))
     }
 
     fn warnings(&self) -> Vec<String> {

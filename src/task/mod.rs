@@ -3,7 +3,7 @@
 //! A task is one file and one line in [`TaskConfig`].
 
 use candle_core::Tensor;
-use peft_adapters::{Params, Patches, Tape};
+use peft_adapters::{Labelled, Params, Patches, Tape};
 use serde::{Deserialize, Serialize};
 
 use crate::clip::Clip;
@@ -18,7 +18,7 @@ pub mod prompts;
 mod retrieve;
 
 pub(crate) use classify::HEAD;
-pub use classify::{ClassifyConfig, Head};
+pub use classify::{ClassifyConfig, Head, HeadInit};
 pub use prompts::Pad;
 pub use retrieve::RetrieveConfig;
 
@@ -152,6 +152,17 @@ pub trait Task {
     /// # Errors
     /// When a tensor operation fails.
     fn evaluate(&mut self, on: &Forward<'_, '_>, features: &Tensor, examples: &[Example]) -> Result<Evaluation>;
+
+    /// A split as methods see it that look at data; nothing where the task does not compare images with class prompts.
+    ///
+    /// # Shapes
+    /// `features` [N, P], unnormalised; `examples` N of them.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn labelled(&mut self, _on: &Forward<'_, '_>, _features: &Tensor, _examples: &[Example]) -> Result<Option<Labelled>> {
+        Ok(None)
+    }
 
     /// Whether batches should all have the same size.
     fn drop_last(&self) -> bool {

@@ -33,6 +33,12 @@ pub struct State {
     pub before: Option<Evaluation>,
     /// Seconds of earlier sessions.
     pub seconds: f64,
+    /// Seconds of steps alone, waiting for images included.
+    #[serde(default)]
+    pub step_seconds: f64,
+    /// Images that steps have seen.
+    #[serde(default)]
+    pub images: usize,
 }
 
 /// The best epoch.

@@ -74,6 +74,9 @@ pub struct TrainConfig {
     /// Optimiser steps between checkpoints, besides one at each epoch's end.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checkpoint_steps: Option<usize>,
+    /// Whether TensorBoard's event file is written; it grows by some 150 bytes a step.
+    #[serde(skip_serializing_if = "is_true")]
+    pub tensorboard: bool,
 }
 
 /// `early_stopping: { metric: accuracy, patience: 5 }`.
@@ -100,6 +103,12 @@ pub struct PatchDropout {
 
 fn is_default(cache: &CacheConfig) -> bool {
     *cache == CacheConfig::default()
+}
+
+// serde hands out references.
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_true(value: &bool) -> bool {
+    *value
 }
 
 fn one() -> f64 {
@@ -154,6 +163,7 @@ impl Default for TrainConfig {
             activation_cache: CacheConfig::default(),
             label_smoothing: 0.0,
             checkpoint_steps: None,
+            tensorboard: true,
         }
     }
 }
@@ -214,12 +224,18 @@ impl TrainConfig {
         self.schedule.validate(place, self.lr)
     }
 
+    /// Epochs where no steps are given.
+    #[must_use]
+    pub fn epochs(&self) -> usize {
+        self.epochs.unwrap_or(DEFAULT_EPOCHS)
+    }
+
     /// Optimiser steps in all, given the micro-batches of an epoch. Steps never cross an epoch's end.
     #[must_use]
     pub fn total_steps(&self, batches_per_epoch: usize) -> usize {
         match self.steps {
             Some(steps) => steps,
-            None => self.epochs.unwrap_or(DEFAULT_EPOCHS) * self.steps_per_epoch(batches_per_epoch),
+            None => self.epochs() * self.steps_per_epoch(batches_per_epoch),
         }
     }
 

@@ -21,6 +21,7 @@ mod activations;
 pub mod checkpoint;
 mod config;
 mod features;
+mod fit;
 pub mod observer;
 mod step;
 
@@ -92,9 +93,12 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Optimiser steps in all.
+    /// Optimiser steps in all; none where nothing is trained (Tip-Adapter).
     #[must_use]
     pub fn total_steps(&self) -> usize {
+        if self.adapters.params.count() == 0 {
+            return 0;
+        }
         self.config.total_steps(self.plan().per_epoch())
     }
 
@@ -165,9 +169,23 @@ impl<'a> Trainer<'a> {
     /// When a step fails, a number is not finite, or a signal came.
     pub fn train(&mut self, run: &mut Run, checkpoints: Option<&Path>, observer: &mut dyn Observer) -> Result<()> {
         let total = self.total_steps();
+        if run.state.step == 0 {
+            self.fit(run, observer)?;
+        }
+        if total > 0 {
+            self.steps(run, total, checkpoints, observer)?;
+        }
+        self.finish(run)?;
+        self.tune(observer)
+    }
+
+    fn steps(&mut self, run: &mut Run, total: usize, checkpoints: Option<&Path>, observer: &mut dyn Observer) -> Result<()> {
         let mut stepper = Stepper::new(self, run.state.step, total, observer)?;
         while run.state.step < total && !run.state.stopped_early {
+            let start = Instant::now();
             let record = stepper.step(self, run)?;
+            run.state.step_seconds += start.elapsed().as_secs_f64();
+            run.state.images += record.images;
             observer.event(Event::Step(&record));
             let epoch_done = run.state.step.is_multiple_of(stepper.steps_per_epoch()) || run.state.step == total;
             if epoch_done {
@@ -182,7 +200,7 @@ impl<'a> Trainer<'a> {
                 return Err(interrupted(run, total, signal, checkpoints.is_some()));
             }
         }
-        self.finish(run)
+        Ok(())
     }
 
     fn end_epoch(&mut self, run: &mut Run, epoch: usize, validate: bool, observer: &mut dyn Observer) -> Result<()> {

@@ -33,7 +33,7 @@ pub enum Event<'a> {
 }
 
 /// One line of `metrics.jsonl`.
-#[derive(Debug, Clone, serde::Serialize)]
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 pub struct StepRecord {
     /// From 1.
     pub step: usize,

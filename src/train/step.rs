@@ -149,11 +149,12 @@ impl Stepper {
         for position in positions {
             let batch = self.next(position, trainer)?;
             let weight = batch.indices.len() as f64 / sizes as f64;
-            let value = self.backward(trainer, &batch, weight, &mut sums)?;
+            epoch = batch.epoch;
+            let value = self.backward(trainer, batch, weight, &mut sums)?;
             if !value.is_finite() {
-                return Err(non_finite("loss", step + 1, &self.examples_of(&batch.indices)));
+                return Err(non_finite("loss", step + 1, &self.examples_of(&self.plan.indices(position))));
             }
-            (loss, epoch) = (loss + value * weight, batch.epoch);
+            loss += value * weight;
         }
         let grads = sums.take();
         let norm = global_norm(&grads)?;
@@ -174,22 +175,23 @@ impl Stepper {
     }
 
     /// Forward and backward of a micro-batch; `weight` times its gradients are added to `sums`.
-    fn backward(&self, trainer: &mut Trainer<'_>, batch: &MicroBatch, weight: f64, sums: &mut Accumulated) -> Result<f64> {
+    fn backward(&self, trainer: &mut Trainer<'_>, batch: MicroBatch, weight: f64, sums: &mut Accumulated) -> Result<f64> {
+        let MicroBatch { input, indices, epoch, position } = batch;
         let clip = trainer.clip();
         let seed = trainer.config.seed;
-        trainer.adapters.patches.prepare(&Step { training: true, seed, step: batch.position as u64 })?;
+        trainer.adapters.patches.prepare(&Step { training: true, seed, step: position as u64 })?;
         let patches = &trainer.adapters.patches;
         let tape = trainer.config.tape();
-        let features = match &batch.input {
-            Input::Features(features) => features.clone(),
-            Input::Trunk(trunk) => clip.image_features_from(trunk, patches, tape.as_ref())?,
+        let features = match input {
+            Input::Features(features) => features,
+            Input::Trunk(trunk) => clip.image_features_from(&trunk, patches, tape.as_ref())?,
             Input::Pixels(pixels) => {
-                let keep = self.kept_patches(trainer, batch.indices.len(), batch.position)?;
+                let keep = self.kept_patches(trainer, indices.len(), position)?;
                 clip.image_features_on(pixels, keep.as_ref(), patches, tape.as_ref())?
             }
         };
-        let on = Forward { clip, patches, training: true, epoch: batch.epoch, tape: tape.as_ref() };
-        let mut loss = trainer.task.loss(&on, &features, &self.examples_of(&batch.indices))?;
+        let on = Forward { clip, patches, training: true, epoch, tape: tape.as_ref() };
+        let mut loss = trainer.task.loss(&on, &features, &self.examples_of(&indices))?;
         if let Some(term) = patches.regulariser()? {
             loss = (loss + term.to_dtype(DType::F32)?)?;
         }
@@ -231,7 +233,7 @@ impl Stepper {
             ema.update(params, run.state.step)?;
         }
         let named = by_name(params, grads);
-        for patch in trainer.adapters.patches.iter_mut() {
+        for patch in trainer.adapters.patches.iter_mut().skip(trainer.adapters.beneath) {
             patch.after_backward(run.state.step, self.total, &named)?;
         }
         Ok(())

@@ -157,6 +157,14 @@ pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     embedding::embedding(table, ids)
 }
 
+/// Gives back the memory of a constant that nobody will read again; nothing happens where other tensors share it.
+///
+/// # Errors
+/// When another thread failed while it held the memory.
+pub fn discard(t: &Tensor) -> Result<()> {
+    release::discard(t)
+}
+
 /// Gives back the memory of a value that its graph holds but that no backward pass will read, such as the input of a
 /// [`linear`] whose weight and bias are frozen. Nothing happens to constants, nor where the portable compositions run:
 /// their backward passes read everything.

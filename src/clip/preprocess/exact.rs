@@ -4,6 +4,7 @@ use std::f64::consts::PI;
 use std::ops::Range;
 
 use image::RgbImage;
+use pulp::{Arch, NullaryFnOnce};
 
 use super::Resample;
 use super::resize::{Axis, columns_first};
@@ -59,44 +60,114 @@ fn taps(axis: Axis, filter: Resample) -> Vec<Taps> {
     (axis.start..axis.start + axis.len).map(one).collect()
 }
 
+/// Rows that are resampled side by side, one in each lane of a vector.
+const LANES: usize = 16;
+/// Values of a row that are resampled side by side.
+const CHUNK: usize = 64;
+
 /// Resamples along x, for these rows of the source only.
 fn rows(image: &RgbImage, taps: &[Taps], seen: Range<usize>) -> RgbImage {
-    let width = 3 * image.width() as usize;
+    let used = span(taps);
     let mut out = RgbImage::new(taps.len() as u32, seen.len() as u32);
-    let targets = out.chunks_exact_mut((3 * taps.len()).max(1));
-    for (target, source) in targets.zip(image.as_raw().chunks_exact(width).skip(seen.start)) {
-        for (pixel, Taps { first, weights }) in target.as_chunks_mut::<3>().0.iter_mut().zip(taps) {
-            let mut sums = [1 << (BITS - 1); 3];
-            for (value, weight) in source[3 * first..].as_chunks::<3>().0.iter().zip(weights) {
-                for (sum, v) in sums.iter_mut().zip(value) {
-                    *sum += i32::from(*v) * weight;
-                }
+    let width = 3 * image.width() as usize;
+    let source = &image.as_raw()[width * seen.start..width * seen.end];
+    let mut block = vec![[0; LANES]; 3 * used.len()];
+    let targets = out.chunks_mut((3 * taps.len() * LANES).max(1));
+    for (target, source) in targets.zip(source.chunks((width * LANES).max(1))) {
+        for (lane, row) in source.chunks_exact(width).enumerate() {
+            for (value, column) in row[3 * used.start..3 * used.end].iter().zip(&mut block) {
+                column[lane] = *value;
             }
-            *pixel = sums.map(clip);
         }
+        Arch::new().dispatch(BlockOfRows { block: &block, taps, start: used.start, out: target });
     }
     out
+}
+
+/// Some rows along x, compiled for the machine's vectors.
+struct BlockOfRows<'a> {
+    /// One column of [`LANES`] rows for each value of the source from pixel `start` on.
+    block: &'a [[u8; LANES]],
+    taps: &'a [Taps],
+    start: usize,
+    out: &'a mut [u8],
+}
+
+impl NullaryFnOnce for BlockOfRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let width = 3 * self.taps.len();
+        for (pixel, Taps { first, weights }) in self.taps.iter().enumerate() {
+            let mut sums = [[1 << (BITS - 1); LANES]; 3];
+            for (values, weight) in self.block[3 * (first - self.start)..].as_chunks::<3>().0.iter().zip(weights) {
+                for (sums, values) in sums.iter_mut().zip(values) {
+                    add(sums, values, *weight);
+                }
+            }
+            let sums = sums.map(|lanes| lanes.map(clip));
+            for (lane, row) in self.out.chunks_exact_mut(width).enumerate() {
+                for (value, lanes) in row[3 * pixel..3 * pixel + 3].iter_mut().zip(&sums) {
+                    *value = lanes[lane];
+                }
+            }
+        }
+    }
 }
 
 /// Resamples along y, for these columns of the source only.
 fn columns(image: &RgbImage, taps: &[Taps], seen: Range<usize>) -> RgbImage {
     let width = 3 * image.width() as usize;
     let mut out = RgbImage::new(seen.len() as u32, taps.len() as u32);
-    let mut sums = vec![0; 3 * seen.len()];
-    for (target, Taps { first, weights }) in out.chunks_exact_mut(sums.len().max(1)).zip(taps) {
-        sums.fill(1 << (BITS - 1));
-        for (source, weight) in image.as_raw().chunks_exact(width).skip(*first).zip(weights) {
-            for (sum, v) in sums.iter_mut().zip(&source[3 * seen.start..3 * seen.end]) {
-                *sum += i32::from(*v) * weight;
-            }
-        }
-        for (value, sum) in target.iter_mut().zip(&sums) {
-            *value = clip(*sum);
-        }
+    for (target, Taps { first, weights }) in out.chunks_exact_mut((3 * seen.len()).max(1)).zip(taps) {
+        let source = &image.as_raw()[width * first..];
+        Arch::new().dispatch(Row { source, width, start: 3 * seen.start, weights, out: target });
     }
     out
 }
 
+/// One row of the result, compiled for the machine's vectors.
+struct Row<'a> {
+    /// From the first row on that it is made of.
+    source: &'a [u8],
+    width: usize,
+    /// The first value of each row that is used.
+    start: usize,
+    weights: &'a [i32],
+    out: &'a mut [u8],
+}
+
+impl NullaryFnOnce for Row<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        for (chunk, target) in self.out.chunks_mut(CHUNK).enumerate() {
+            let from = self.start + chunk * CHUNK;
+            let mut sums = [1 << (BITS - 1); CHUNK];
+            for (row, weight) in self.source.chunks_exact(self.width).zip(self.weights) {
+                // A constant length, so that the sums stay in registers.
+                match row[from..].first_chunk::<CHUNK>() {
+                    Some(values) => add(&mut sums, values, *weight),
+                    None => add(&mut sums, &row[from..from + target.len()], *weight),
+                }
+            }
+            for (value, sum) in target.iter_mut().zip(&sums) {
+                *value = clip(*sum);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn add(sums: &mut [i32], values: &[u8], weight: i32) {
+    for (sum, v) in sums.iter_mut().zip(values) {
+        *sum += i32::from(*v) * weight;
+    }
+}
+
+#[inline(always)]
 fn clip(sum: i32) -> u8 {
     (sum >> BITS).clamp(0, 255) as u8
 }

@@ -2,6 +2,9 @@
 
 mod definition;
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use super::config::TextConfig;
@@ -17,7 +20,7 @@ const PARALLEL: usize = 32;
 /// to the model's context here, and padded where batches are made.
 #[derive(Debug, Clone)]
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    inner: Arc<tokenizers::Tokenizer>,
     bos: u32,
     eos: u32,
     context: usize,
@@ -49,7 +52,7 @@ impl Tokenizer {
             return Err(Error::input(&place, format!("a context of {context} tokens leaves no room for the begin and end tokens")));
         }
         let digest = definition::digest(&place, &inner, bos_id, eos_id)?;
-        let tokenizer = Self { inner, bos: bos_id, eos: eos_id, context, digest };
+        let tokenizer = Self { inner: Arc::new(inner), bos: bos_id, eos: eos_id, context, digest };
         // A vocabulary without the pieces or the unknown token it needs shows on the first text.
         tokenizer.encode("a photo of a \u{1f427}.").map_err(|e| Error::input(&place, e))?;
         Ok(tokenizer)
@@ -62,17 +65,57 @@ impl Tokenizer {
     /// # Errors
     /// When the vocabulary has neither a character nor an unknown token.
     pub fn encode(&self, text: &str) -> Result<(Vec<u32>, bool)> {
-        let encoding = guarded(|| self.inner.encode_fast(text, false)).map_err(|e| {
-            let start: String = text.chars().take(80).collect();
-            Error::input("tokeniser", format!("cannot encode `{start}`: {e}"))
-        })?;
+        let encoding = self.encoding(text)?;
+        Ok(self.enclosed(encoding.get_ids()))
+    }
+
+    /// [`Tokenizer::encode`], and which of the ids stand for the bytes `part` of the text: the first of them, counted from the
+    /// begin token, and how many there are. A token that reaches into `part` counts.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_part(&self, text: &str, part: &Range<usize>) -> Result<(Vec<u32>, bool, Range<usize>)> {
+        let encoding = guarded(|| self.inner.encode(text, false)).map_err(|e| unencodable(text, &e))?;
+        let offsets = encoding.get_offsets();
+        let first = offsets.iter().take_while(|(_, end)| *end <= part.start).count();
+        let len = offsets[first..].iter().take_while(|(start, _)| *start < part.end).count();
+        let (ids, cut) = self.enclosed(encoding.get_ids());
+        let end = ids.len() - 1;
+        Ok((ids, cut, (first + 1).min(end)..(first + 1 + len).min(end)))
+    }
+
+    /// The ids of a text alone, without begin and end and of any length.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn words(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = guarded(|| self.inner.encode_fast(text, false)).map_err(|e| unencodable(text, &e))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Between begin and end token, cut to the context, and whether that was needed.
+    fn enclosed(&self, ids: &[u32]) -> (Vec<u32>, bool) {
         let room = self.context - 2;
-        let ids = encoding.get_ids();
         let mut all = Vec::with_capacity(ids.len().min(room) + 2);
         all.push(self.bos);
         all.extend_from_slice(&ids[..ids.len().min(room)]);
         all.push(self.eos);
-        Ok((all, ids.len() > room))
+        (all, ids.len() > room)
+    }
+
+    /// How many ids a text has before it is cut, begin and end included.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn count(&self, text: &str) -> Result<usize> {
+        Ok(self.encoding(text)?.len() + 2)
+    }
+
+    fn encoding(&self, text: &str) -> Result<tokenizers::Encoding> {
+        guarded(|| self.inner.encode_fast(text, false)).map_err(|e| {
+            let start: String = text.chars().take(80).collect();
+            Error::input("tokeniser", format!("cannot encode `{start}`: {e}"))
+        })
     }
 
     /// The ids of many texts, and how many were cut. For the caller to warn about.
@@ -115,6 +158,11 @@ impl Tokenizer {
         }
         Ok(files)
     }
+}
+
+fn unencodable(text: &str, error: &impl std::fmt::Display) -> Error {
+    let start: String = text.chars().take(80).collect();
+    Error::input("tokeniser", format!("cannot encode `{start}`: {error}"))
 }
 
 /// The crate panics on some definitions that are valid JSON, for example on a `Replace` whose

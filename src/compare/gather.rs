@@ -1,0 +1,427 @@
+//! From run directories to the comparison and its files.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::plan::{PlannedGroup, PlannedRow, PlannedTrial};
+use super::stats::{self, Hits};
+use super::{BaseMeasured, CompareOptions, Measured, Runner, Second, read_json, write};
+use crate::comparison::{Comparison, Forget, Group, Row, RunRow, Spread, Trial};
+use crate::data::DataConfig;
+use crate::error::{Error, Result};
+use crate::files;
+use crate::page::{self, ComparePage, Curve, Disagreement, GroupPage};
+use crate::recipe::Recipe;
+use crate::report::{Classification, Evaluation, Prediction, TrainReport};
+use crate::run;
+use crate::train::{Event, Observer};
+
+/// Images on which methods disagree that are shown.
+const SHOWN: usize = 24;
+
+/// What was measured, kept so that a comparison that goes on measures nothing twice.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Cache {
+    bases: BTreeMap<String, BaseMeasured>,
+    runs: BTreeMap<String, Measured>,
+}
+
+/// A finished run.
+struct Loaded {
+    seed: u64,
+    report: TrainReport,
+    predictions: Vec<Prediction>,
+}
+
+/// A row's finished runs.
+type LoadedRow = Vec<Loaded>;
+
+pub(super) struct Gather<'a> {
+    options: &'a CompareOptions,
+    runner: &'a dyn Runner,
+    cache: Cache,
+    notes: Vec<String>,
+}
+
+impl<'a> Gather<'a> {
+    pub(super) fn new(options: &'a CompareOptions, runner: &'a dyn Runner) -> Result<Self> {
+        let cache = read_json(&options.output.join("measured.json"))?.unwrap_or_default();
+        Ok(Self { options, runner, cache, notes: Vec::new() })
+    }
+
+    pub(super) fn all(
+        mut self,
+        groups: &[PlannedGroup],
+        failed: &BTreeMap<PathBuf, Error>,
+        observer: &mut dyn Observer,
+    ) -> Result<Comparison> {
+        let count = groups.iter().map(|g| 1 + g.rows.iter().map(|r| r.trials.first().map_or(0, |t| t.runs.len())).sum::<usize>()).sum();
+        observer.event(Event::Phase("measured", Some(count)));
+        let (mut done, mut pages) = (Vec::new(), Vec::new());
+        for group in groups {
+            let (group, page) = self.group(group, failed, observer)?;
+            done.push(group);
+            pages.push(page);
+        }
+        let comparison = Comparison {
+            version: env!("CARGO_PKG_VERSION").into(),
+            reference: self.options.reference.clone(),
+            groups: done,
+            notes: self.notes,
+        };
+        let out = &self.options.output;
+        let html = page::compare(&ComparePage { comparison: &comparison, groups: &pages })?;
+        files::write_atomic(&out.join("compare.html"), html.as_bytes())?;
+        files::write_atomic(&out.join("compare.md"), write::markdown(&comparison).as_bytes())?;
+        files::write_atomic(&out.join("compare.csv"), write::csv(&comparison)?.as_bytes())?;
+        files::write_json(&out.join("compare.json"), &comparison)?;
+        Ok(comparison)
+    }
+
+    fn group(
+        &mut self,
+        planned: &PlannedGroup,
+        failed: &BTreeMap<PathBuf, Error>,
+        observer: &mut dyn Observer,
+    ) -> Result<(Group, GroupPage)> {
+        let recipe = &planned.recipe;
+        let metric = recipe.task.metric();
+        let second = second(recipe);
+        let base = self.base(recipe, &second, observer)?;
+        let (mut rows, mut loaded) = (Vec::new(), Vec::new());
+        for row in &planned.rows {
+            let (row, runs) = self.row(row, metric, failed, &second, observer)?;
+            rows.push(row);
+            loaded.push(runs);
+        }
+        self.compare_rows(&planned.name, &mut rows, &loaded);
+        stats::mark_pareto(&mut rows);
+        let any = loaded.iter().flatten().next().map(|l| &l.report);
+        if loaded.iter().flatten().any(|l| any.is_some_and(|a| a.base_digest != l.report.base_digest || a.classes != l.report.classes)) {
+            self.notes.push(format!("{}: runs differ in the base's weights or in the classes", planned.name));
+        }
+        let forget = base.as_ref().and_then(|b| b.forget).map(|(examples, before)| {
+            Ok::<_, Error>(Forget { data: pruned(&second.data)?, templates: second.templates.clone(), examples, before })
+        });
+        let group = Group {
+            name: planned.name.clone(),
+            recipe: recipe.name.clone(),
+            shots: recipe.data.shots,
+            base: recipe.model.spec().into(),
+            base_digest: any.map(|r| r.base_digest.clone()).unwrap_or_default(),
+            task: recipe.task.name().into(),
+            metric: metric.into(),
+            split: any.map_or_else(|| "test".into(), |r| r.split.clone()),
+            classes: any.map(|r| r.classes.clone()).unwrap_or_default(),
+            examples: any.map(|r| r.examples).unwrap_or_default(),
+            budget: planned.budget,
+            zero_shot: base.as_ref().and_then(|b| b.zero_shot.clone()),
+            forget: forget.transpose()?,
+            base_ms: base.as_ref().map(|b| b.ms),
+            rows,
+        };
+        let page = self.page(recipe, &group, &loaded)?;
+        Ok((group, page))
+    }
+
+    /// The base of a group; a comparison without it still says which method is better.
+    fn base(&mut self, recipe: &Recipe, second: &Second, observer: &mut dyn Observer) -> Result<Option<BaseMeasured>> {
+        stopped(observer)?;
+        let mut bare = recipe.clone();
+        (bare.method, bare.output, bare.compare) = (Vec::new(), None, None);
+        let key = key(&json!([env!("CARGO_PKG_VERSION"), bare, second]));
+        let found = match self.cache.bases.get(&key) {
+            Some(found) => Some(found.clone()),
+            None => match self.runner.base(recipe, second) {
+                Ok(found) => {
+                    self.cache.bases.insert(key, found.clone());
+                    self.keep()?;
+                    Some(found)
+                }
+                Err(e) => {
+                    self.notes.push(format!("the base of {} was not measured: {e}", recipe.name));
+                    None
+                }
+            },
+        };
+        if let Some(why) = found.as_ref().and_then(|f| f.forget_failed.as_ref()) {
+            self.notes.push(format!("{}: forgetting was not measured: {why}", recipe.name));
+        }
+        observer.event(Event::Advance(1));
+        Ok(found)
+    }
+
+    fn row(
+        &mut self,
+        planned: &PlannedRow,
+        metric: &str,
+        failed: &BTreeMap<PathBuf, Error>,
+        second: &Second,
+        observer: &mut dyn Observer,
+    ) -> Result<(Row, LoadedRow)> {
+        let trials: Vec<(Trial, LoadedRow)> = planned.trials.iter().map(|t| trial(t, metric, failed)).collect::<Result<_>>()?;
+        let at = best(&trials);
+        let (chosen, loaded) = (&planned.trials[at], trials.into_iter().map(|(t, l)| (t, Some(l))).collect::<Vec<_>>());
+        let searched = loaded.len() > 1;
+        let (mut trials, mut loaded): (Vec<Trial>, Vec<Option<LoadedRow>>) = loaded.into_iter().unzip();
+        trials[at].chosen = true;
+        let loaded = loaded[at].take().unwrap_or_default();
+        let mut row = Row {
+            method: planned.method.clone(),
+            options: planned.options.clone(),
+            lr: chosen.lr,
+            search: searched.then_some(trials),
+            runs: chosen.runs.iter().map(|r| run_row(r.seed, &r.dir, &loaded, metric, failed)).collect(),
+            ..Row::default()
+        };
+        let over = |pick: &dyn Fn(&TrainReport) -> Option<f64>| Spread::new(loaded.iter().filter_map(|l| pick(&l.report)).collect());
+        row.test = over(&|r| r.after.as_ref()?.metric(metric));
+        let names = loaded.first().and_then(|l| l.report.after.as_ref()).map(|a| a.metrics.keys().cloned().collect::<Vec<_>>());
+        for name in names.unwrap_or_default().into_iter().chain(["loss".to_string()]) {
+            if let Some(spread) = over(&|r| r.after.as_ref()?.metric(&name)) {
+                row.metrics.insert(name, spread);
+            }
+        }
+        row.trainable_parameters = loaded.first().map(|l| l.report.trainable_parameters);
+        row.delta_bytes = loaded.first().map(|l| l.report.adapter_bytes);
+        row.seconds = over(&|r| Some(r.seconds));
+        row.images_per_second = over(&TrainReport::images_per_second);
+        row.peak_rss_mib = loaded.iter().filter_map(|l| l.report.peak_rss_mib).reduce(f64::max);
+        self.measure(&mut row, second, observer)?;
+        Ok((row, loaded))
+    }
+
+    /// Inference and forgetting of each finished run.
+    fn measure(&mut self, row: &mut Row, second: &Second, observer: &mut dyn Observer) -> Result<()> {
+        for run in &mut row.runs {
+            stopped(observer)?;
+            observer.event(Event::Advance(1));
+            if run.failed.is_some() {
+                continue;
+            }
+            let report = files::read(&run.run.join("report.json"), 1 << 30)?;
+            let key = key(&json!([env!("CARGO_PKG_VERSION"), run.run, blake3::hash(&report).to_hex().as_str(), second]));
+            let found = match self.cache.runs.get(&key) {
+                Some(found) => found.clone(),
+                None => match self.runner.measure(&run.run, second) {
+                    Ok(found) => {
+                        self.cache.runs.insert(key, found.clone());
+                        self.keep()?;
+                        found
+                    }
+                    Err(e) => {
+                        row.forget_failed = Some(e.to_string());
+                        continue;
+                    }
+                },
+            };
+            run.forget = found.forget;
+            row.forget_failed = row.forget_failed.take().or(found.forget_failed);
+            // The fastest of the seeds: what the machine was busy with is no property of the method.
+            let slower = row.inference.as_ref().is_none_or(|i| found.inference.unmerged_ms < i.unmerged_ms);
+            if slower {
+                row.inference = Some(found.inference);
+            }
+        }
+        row.forget = Spread::new(row.runs.iter().filter_map(|r| r.forget).collect());
+        Ok(())
+    }
+
+    fn keep(&self) -> Result<()> {
+        files::write_json(&self.options.output.join("measured.json"), &self.cache)
+    }
+
+    fn compare_rows(&mut self, group: &str, rows: &mut [Row], loaded: &[LoadedRow]) {
+        let hits = |l: &LoadedRow| l.iter().filter_map(|l| Some((l.seed, stats::hits(&l.predictions)?))).collect::<Vec<(u64, Hits)>>();
+        let Some(reference) = rows.iter().position(|r| r.method == self.options.reference) else {
+            let known: Vec<&str> = rows.iter().map(|r| r.method.as_str()).collect();
+            self.notes.push(format!(
+                "{group}: differences need a row `{}`; there are {}; --reference names another",
+                self.options.reference,
+                known.join(", ")
+            ));
+            return;
+        };
+        let other = hits(&loaded[reference]);
+        for (i, row) in rows.iter_mut().enumerate().filter(|(i, _)| *i != reference) {
+            row.difference = stats::difference(&hits(&loaded[i]), &other);
+            if row.difference.is_none() && !loaded[i].is_empty() && !other.is_empty() {
+                self.notes.push(format!(
+                    "{group}: {} has no seed or other test examples than {}",
+                    row.method,
+                    rows_name(&self.options.reference)
+                ));
+            }
+        }
+    }
+
+    fn page(&self, recipe: &Recipe, group: &Group, loaded: &[LoadedRow]) -> Result<GroupPage> {
+        let named = || group.rows.iter().zip(loaded).filter(|(_, l)| !l.is_empty());
+        let confusion = named().filter_map(|(row, l)| Some((row.method.clone(), summed(&group.classes, l)?))).collect();
+        let curves = named().map(|(row, l)| curve(&row.method, l, &group.metric)).collect();
+        let disagreements = match group.task.as_str() {
+            "classify" => self.disagreements(recipe, &named().map(|(r, l)| (r.method.as_str(), &l[0])).collect::<Vec<_>>())?,
+            _ => Vec::new(),
+        };
+        Ok(GroupPage { curves, confusion, disagreements })
+    }
+
+    /// Test images that the first seed's runs see differently, the most divided first.
+    fn disagreements(&self, recipe: &Recipe, runs: &[(&str, &Loaded)]) -> Result<Vec<Disagreement>> {
+        let Some((_, first)) = runs.first() else { return Ok(Vec::new()) };
+        let by_id: Vec<HashMap<&str, &Prediction>> =
+            runs.iter().map(|(_, l)| l.predictions.iter().map(|p| (p.id.as_str(), p)).collect()).collect();
+        let mut divided: Vec<(usize, usize, &Prediction)> = Vec::new();
+        for p in &first.predictions {
+            let guesses: Vec<&str> = by_id.iter().filter_map(|m| m.get(p.id.as_str())).map(|p| p.prediction.as_str()).collect();
+            let mut distinct = guesses.clone();
+            distinct.sort_unstable();
+            distinct.dedup();
+            let right = guesses.iter().filter(|g| p.label.as_deref() == Some(**g)).count();
+            if distinct.len() > 1 && guesses.len() == runs.len() {
+                divided.push((distinct.len(), right.min(guesses.len() - right), p));
+            }
+        }
+        divided.sort_by(|a, b| (b.0, b.1).cmp(&(a.0, a.1)).then_with(|| a.2.id.cmp(&b.2.id)));
+        divided.truncate(SHOWN);
+        let ids: Vec<String> = divided.iter().map(|d| d.2.id.clone()).collect();
+        let images = self.runner.pictures(recipe, &ids)?;
+        let one = |((_, _, p), image): (&(usize, usize, &Prediction), String)| Disagreement {
+            id: p.id.clone(),
+            image,
+            label: p.label.clone().unwrap_or_default(),
+            guesses: runs
+                .iter()
+                .zip(&by_id)
+                .filter_map(|((m, _), all)| Some(((*m).to_string(), all.get(p.id.as_str())?.prediction.clone())))
+                .collect(),
+        };
+        Ok(divided.iter().zip(images).map(one).collect())
+    }
+}
+
+fn rows_name(reference: &str) -> String {
+    format!("`{reference}`")
+}
+
+fn stopped(observer: &dyn Observer) -> Result<()> {
+    match observer.stop() {
+        None => Ok(()),
+        Some(signal) => Err(Error::Interrupted { message: "stopped while measuring; the same command goes on".into(), signal }),
+    }
+}
+
+fn key(value: &serde_json::Value) -> String {
+    blake3::hash(value.to_string().as_bytes()).to_hex().to_string()
+}
+
+/// The recipe's own second set; else an embedded one.
+fn second(recipe: &Recipe) -> Second {
+    let embedded = || DataConfig {
+        builtin: Some(if recipe.data.builtin.as_deref() == Some("emoji-flat") { "emoji" } else { "emoji-flat" }.into()),
+        ..DataConfig::default()
+    };
+    let data = recipe.forget.clone().unwrap_or_else(embedded);
+    let usual = if data.builtin.is_some() { "an icon of a {}" } else { crate::task::prompts::DEFAULT_TEMPLATE };
+    let templates = recipe.compare.as_ref().and_then(|c| c.forget_templates.clone()).unwrap_or_else(|| vec![usual.to_string()]);
+    Second { data, templates }
+}
+
+fn pruned(data: &DataConfig) -> Result<serde_json::Value> {
+    let mut value = serde_json::to_value(data).map_err(|e| Error::fault("forget", e))?;
+    if let Some(map) = value.as_object_mut() {
+        map.retain(|_, v| !v.is_null() && *v != json!(false));
+    }
+    Ok(value)
+}
+
+fn load(seed: u64, dir: &Path) -> Result<Option<Loaded>> {
+    let Some(report) = run::read_report(dir)? else { return Ok(None) };
+    Ok(Some(Loaded { seed, report, predictions: run::read_predictions(dir)? }))
+}
+
+fn validation(report: &TrainReport) -> Option<&Evaluation> {
+    let best = report.best_epoch?;
+    report.epochs.iter().find(|e| e.epoch == best)?.val.as_ref()
+}
+
+fn trial(planned: &PlannedTrial, metric: &str, failed: &BTreeMap<PathBuf, Error>) -> Result<(Trial, LoadedRow)> {
+    let mut loaded = Vec::new();
+    for run in &planned.runs {
+        // What failed this time may have left an older run behind.
+        if !failed.contains_key(&run.dir) {
+            loaded.extend(load(run.seed, &run.dir)?);
+        }
+    }
+    let why = planned.runs.iter().find_map(|r| failed.get(&r.dir)).map(ToString::to_string);
+    let mean = |pick: &dyn Fn(&Evaluation) -> Option<f64>| {
+        let values: Vec<f64> = loaded.iter().filter_map(|l: &Loaded| pick(validation(&l.report)?)).collect();
+        Spread::new(values).filter(|_| loaded.len() == planned.runs.len()).map(|s| s.mean)
+    };
+    let (validation, loss) = (mean(&|e| e.metric(metric)), mean(&|e| Some(e.loss)));
+    Ok((Trial { lr: planned.lr, validation, loss, failed: why, chosen: false }, loaded))
+}
+
+/// The learning rate that did best on validation; of equals that with the lower loss, then the lower one.
+fn best(trials: &[(Trial, LoadedRow)]) -> usize {
+    let order = |a: &Trial, b: &Trial| {
+        let value = |t: &Trial| t.validation.unwrap_or(f64::NEG_INFINITY);
+        let loss = |t: &Trial| t.loss.unwrap_or(f64::INFINITY);
+        value(a).total_cmp(&value(b)).then(loss(b).total_cmp(&loss(a))).then(b.lr.total_cmp(&a.lr))
+    };
+    let best = trials.iter().enumerate().max_by(|(_, a), (_, b)| order(&a.0, &b.0));
+    best.map_or(0, |(i, _)| i)
+}
+
+fn run_row(seed: u64, dir: &Path, loaded: &[Loaded], metric: &str, failed: &BTreeMap<PathBuf, Error>) -> RunRow {
+    let found = loaded.iter().find(|l| l.seed == seed).map(|l| &l.report);
+    let why = || failed.get(dir).map_or_else(|| "was not run".to_string(), ToString::to_string);
+    RunRow {
+        seed,
+        run: dir.to_path_buf(),
+        failed: found.is_none().then(why),
+        test: found.and_then(|r| r.after.as_ref()?.metric(metric)),
+        validation: found.and_then(|r| validation(r)?.metric(metric)),
+        steps: found.map(|r| r.steps),
+        best_epoch: found.and_then(|r| r.best_epoch),
+        seconds: found.map(|r| r.seconds),
+        forget: None,
+    }
+}
+
+/// The confusion matrix over all seeds.
+fn summed(names: &[String], loaded: &[Loaded]) -> Option<Classification> {
+    let all = loaded.iter().map(|l| l.report.after.as_ref()?.classification.as_ref()).collect::<Option<Vec<_>>>()?;
+    let (mut labels, mut predicted) = (Vec::new(), Vec::new());
+    for (t, p, n) in
+        all.iter().flat_map(|c| c.confusion.iter().enumerate().flat_map(|(t, r)| r.iter().enumerate().map(move |(p, n)| (t, p, *n))))
+    {
+        if t >= names.len() || p >= names.len() {
+            return None;
+        }
+        labels.extend(std::iter::repeat_n(t as u32, n));
+        predicted.extend(std::iter::repeat_n(p as u32, n));
+    }
+    Some(Classification::new(names, &labels, &predicted))
+}
+
+/// Means over the seeds that got as far as each epoch.
+fn curve(method: &str, loaded: &[Loaded], metric: &str) -> Curve {
+    let longest = loaded.iter().map(|l| l.report.epochs.len()).max().unwrap_or(0);
+    let mean = |i: usize, pick: &dyn Fn(&crate::report::EpochRecord) -> Option<f64>| {
+        let at: Vec<_> = loaded.iter().filter_map(|l| l.report.epochs.get(i)).collect();
+        let values: Vec<f64> = at.iter().filter_map(|e| pick(e)).collect();
+        let step = at.iter().map(|e| e.step as f64).sum::<f64>() / at.len().max(1) as f64;
+        Spread::new(values).map(|s| (step, s.mean))
+    };
+    let over = |pick: &dyn Fn(&crate::report::EpochRecord) -> Option<f64>| (0..longest).filter_map(|i| mean(i, pick)).collect();
+    Curve {
+        method: method.to_string(),
+        training: over(&|e| Some(e.train_loss)),
+        validation: over(&|e| e.val.as_ref().map(|v| v.loss)),
+        metric: over(&|e| e.val.as_ref().and_then(|v| v.metric(metric))),
+    }
+}

@@ -1,0 +1,281 @@
+//! `peft new`: a commented recipe for somebody's data.
+
+use peft_adapters::MethodConfig;
+use peft_adapters::registry::METHODS;
+use serde::Serialize;
+
+use crate::data::{DataConfig, Dataset, Split, TableConfig};
+use crate::error::{Error, Result};
+use crate::recipe::Recipe;
+
+/// What the recipe is to be about.
+#[derive(Debug, Clone)]
+pub struct Wishes {
+    /// Anything that [`DataConfig::locate`] understands.
+    pub data: String,
+    /// The base.
+    pub model: String,
+    /// A method's name.
+    pub method: String,
+    /// `classify` or `retrieve`; what the data offers when left out.
+    pub task: Option<String>,
+    /// The prompt around a class name.
+    pub template: String,
+    /// Training examples of each class; all when left out.
+    pub shots: Option<usize>,
+}
+
+/// A recipe that was written, and what it rests on.
+#[derive(Debug, Clone, Serialize)]
+pub struct Draft {
+    /// The recipe.
+    #[serde(skip)]
+    pub text: String,
+    /// `folder`, `table`, `coop`, `builtin`.
+    pub kind: &'static str,
+    /// `classify` or `retrieve`.
+    pub task: String,
+    /// Class names.
+    pub classes: Vec<String>,
+    /// Examples in train, val and test.
+    pub examples: [usize; 3],
+    /// What the author should look at.
+    pub notes: Vec<String>,
+}
+
+/// Steps that a few-shot adaptation takes to settle; epochs follow from the number of examples.
+const STEPS: usize = 500;
+const BATCH: usize = 32;
+
+/// Looks at the data and writes a recipe for it; `file` stands in its launch command, `name` names the run.
+///
+/// # Errors
+/// When there is no such data, or the task does not suit it.
+pub fn draft(wishes: &Wishes, file: &str, name: &str) -> Result<Draft> {
+    let source = DataConfig::locate(&wishes.data)?;
+    let data = DataConfig { shots: wishes.shots, ..source.clone() }.open(0)?;
+    let task = task(wishes, &data)?;
+    let has_splits = source.has_own_splits();
+    let page = Page { wishes, source: &source, data: &data, task, has_splits, file, name };
+    let text = page.text();
+    // Nobody should be handed a recipe that is refused.
+    Recipe::parse(file, &text, name, &[])?;
+    Ok(Draft {
+        text,
+        kind: source.kind(),
+        task: task.into(),
+        examples: [data.train.len(), data.val.len(), data.test.len()],
+        notes: notes(&data, task),
+        classes: data.classes,
+    })
+}
+
+fn task(wishes: &Wishes, data: &Dataset) -> Result<&'static str> {
+    let labelled = data.classes.len() > 1;
+    let captioned = data.train.iter().any(|e| !e.texts.is_empty());
+    match wishes.task.as_deref() {
+        Some("classify") if !labelled => {
+            Err(Error::input("--task", format!("classify: expected two classes or more, found {}", data.classes.len()))
+                .hint("a table needs a label column, a directory one directory a class"))
+        }
+        Some("retrieve") if !captioned => {
+            Err(Error::input("--task", "retrieve: the data has no texts").hint("a table needs a text column"))
+        }
+        Some("retrieve") => Ok("retrieve"),
+        Some("classify") => Ok("classify"),
+        Some(other) => Err(Error::input("--task", format!("expected classify or retrieve, found `{other}`"))),
+        None if labelled => Ok("classify"),
+        None if captioned => Ok("retrieve"),
+        None => Err(Error::input(&wishes.data, "has neither two classes nor texts: there is nothing to learn")
+            .hint("a table needs a label or a text column, a directory one directory a class")),
+    }
+}
+
+fn notes(data: &Dataset, task: &str) -> Vec<String> {
+    let mut notes = data.notes.clone();
+    if task != "classify" {
+        return notes;
+    }
+    let mut counts = vec![0usize; data.classes.len()];
+    data.train.iter().filter_map(|e| e.label).for_each(|l| counts[l as usize] += 1);
+    let (least, most) = (counts.iter().min().copied().unwrap_or(0), counts.iter().max().copied().unwrap_or(0));
+    if let Some((name, _)) = data.classes.iter().zip(&counts).find(|(_, n)| **n == 0) {
+        notes.push(format!("class `{name}` has no training example"));
+    } else if most > 10 * least {
+        notes.push(format!("the largest class has {most} training examples, the smallest {least}: look at macro_f1 besides accuracy"));
+    }
+    if data.classes.iter().all(|c| c.bytes().all(|b| b.is_ascii_digit() || b == b'n')) {
+        notes.push("the class names are numbers; CLIP reads them, so rename them to words".into());
+    }
+    notes
+}
+
+/// What the text is made of.
+struct Page<'a> {
+    wishes: &'a Wishes,
+    source: &'a DataConfig,
+    data: &'a Dataset,
+    task: &'static str,
+    has_splits: bool,
+    file: &'a str,
+    name: &'a str,
+}
+
+/// A string as YAML; JSON's strings are YAML's.
+fn quoted(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-:".contains(c);
+    let safe =
+        text.chars().all(plain) && !text.ends_with(':') && text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '/' || c == '_');
+    // Words that YAML takes for something else.
+    let reserved = ["true", "false", "null", "yes", "no", "on", "off", "y", "n", "nan", "inf"];
+    if safe && !reserved.contains(&text.to_ascii_lowercase().as_str()) {
+        text.to_string()
+    } else {
+        serde_json::Value::from(text).to_string()
+    }
+}
+
+impl Page<'_> {
+    fn text(&self) -> String {
+        let tiny = self.wishes.model == "builtin:tiny";
+        let what = match self.task {
+            "classify" => format!("{} classes", self.data.classes.len()),
+            _ => "images and their texts".to_string(),
+        };
+        let [train, val, test] = [Split::Train, Split::Val, Split::Test].map(|s| self.data.split(s).len());
+        let model = if tiny { "   # small and in the binary; take a CLIP such as openai/clip-vit-base-patch32 for real work" } else { "" };
+        format!(
+            "# peft train {file}\n\
+             # {method} on {what} of {place}: {train} training, {val} validation and {test} test examples.\n\
+             #\n\
+             # First `peft train {file} --check`: it opens everything, estimates memory and trains nothing.\n\
+             # Then `peft eval runs/{name}`, and `peft predict --model {base} --adapter runs/{name}/adapter IMAGE…`.\n\
+             model: {base_yaml}{model}\n\
+             method:\n  {method_yaml}\n\
+             data:\n{data}\
+             task:\n{task}\
+             train:\n{settings}\
+             output: {output}\n",
+            file = self.file,
+            method = self.wishes.method,
+            place = self.wishes.data,
+            name = self.name,
+            base = self.wishes.model,
+            base_yaml = quoted(&self.wishes.model),
+            method_yaml = self.method(),
+            data = self.data(),
+            task = self.task(),
+            settings = self.settings(train, tiny),
+            output = quoted(&format!("runs/{}", self.name)),
+        )
+    }
+
+    fn method(&self) -> String {
+        let name = &self.wishes.method;
+        match name.as_str() {
+            "lora" => {
+                "lora: { rank: 8, alpha: 16, targets: [q_proj, k_proj, v_proj] }   # rank: higher is more accurate, and larger".into()
+            }
+            "prefix" => "prefix: { length: 8 }   # learned keys and values in each block; longer is more accurate, and slower".into(),
+            "bottleneck" => "bottleneck: { reduction: 8 }   # width / reduction; lower is more accurate, and larger".into(),
+            "full" => "full: {}   # every weight; add `layers: { last: 2 }` to train only the last blocks".into(),
+            name => other(name),
+        }
+    }
+
+    fn data(&self) -> String {
+        let source = match self.source {
+            DataConfig { folder: Some(f), .. } => format!("  folder: {{ root: {} }}\n", quoted(&f.root.display().to_string())),
+            DataConfig { table: Some(t), .. } => format!("  table: {{ {} }}\n", table(t)),
+            DataConfig { coop: Some(c), .. } => format!(
+                "  coop: {{ root: {} }}   # its published split, and shots as CoOp draws them\n",
+                quoted(&c.root.display().to_string())
+            ),
+            DataConfig { builtin, .. } => format!("  builtin: {}\n", builtin.as_deref().unwrap_or_default()),
+        };
+        let split = match self.has_splits {
+            true => "",
+            false => "  split: { train: 0.7, val: 0.1, test: 0.2, seed: 0 }   # the data has no splits of its own\n",
+        };
+        let shots = match (self.wishes.shots, self.task) {
+            (Some(n), _) => format!("  shots: {n}   # training examples of each class, drawn by train.seed\n"),
+            (None, "classify") => "  # shots: 16   # fewer training examples of each class, drawn by train.seed\n".into(),
+            _ => String::new(),
+        };
+        format!("{source}{split}{shots}")
+    }
+
+    fn task(&self) -> String {
+        match self.task {
+            "classify" => format!(
+                "  classify: {{ templates: [{}] }}   # {{}} is the class name; say what the images show\n",
+                serde_json::Value::from(self.wishes.template.as_str())
+            ),
+            _ => "  retrieve: {}   # texts find their images and images their texts\n".into(),
+        }
+    }
+
+    fn settings(&self, train: usize, tiny: bool) -> String {
+        let batch = if self.task == "retrieve" { 64 } else { BATCH };
+        let epochs = (STEPS * batch).div_ceil(train.max(1)).clamp(3, 50);
+        let steps = epochs * train.div_ceil(batch);
+        let lr = match (self.wishes.method.as_str(), tiny) {
+            ("full", false) => "1.0e-5",
+            ("full", true) => "2.0e-4",
+            (_, true) => "2.0e-3",
+            (_, false) => "5.0e-4",
+        };
+        format!(
+            "  epochs: {epochs}   # {steps} steps\n\
+             \x20 batch: {batch}   # higher: steadier, faster for each image, more memory\n\
+             \x20 lr: {lr}   # the first value to try others of; validation says which\n\
+             \x20 schedule: {{ cosine: {{ warmup: 0.05 }} }}\n\
+             \x20 clip_norm: 1.0\n\
+             \x20 early_stopping: {{ patience: 8 }}   # validations without improvement\n\
+             \x20 augment: {{ crop: [0.7, 1.0], flip: true }}   # no flip where left and right differ, as in letters\n\
+             \x20 seed: 0\n"
+        )
+    }
+}
+
+/// A method with its defaults, or with its first example where it has none, and where it comes from.
+fn other(name: &str) -> String {
+    let Some(entry) = METHODS.iter().find(|m| m.name == name) else { return format!("{name}: {{}}") };
+    let defaults = serde_json::json!({ name: {} });
+    let example = || (entry.examples)().first().and_then(|e| serde_json::to_value(e).ok());
+    let value = match serde_json::from_value::<MethodConfig>(defaults.clone()) {
+        Ok(_) => defaults,
+        Err(_) => example().unwrap_or(defaults),
+    };
+    // JSON in flow style is YAML.
+    format!("{name}: {}   # {}", value.get(name).unwrap_or(&value), entry.source)
+}
+
+fn table(t: &TableConfig) -> String {
+    let path = Some(t.path.display().to_string());
+    let columns = [("path", &path), ("image", &t.image), ("text", &t.text), ("label", &t.label), ("split", &t.split)];
+    let given: Vec<String> = columns.iter().filter_map(|(key, v)| v.as_ref().map(|v| format!("{key}: {}", quoted(v)))).collect();
+    given.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strings_stay_strings_in_yaml() {
+        for text in ["data/pets", "builtin:tiny", "a:", "a: b", "yes", "1e3", "#x", "it's", "C:\\data", "ünï", "~", "-x"] {
+            let value = serde_saphyr::from_str::<String>(&quoted(text));
+            assert_eq!(value.ok().as_deref(), Some(text));
+        }
+    }
+
+    #[test]
+    fn every_method_can_be_written() {
+        for method in METHODS {
+            let value: serde_json::Value = serde_saphyr::from_str(&other(method.name)).unwrap_or_default();
+            let config = serde_json::from_value::<MethodConfig>(value);
+            assert!(config.as_ref().is_ok_and(|c| c.name() == method.name), "{}: {config:?}", other(method.name));
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! Labels with their text side, ready for many images.
+
+use candle_core::{DType, Tensor};
+use peft_adapters::ClassFeatures;
+
+use super::Model;
+use crate::clip::model::{class_logits, unit_rows};
+use crate::error::{Error, Result};
+use crate::task::Forward;
+use crate::task::prompts::Prompts;
+
+/// A class and how likely it is.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct Ranked {
+    /// The class.
+    pub label: String,
+    /// From 0 to 1; all classes add up to 1.
+    pub probability: f32,
+}
+
+/// Labels whose text side is computed.
+#[derive(Debug)]
+pub struct Scorer {
+    pub(super) labels: Vec<String>,
+    pub(super) templates: Vec<String>,
+    pub(super) classes: Classes,
+}
+
+/// Where logits come from.
+#[derive(Debug)]
+pub(super) enum Classes {
+    /// The adapter's linear head.
+    Head,
+    /// Class features, [C, P].
+    Shared(Tensor),
+    /// Class prompts that are encoded for each image.
+    PerImage(Box<Prompts>),
+}
+
+impl Scorer {
+    /// The labels in order.
+    #[must_use]
+    pub fn labels(&self) -> &[String] {
+        &self.labels
+    }
+
+    /// The prompts around them; none with a linear head.
+    #[must_use]
+    pub fn templates(&self) -> &[String] {
+        &self.templates
+    }
+
+    /// What image features are multiplied with: class features [C, P], or a linear head's weights and bias; nothing where
+    /// classes look different to each image.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn matrix(&self, model: &Model) -> Result<Option<(Tensor, Option<Tensor>)>> {
+        match (&self.classes, &model.head) {
+            (Classes::Head, Some([weight, bias])) => Ok(Some((weight.clone(), Some(bias.clone())))),
+            (Classes::Shared(classes), _) => Ok(Some((classes.clone(), None))),
+            _ => Ok(None),
+        }
+    }
+
+    /// All labels for each row of `features` [N, P], most likely first.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn rank(&self, model: &Model, features: &Tensor) -> Result<Vec<Vec<Ranked>>> {
+        if features.dim(0)? == 0 {
+            return Ok(Vec::new());
+        }
+        let rows = candle_nn::ops::softmax(&self.logits(model, features)?.to_dtype(DType::F32)?, 1)?.to_vec2::<f32>()?;
+        Ok(rows.into_iter().map(|row| self.ranked(row)).collect())
+    }
+
+    /// Logits of `features` [N, P], unnormalised, for the labels: [N, C].
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn logits(&self, model: &Model, features: &Tensor) -> Result<Tensor> {
+        let clip = &model.base.clip;
+        Ok(match (&self.classes, &model.head) {
+            (Classes::Head, Some([weight, bias])) => unit_rows(features)?.matmul(&weight.t()?)?.broadcast_add(bias)?,
+            (Classes::PerImage(prompts), _) => prompts.logits(&Forward::eval(clip, &model.patches), features)?,
+            (Classes::Shared(classes), _) => {
+                let classes = model.patches.class_features(ClassFeatures::Shared(classes.clone()), features)?;
+                class_logits(clip, features, &classes, &model.patches).map_err(|e| model.of_classes(e.into()))?
+            }
+            (Classes::Head, None) => return Err(Error::fault("predict", "no head")),
+        })
+    }
+
+    fn ranked(&self, row: Vec<f32>) -> Vec<Ranked> {
+        let mut all: Vec<Ranked> =
+            row.into_iter().zip(&self.labels).map(|(probability, label)| Ranked { label: label.clone(), probability }).collect();
+        all.sort_by(|a, b| b.probability.total_cmp(&a.probability));
+        all
+    }
+}
