@@ -181,6 +181,7 @@ fn adapters(base: &Base, options: &MergeOptions) -> Result<(Vec<Weighted>, Vec<S
                 .hint("keep base and adapter apart, pass --bundle for one directory with both, or --classifier FILE for the head"));
         }
         let mut adapters = delta.apply(&base.clip)?;
+        notes.extend_from_slice(adapters.params.notes());
         for (patch, method) in adapters.view.iter().zip(&adapters.methods) {
             if let Some(why) = patch.unfoldable() {
                 return Err(Error::input(dir.display(), format!("{} does not fold: {why}", method.name()))

@@ -123,6 +123,7 @@ impl Model {
         let delta = Delta::read(&locate(dir)?)?;
         self.notes.extend(delta.check_base(&self.base, allow_mismatch)?);
         let mut adapters = delta.apply(&self.base.clip)?;
+        self.notes.extend_from_slice(adapters.params.notes());
         let mut view = std::mem::take(&mut adapters.view);
         view.prepare(&Step::eval())?;
         self.bind(dir, &view, delta.manifest.as_ref())?;

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
+use peft_adapters::saved::base_name;
 use peft_adapters::{Sites, TaskFacts, ops};
 use serde_json::json;
 
@@ -202,7 +203,7 @@ impl Session {
     #[must_use]
     pub fn total_parameters(&self, adapters: &Adapters) -> usize {
         let sites = self.base.clip.sites();
-        let is_base = |name: &str| sites.weight(name.strip_prefix("base_model.model.").unwrap_or(name)).is_some();
+        let is_base = |name: &str| sites.weight(&base_name(name)).is_some();
         let added: usize = adapters.params.iter().filter(|p| !is_base(&p.name)).map(|p| p.var.elem_count()).sum();
         sites.count() + added
     }
@@ -276,6 +277,7 @@ pub fn train(recipe: Recipe, existing: Existing, device: &Device, observer: &mut
         return Err(Error::input("data", "the training split is empty"));
     }
     let (mut adapters, task) = session.plan()?;
+    tell(&adapters, observer);
     let run = match RunDir::open(&session.recipe, existing)? {
         Opened::Finished(report) => return Ok((*report, true)),
         Opened::Open(run) => run,
@@ -414,6 +416,11 @@ impl Session {
     }
 }
 
+/// What planning had to tell.
+fn tell(adapters: &Adapters, observer: &mut dyn Observer) {
+    adapters.params.notes().iter().for_each(|note| observer.event(Event::Note(note.clone())));
+}
+
 /// What `peft eval` evaluates.
 #[derive(Debug, Clone)]
 pub struct EvalOptions {
@@ -453,6 +460,7 @@ impl Session {
                     observer.event(Event::Note(note));
                 }
                 let adapters = delta.apply(&self.base.clip)?;
+                tell(&adapters, observer);
                 self.check_classes(delta, &adapters)?;
                 adapters
             }

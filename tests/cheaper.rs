@@ -76,7 +76,13 @@ fn augmentation_keeps_activations_out() {
 #[test]
 fn checkpointing_gives_the_same_losses() {
     let w = World::new();
-    for method in ["method={lora: {rank: 2, dropout: 0.3}}", "method=full", "method={bottleneck: {reduction: 4}}", LAST_BLOCK] {
+    for method in [
+        "method={lora: {rank: 2, dropout: 0.3}}",
+        "method={dora: {rank: 2, dropout: 0.3}}",
+        "method=full",
+        "method={bottleneck: {reduction: 4}}",
+        LAST_BLOCK,
+    ] {
         let plain = train(&w, "plain", &[method, "train.lr=1.0e-3"]);
         let saved = train(&w, "saved", &[method, "train.lr=1.0e-3", "train.checkpointing=true"]);
         close(&plain, &saved, 1e-5);

@@ -94,6 +94,43 @@ fn every_method_trains_and_only_linear_ones_merge() {
 }
 
 #[test]
+fn lora_and_its_relatives_train_load_and_merge() {
+    let w = World::new();
+    for method in [
+        "dora: { rank: 2, dropout: 0.1 }",
+        "pissa: { rank: 2 }",
+        "adalora: { init_r: 3, target_r: 1, tinit: 1, tfinal: 1 }",
+        "vera: { rank: 8, save_projection: false }",
+        "lokr: { rank: 1, rank_dropout: 0.1 }",
+        "svd: { layers: { last: 1 } }",
+        "ia3: {}",
+    ] {
+        let name = method.split(':').next().unwrap();
+        w.write("m.yaml", &w.recipe(method).replace("epochs: 4", "epochs: 2"));
+        let report = w.json(&["train", "m.yaml", "--output", name]);
+        assert_ne!(report["after"]["loss"], report["before"]["loss"], "{method}");
+        // Ranks that AdaLoRA's file leaves out are sums of zeros, but they change the order of the others.
+        let again = number(&w.json(&["eval", name])["loss"]);
+        assert!((again - number(&report["after"]["loss"])).abs() < 1e-6, "{method}: {again}");
+        let merged = w.json(&["merge", "--model", "base", "--adapter", &format!("{name}/adapter"), "--output", "m", "--force"]);
+        assert!(number(&merged["relative_diff"]) < 1e-4, "{method}: {merged}");
+    }
+    // AdaLoRA has taken ranks away, and the file says which.
+    let config: serde_json::Value = serde_json::from_slice(&std::fs::read(w.path("adalora/adapter/adapter_config.json")).unwrap()).unwrap();
+    let kept = config["rank_pattern"]
+        .as_object()
+        .unwrap()
+        .values()
+        .filter_map(serde_json::Value::as_array)
+        .flatten()
+        .filter(|k| **k == true)
+        .count();
+    assert_eq!(kept, 12, "{config}");
+    let message = w.fails(&["train", "m.yaml", "--set", "method={adalora: {tinit: 90}}", "--output", "late"], 3);
+    assert!(message.contains("tinit"), "{message}");
+}
+
+#[test]
 fn a_linear_probe_trains_on_frozen_features() {
     let w = World::new();
     let recipe = w.recipe("x").replace("{ x }", "none").replace("templates: [\"a {} thing\"]", "head: linear");

@@ -25,9 +25,9 @@ impl Observer for StopAfter {
     }
 }
 
-fn recipe(w: &World, output: &str) -> Recipe {
+fn recipe(w: &World, method: &str, output: &str) -> Recipe {
     let text = w
-        .recipe("lora: { rank: 2, dropout: 0.2 }")
+        .recipe(method)
         .replace("model: base", &format!("model: {}", w.path("base").display()))
         .replace("root: data", &format!("root: {}", w.path("data").display()))
         .replace(
@@ -38,23 +38,32 @@ fn recipe(w: &World, output: &str) -> Recipe {
     Recipe::parse("recipe", &text, "recipe", &[]).unwrap()
 }
 
-fn train(w: &World, output: &str, existing: Existing, steps: usize) -> peft::Result<(peft::report::TrainReport, bool)> {
-    session::train(recipe(w, output), existing, &Device::Cpu, &mut StopAfter(steps))
+const LORA: &str = "lora: { rank: 2, dropout: 0.2 }";
+
+fn train(w: &World, method: &str, output: &str, existing: Existing, steps: usize) -> peft::Result<(peft::report::TrainReport, bool)> {
+    session::train(recipe(w, method, output), existing, &Device::Cpu, &mut StopAfter(steps))
 }
 
 #[test]
 fn stopped_anywhere_and_resumed_gives_the_same_bits() {
+    for method in [LORA, "adalora: { init_r: 3, target_r: 1, tinit: 1, tfinal: 1 }"] {
+        stopped_and_resumed(method);
+    }
+}
+
+fn stopped_and_resumed(method: &str) {
     let w = World::new();
-    let (whole, _) = train(&w, "whole", Existing::Refuse, usize::MAX).unwrap();
+    let train = |output: &str, existing, steps| train(&w, method, output, existing, steps);
+    let (whole, _) = train("whole", Existing::Refuse, usize::MAX).unwrap();
     let adapter = read(&w.path("whole/adapter/adapter_model.safetensors"));
     for stop in [1, 3, 4, whole.steps - 1] {
         let name = format!("stopped{stop}");
-        let error = train(&w, &name, Existing::Refuse, stop).unwrap_err();
+        let error = train(&name, Existing::Refuse, stop).unwrap_err();
         assert_eq!(error.exit_code(), 130, "{error}");
         assert!(error.to_string().contains("--resume"));
-        let refused = train(&w, &name, Existing::Refuse, usize::MAX).unwrap_err();
+        let refused = train(&name, Existing::Refuse, usize::MAX).unwrap_err();
         assert!(refused.to_string().contains("unfinished"));
-        let (resumed, _) = train(&w, &name, Existing::Resume, usize::MAX).unwrap();
+        let (resumed, _) = train(&name, Existing::Resume, usize::MAX).unwrap();
         assert_eq!(read(&w.path(&name).join("adapter/adapter_model.safetensors")), adapter, "stopped after {stop}");
         assert_eq!(resumed.epochs, whole.epochs);
         for file in ["metrics.jsonl", "predictions.jsonl"] {
@@ -66,15 +75,15 @@ fn stopped_anywhere_and_resumed_gives_the_same_bits() {
 #[test]
 fn resuming_what_never_began_begins() {
     let w = World::new();
-    let (report, finished_before) = train(&w, "new", Existing::Resume, usize::MAX).unwrap();
+    let (report, finished_before) = train(&w, LORA, "new", Existing::Resume, usize::MAX).unwrap();
     assert!(!finished_before && report.steps > 0);
-    assert!(train(&w, "new", Existing::Resume, usize::MAX).unwrap().1);
+    assert!(train(&w, LORA, "new", Existing::Resume, usize::MAX).unwrap().1);
 }
 
 #[test]
 fn training_that_diverges_stops_with_step_and_files() {
     let w = World::new();
-    let mut recipe = recipe(&w, "diverged");
+    let mut recipe = recipe(&w, LORA, "diverged");
     recipe.train.lr = 1e30;
     let error = session::train(recipe, Existing::Refuse, &Device::Cpu, &mut peft::train::Silent).unwrap_err();
     assert_eq!(error.exit_code(), 3);

@@ -10,6 +10,7 @@ use crate::flow::Branch;
 use crate::method::{Fold, Init, Method, Patch};
 use crate::ops::{self, Activation};
 use crate::params::{Params, Spec, Start};
+use crate::phm::{Phm, PhmConfig};
 use crate::sites::{SiteId, SiteKind, Sites, WeightId};
 use crate::targets::{Layers, Selection, Towers};
 use crate::{Error, Result};
@@ -31,6 +32,10 @@ pub struct BottleneckConfig {
     pub activation: Activation,
     /// Multiplies the adapter's output. Higher: acts like a higher learning rate.
     pub scale: f64,
+    /// Compacter: matrices as sums of Kronecker products, `{ n: 4, rank: 1, shared: true }`; plain ones when left out. A small
+    /// fraction of the parameters, less capacity.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hypercomplex: Option<PhmConfig>,
     /// `vision`, `text` or `both`. `vision` keeps class prompts fixed.
     pub towers: Towers,
     /// Blocks: `[10, 11]`, `"6..12"` or `{ last: 2 }`; all when left out.
@@ -52,13 +57,36 @@ pub enum Placement {
 
 impl Default for BottleneckConfig {
     fn default() -> Self {
-        Self { placement: Placement::Pfeiffer, reduction: 16, activation: Activation::Relu, scale: 1.0, towers: Towers::Both, layers: None }
+        Self {
+            placement: Placement::Pfeiffer,
+            reduction: 16,
+            activation: Activation::Relu,
+            scale: 1.0,
+            hypercomplex: None,
+            towers: Towers::Both,
+            layers: None,
+        }
     }
 }
 
 struct Narrow {
-    down: (Tensor, Tensor),
-    up: (Tensor, Tensor),
+    down: (Matrix, Tensor),
+    up: (Matrix, Tensor),
+}
+
+enum Matrix {
+    Plain(Tensor),
+    Hypercomplex(Phm),
+}
+
+impl Matrix {
+    /// [out, in].
+    fn weight(&self) -> TensorResult<Tensor> {
+        match self {
+            Self::Plain(w) => Ok(w.clone()),
+            Self::Hypercomplex(phm) => phm.weight(),
+        }
+    }
 }
 
 struct BottleneckPatch {
@@ -70,8 +98,8 @@ struct BottleneckPatch {
 
 impl Method for Bottleneck {
     const NAME: &'static str = "bottleneck";
-    const SOURCE: &'static str =
-        "Houlsby et al. 2019 (arXiv 1902.00751), h + s·U f(D h); parallel: He et al. 2021 (arXiv 2110.04366), h + s·U f(D x)";
+    const SOURCE: &'static str = "Houlsby et al. 2019 (arXiv 1902.00751), h + s·U f(D h); parallel: He et al. 2021 (arXiv 2110.04366), \
+         h + s·U f(D x); hypercomplex: Karimi Mahabadi et al. 2021 (arXiv 2106.04647), eq. 6";
     const INIT: Init = Init::Identity;
     type Config = BottleneckConfig;
 
@@ -85,6 +113,13 @@ impl Method for Bottleneck {
                 scale: 4.0,
                 activation: Activation::Silu,
                 layers: Some(Layers::List(vec![0])),
+                ..base.clone()
+            },
+            BottleneckConfig { reduction: 2, hypercomplex: Some(PhmConfig { n: 2, ..Default::default() }), ..base.clone() },
+            BottleneckConfig {
+                reduction: 1,
+                placement: Placement::Houlsby,
+                hypercomplex: Some(PhmConfig { rank: 2, shared: false, ..Default::default() }),
                 ..base
             },
         ]
@@ -100,6 +135,13 @@ impl Method for Bottleneck {
         let both = config.placement == Placement::Houlsby;
         let selection = Selection { targets: None, towers: config.towers, layers: config.layers.as_ref() };
         let found = selection.sites(sites, |k| matches!(k, SiteKind::Branch { mlp, .. } if *mlp || both))?;
+        let shared = match &config.hypercomplex {
+            Some(phm) => {
+                phm.check()?;
+                phm.shared.then(|| phm.rule("base_model.model.phm_rule".into(), params)).transpose()?
+            }
+            None => None,
+        };
         let mut adapters = HashMap::new();
         for (id, site) in found {
             let SiteKind::Branch { dim, .. } = site.kind else { continue };
@@ -110,17 +152,22 @@ impl Method for Bottleneck {
                 ));
             }
             let hidden = dim / config.reduction;
-            let mut declare = |part: &str, shape: &[usize], start| {
-                params.declare(Spec::new(format!("base_model.model.{}.{part}", site.path), shape, start))
+            let mut layer = |part: &str, (output, input): (usize, usize), zero: bool| -> Result<(Matrix, Tensor)> {
+                let name = format!("base_model.model.{}.adapter_{part}", site.path);
+                let weight = match &config.hypercomplex {
+                    None => {
+                        let start = if zero { Start::Zeros } else { Start::KaimingUniform { fan_in: input } };
+                        Matrix::Plain(params.declare(Spec::new(format!("{name}.weight"), (output, input), start))?)
+                    }
+                    Some(phm) => {
+                        let rule = shared.clone().map_or_else(|| phm.rule(format!("{name}.phm_rule"), params), Ok)?;
+                        Matrix::Hypercomplex(Phm::plan(phm, rule, &name, (output, input), zero, params)?)
+                    }
+                };
+                Ok((weight, params.declare(Spec::new(format!("{name}.bias"), output, Start::Zeros))?))
             };
-            let down = Start::KaimingUniform { fan_in: dim };
-            adapters.insert(
-                id,
-                Narrow {
-                    down: (declare("adapter_down.weight", &[hidden, dim], down)?, declare("adapter_down.bias", &[hidden], Start::Zeros)?),
-                    up: (declare("adapter_up.weight", &[dim, hidden], Start::Zeros)?, declare("adapter_up.bias", &[dim], Start::Zeros)?),
-                },
-            );
+            let (down, up) = (layer("down", (hidden, dim), false)?, layer("up", (dim, hidden), true)?);
+            adapters.insert(id, Narrow { down, up });
         }
         let parallel = config.placement == Placement::Parallel;
         Ok(Box::new(BottleneckPatch { adapters, parallel, activation: config.activation, scale: config.scale }))
@@ -141,9 +188,9 @@ impl Patch for BottleneckPatch {
         let x = if self.parallel { branch.input } else { &branch.output };
         let dtype = x.dtype();
         let cast = |t: &Tensor| t.to_dtype(dtype);
-        let h = ops::linear(x, &cast(&down.0)?, Some(&cast(&down.1)?))?;
+        let h = ops::linear(x, &cast(&down.0.weight()?)?, Some(&cast(&down.1)?))?;
         let h = ops::activation(&h, self.activation)?;
-        let y = ops::linear(&h, &cast(&up.0)?, Some(&cast(&up.1)?))?;
+        let y = ops::linear(&h, &cast(&up.0.weight()?)?, Some(&cast(&up.1)?))?;
         let y = if self.scale == 1.0 { y } else { (y * self.scale)? };
         branch.output + y
     }

@@ -61,15 +61,15 @@ impl LinearOut {
         self.map(|y| y + up)
     }
 
-    /// Multiplies the input by `scale` [in]; only before anything is computed or added.
+    /// Multiplies the input by `scale` [in], that of a low-rank term too.
     ///
     /// # Errors
-    /// When shapes do not fit, or an earlier patch already used the input.
+    /// When shapes do not fit, or an earlier patch has already computed something of the input.
     pub fn scale_input(mut self, scale: &Tensor) -> Result<Self> {
-        if self.value.is_some() || self.term.is_some() {
-            candle_core::bail!("an input scale has to come before low-rank terms in the recipe");
+        if self.value.is_some() {
+            candle_core::bail!("a method that scales this layer's input has to stand before those that change its output in the recipe");
         }
-        self.x = self.x.broadcast_mul(scale)?;
+        self.x = ops::scale(&self.x, scale, None)?;
         Ok(self)
     }
 
@@ -87,12 +87,30 @@ impl LinearOut {
             },
             None => self.compute()?,
         };
-        let scaled = product.broadcast_mul(scale)?;
-        self.value = Some(match &bias {
-            Some(b) => scaled.broadcast_add(b)?,
-            None => scaled,
-        });
+        self.value = Some(ops::scale(&product, scale, bias.as_ref())?);
         self.bias = bias;
+        Ok(self)
+    }
+
+    /// Adds a low-rank term and multiplies each row of the sum of the weights by `scale` [out] (DoRA): `scale ∘ (W + s B A) x`.
+    /// As in HF PEFT, dropout is of the whole change: `W x + (scale ∘ (W + s B A) − W) (x ∘ dropout)`.
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub fn decomposed(mut self, mut term: LowRankTerm, scale: &Tensor) -> Result<Self> {
+        let Some(mask) = term.dropout.take() else { return self.low_rank(term)?.scale_rows(scale) };
+        let kept = (&self.x * mask)?;
+        let lora = ops::LowRank { a: &term.a, b: &term.b, scale: term.scale, dropout: None };
+        let changed = ops::scale(&ops::lora_linear(&kept, &self.weight, None, &lora)?, scale, None)?;
+        let rest = match (self.value.take(), self.term.is_some()) {
+            // W (x − kept): what is dropped goes through the frozen weight alone.
+            (None, false) => ops::linear(&(&self.x - &kept)?, &self.weight, self.bias.as_ref())?,
+            (value, _) => {
+                let before = value.map_or_else(|| self.compute(), Ok)?;
+                (before - ops::linear(&kept, &self.weight, None)?)?
+            }
+        };
+        self.value = Some((rest + changed)?);
         Ok(self)
     }
 
@@ -213,4 +231,32 @@ pub enum ClassFeatures {
     Shared(Tensor),
     /// One set for each image, [B, C, D] (CoCoOp).
     PerImage(Tensor),
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::random;
+
+    /// HF PEFT, `DoraLinearLayer.forward`: base + (m − 1)·W x' + m·s·B A x', x' the input after dropout.
+    #[test]
+    fn dropout_of_a_decomposed_weight_is_hf_pefts() {
+        let [x, w, b, a, up, m] =
+            [(&[3, 5][..], 1), (&[4, 5], 2), (&[4], 3), (&[2, 5], 4), (&[4, 2], 5), (&[4], 6)].map(|(d, s)| random(d, s));
+        let mask = (random(&[3, 5], 7).ge(0.0).unwrap().to_dtype(x.dtype()).unwrap() * 2.0).unwrap();
+        let kept = (&x * &mask).unwrap();
+        let product = |x: &Tensor, w: &Tensor| x.matmul(&w.t().unwrap()).unwrap();
+        let base = product(&x, &w).broadcast_add(&b).unwrap();
+        let change = product(&kept, &w).broadcast_mul(&(&m - 1.0).unwrap()).unwrap();
+        let low = (product(&product(&kept, &a), &up) * 0.5).unwrap().broadcast_mul(&m).unwrap();
+        let expected = ((&base + change).unwrap() + low).unwrap();
+        let term = || LowRankTerm { a: a.clone(), b: up.clone(), scale: 0.5, dropout: Some(mask.clone()) };
+        let fresh = LinearOut::new(x.clone(), w.clone(), Some(b.clone())).decomposed(term(), &m).unwrap();
+        let touched = LinearOut::new(x, w, Some(b)).map(Ok).unwrap().decomposed(term(), &m).unwrap();
+        for found in [fresh.value().unwrap(), touched.value().unwrap()] {
+            let off = (found - &expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f64>().unwrap();
+            assert!(off < 1e-12, "{off}");
+        }
+    }
 }

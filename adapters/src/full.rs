@@ -20,7 +20,8 @@ pub struct Full;
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct FullConfig {
-    /// Modules or tensors by name (list of suffixes, or a regex over the whole name); all when left out.
+    /// Modules or tensors by name (list of suffixes, or a regex over the whole name); all when left out. Bare parameters too:
+    /// `[logit_scale]`, `[class_embedding]`; beside another method, `full` with such a list trains them along.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub targets: Option<Targets>,
     /// `vision`, `text` or `both`; `both` includes projections and logit scale.
@@ -89,6 +90,7 @@ impl Method for Full {
             FullConfig::default(),
             FullConfig { layers: Some(Layers::Last(crate::targets::Last { last: 1 })), ..Default::default() },
             FullConfig { targets: Some(Targets::names(&["visual_projection", "mlp.fc1"])), ..Default::default() },
+            FullConfig { targets: Some(Targets::names(&["logit_scale", "class_embedding"])), ..Default::default() },
         ]
     }
 

@@ -90,9 +90,34 @@ impl LayerNorm {
     }
 }
 
+/// A convolution whose stride is its kernel: `y = cells Kᵀ` over unfolded patches, then whatever the patches make of it.
+#[derive(Debug, Clone)]
+pub struct PatchConv {
+    /// Where the `linear` hook runs.
+    pub site: SiteId,
+    /// `[out, C, P, P]`.
+    pub weight: (WeightId, Tensor),
+}
+
+impl PatchConv {
+    /// Applies the kernel.
+    ///
+    /// # Shapes
+    /// `cells` [..., C·P·P] → [..., out]
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub fn forward(&self, cells: &Tensor, patches: &Patches) -> Result<Tensor> {
+        let kernel = patches.weight(self.weight.0, &self.weight.1)?.flatten_from(1)?;
+        patches.linear(self.site, LinearOut::new(cells.clone(), kernel, None))?.value()
+    }
+}
+
 /// A table of vectors.
 #[derive(Debug, Clone)]
 pub struct Embedding {
+    /// Where the `embedding` hook runs.
+    pub site: SiteId,
     /// `[rows, dim]`.
     pub weight: (WeightId, Tensor),
 }
@@ -106,14 +131,17 @@ impl Embedding {
     /// # Errors
     /// When an id is outside the table.
     pub fn forward(&self, ids: &Tensor, patches: &Patches) -> Result<Tensor> {
-        ops::embedding(&self.table(patches)?, ids)
+        let rows = ops::embedding(&patches.weight(self.weight.0, &self.weight.1)?, ids)?;
+        patches.embedding(self.site, Some(ids), rows)
     }
 
-    /// The table as the patches see it.
+    /// The whole table as the patches see it.
     ///
     /// # Errors
     /// When a patch fails.
     pub fn table(&self, patches: &Patches) -> Result<Tensor> {
-        patches.weight(self.weight.0, &self.weight.1)
+        let table = patches.weight(self.weight.0, &self.weight.1)?;
+        // A view, since candle would hand a frozen summand itself a gradient.
+        patches.embedding(self.site, None, table.reshape(table.shape())?)
     }
 }

@@ -1,5 +1,7 @@
 //! The seam: a [`Method`] plans once for a whole model and returns a [`Patch`] of typed hooks.
 
+use std::collections::HashMap;
+
 use candle_core::{Result as TensorResult, Tensor};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -7,6 +9,7 @@ use serde_json::Value;
 
 use crate::Result;
 use crate::flow::{Branch, ClassFeatures, Embedded, LinearOut, Qkv, Sequence};
+use crate::grads::Grads;
 use crate::params::Params;
 use crate::sites::{SiteId, Sites, WeightId};
 
@@ -40,6 +43,11 @@ pub trait Method: 'static {
     /// # Errors
     /// When the configuration does not fit the model.
     fn plan(config: &Self::Config, sites: &Sites, params: &mut Params) -> Result<Box<dyn Patch>>;
+
+    /// Whether an `adapter_config.json` is this method's: by its `peft_type`, unless several methods share one.
+    fn reads(config: &Value) -> bool {
+        config.get("peft_type").and_then(Value::as_str).is_some_and(|kind| kind.eq_ignore_ascii_case(Self::NAME))
+    }
 
     /// `adapter_config.json`: HF PEFT's fields where HF PEFT has the method.
     ///
@@ -115,6 +123,17 @@ pub trait Patch: Send + Sync {
     /// When a tensor operation fails.
     fn linear(&self, _at: SiteId, y: LinearOut) -> TensorResult<LinearOut> {
         Ok(y)
+    }
+
+    /// Rows of a table: those at `ids`, or all of them.
+    ///
+    /// # Shapes
+    /// `ids` u32 [...], `rows` [..., D] → [..., D]
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn embedding(&self, _at: SiteId, _ids: Option<&Tensor>, rows: Tensor) -> TensorResult<Tensor> {
+        Ok(rows)
     }
 
     /// Attention's inputs; prefixes join keys and values here.
@@ -200,7 +219,7 @@ pub trait Patch: Send + Sync {
         Ok(None)
     }
 
-    /// After each optimiser step; AdaLoRA allocates ranks here.
+    /// After each optimiser step, counted from 1; AdaLoRA allocates ranks here.
     ///
     /// # Errors
     /// When a tensor operation fails.
@@ -250,6 +269,27 @@ pub trait Patch: Send + Sync {
     fn export(&self) -> TensorResult<Option<Vec<(String, Tensor)>>> {
         Ok(None)
     }
+
+    /// What training has decided of `adapter_config.json` (AdaLoRA's ranks).
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn export_config(&self, _config: &mut Value) -> TensorResult<()> {
+        Ok(())
+    }
+
+    /// What a checkpoint has to hold besides the parameters, by name.
+    fn state(&self) -> Vec<(String, Tensor)> {
+        Vec::new()
+    }
+
+    /// Takes what [`Patch::state`] gave.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn restore(&mut self, _state: &HashMap<String, Tensor>) -> TensorResult<()> {
+        Ok(())
+    }
 }
 
 /// Labelled examples as methods that look at data see them.
@@ -262,9 +302,6 @@ pub struct Labelled {
     /// Logits before [`Patch::logits`], f32 [N, C].
     pub logits: Tensor,
 }
-
-/// Gradients by parameter name.
-pub type Grads = std::collections::HashMap<String, Tensor>;
 
 /// The patches of one recipe, in recipe order.
 #[derive(Default)]
@@ -338,6 +375,14 @@ impl Patches {
     /// When a patch fails.
     pub fn linear(&self, at: SiteId, y: LinearOut) -> TensorResult<LinearOut> {
         self.iter().try_fold(y, |y, p| p.linear(at, y))
+    }
+
+    /// See [`Patch::embedding`].
+    ///
+    /// # Errors
+    /// When a patch fails.
+    pub fn embedding(&self, at: SiteId, ids: Option<&Tensor>, rows: Tensor) -> TensorResult<Tensor> {
+        self.iter().try_fold(rows, |rows, p| p.embedding(at, ids, rows))
     }
 
     /// See [`Patch::attention`].

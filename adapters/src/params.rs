@@ -41,8 +41,8 @@ pub struct Param {
     pub lr_factor: f64,
     /// Whether decoupled weight decay applies. By default it skips tensors below 2-D.
     pub decay: bool,
-    /// Whether it is trained; otherwise it is only saved and loaded.
-    pub trained: bool,
+    /// Saved and loaded, but not trained (VeRA's projections, Tip-Adapter's cache).
+    pub frozen: bool,
 }
 
 /// What a method declares for one parameter.
@@ -58,20 +58,20 @@ pub struct Spec {
     pub lr_factor: f64,
     /// Overrides whether weight decay applies.
     pub decay: Option<bool>,
-    /// Whether it is trained; otherwise it is only saved and loaded.
-    pub trained: bool,
+    /// Saved and loaded, but not trained.
+    pub frozen: bool,
 }
 
 impl Spec {
     /// A parameter with learning-rate factor 1 and the default decay.
     pub fn new(name: impl Into<String>, shape: impl Into<Shape>, start: Start) -> Self {
-        Self { name: name.into(), shape: shape.into(), start, lr_factor: 1.0, decay: None, trained: true }
+        Self { name: name.into(), shape: shape.into(), start, lr_factor: 1.0, decay: None, frozen: false }
     }
 
     /// The same without training: saved and loaded only.
     #[must_use]
     pub fn frozen(self) -> Self {
-        Self { trained: false, ..self }
+        Self { frozen: true, ..self }
     }
 }
 
@@ -84,6 +84,7 @@ pub struct Params {
     items: Vec<Param>,
     /// Set in a view of another set: declaring hands out what is there, without gradients.
     view: bool,
+    notes: Vec<String>,
 }
 
 impl Params {
@@ -96,14 +97,14 @@ impl Params {
     /// An empty set of another dtype; f64 serves finite-difference tests.
     #[must_use]
     pub fn with_dtype(seed: u64, dtype: DType, device: &Device) -> Self {
-        Self { seed, dtype, device: device.clone(), items: Vec::new(), view: false }
+        Self { seed, dtype, device: device.clone(), items: Vec::new(), view: false, notes: Vec::new() }
     }
 
     /// The same parameters for evaluation: planning a method with it gives hooks that read the
     /// current values and record no graph.
     #[must_use]
     pub fn view(&self) -> Self {
-        Self { seed: self.seed, dtype: self.dtype, device: self.device.clone(), items: self.items.clone(), view: true }
+        Self { seed: self.seed, dtype: self.dtype, device: self.device.clone(), items: self.items.clone(), view: true, notes: Vec::new() }
     }
 
     /// Declares a parameter and returns the tensor to compute with.
@@ -143,9 +144,20 @@ impl Params {
         let decay = spec.decay.unwrap_or(spec.shape.rank() >= 2);
         let var = Var::from_tensor(&value)?;
         // Detached tensors share the variable's storage and so follow its updates.
-        let tensor = if spec.trained { var.as_tensor().clone() } else { var.as_tensor().detach() };
-        self.items.push(Param { name: spec.name, var, lr_factor: spec.lr_factor, decay, trained: spec.trained });
+        let tensor = if spec.frozen { var.as_tensor().detach() } else { var.as_tensor().clone() };
+        self.items.push(Param { name: spec.name, var, lr_factor: spec.lr_factor, decay, frozen: spec.frozen });
         Ok(tensor)
+    }
+
+    /// Tells the user something that is no error, such as a pattern that matches nothing.
+    pub fn note(&mut self, note: impl Into<String>) {
+        self.notes.push(note.into());
+    }
+
+    /// What planning had to tell.
+    #[must_use]
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// The parameters in declaration order.
@@ -168,7 +180,7 @@ impl Params {
     /// How many numbers are trained.
     #[must_use]
     pub fn count(&self) -> usize {
-        self.items.iter().filter(|p| p.trained).map(|p| p.var.elem_count()).sum()
+        self.items.iter().filter(|p| !p.frozen).map(|p| p.var.elem_count()).sum()
     }
 
     /// The parameter called `name`.

@@ -25,6 +25,7 @@ macro_rules! methods {
                 source: <$method as Method>::SOURCE,
                 init: <$method as Method>::INIT,
                 examples: || <$method as Method>::examples().into_iter().map(MethodConfig::$variant).collect(),
+                reads: <$method as Method>::reads,
                 parse: |value| Ok(MethodConfig::$variant(<$method as Method>::from_adapter_config(value)?)),
             },)*
         ];
@@ -58,6 +59,30 @@ macro_rules! methods {
 methods! {
     /// Low-rank updates of linear layers.
     "lora" Lora = crate::lora::Lora;
+    /// LoRA whose B learns faster.
+    "lora_plus" LoraPlus = crate::lora_plus::LoraPlus;
+    /// LoRA with magnitudes of their own.
+    "dora" Dora = crate::dora::Dora;
+    /// LoRA from the principal singular vectors.
+    "pissa" Pissa = crate::pissa::Pissa;
+    /// LoRA from an orthonormal basis.
+    "olora" Olora = crate::olora::Olora;
+    /// Vectors around two shared random matrices.
+    "vera" Vera = crate::vera::Vera;
+    /// Elementwise products of low-rank matrices.
+    "loha" Loha = crate::loha::Loha;
+    /// Kronecker products.
+    "lokr" Lokr = crate::lokr::Lokr;
+    /// Ranks that go where they matter.
+    "adalora" Adalora = crate::adalora::Adalora;
+    /// Factors for keys, values and hidden units.
+    "ia3" Ia3 = crate::ia3::Ia3;
+    /// Layer norms' own weights.
+    "ln_tuning" LnTuning = crate::ln_tuning::LnTuning;
+    /// Biases.
+    "bitfit" Bitfit = crate::bitfit::Bitfit;
+    /// Singular values of weights.
+    "svd" Svd = crate::svd::SingularValues;
     /// Learned keys and values in attention.
     "prefix" Prefix = crate::prefix::Prefix;
     /// Narrow MLPs beside or behind the blocks' branches.
@@ -91,6 +116,8 @@ pub struct Entry {
     pub init: Init,
     /// Configurations for the contract tests.
     pub examples: fn() -> Vec<MethodConfig>,
+    /// Whether an `adapter_config.json` is the method's.
+    pub reads: fn(&Value) -> bool,
     /// Reads `adapter_config.json`.
     pub parse: fn(&Value) -> Result<MethodConfig>,
 }
@@ -102,7 +129,7 @@ pub struct Entry {
 pub fn from_adapter_config(value: &Value) -> Result<MethodConfig> {
     let kind =
         value.get("peft_type").and_then(Value::as_str).ok_or_else(|| Error::config("peft_type", "expected a string such as \"LORA\""))?;
-    let entry = METHODS.iter().find(|e| e.name.eq_ignore_ascii_case(kind)).ok_or_else(|| {
+    let entry = METHODS.iter().find(|e| (e.reads)(value)).ok_or_else(|| {
         let known: Vec<_> = METHODS.iter().map(|e| e.name.to_uppercase()).collect();
         Error::config("peft_type", format!("\"{kind}\" is not implemented; known: {}", known.join(", ")))
     })?;

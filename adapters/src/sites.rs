@@ -2,12 +2,12 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::layers::{Embedding, LayerNorm, Linear};
+use crate::layers::{Embedding, LayerNorm, Linear, PatchConv};
 use crate::{Error, Result};
 
 /// A place where hooks run. Cheap to copy; an index into [`Sites`].
@@ -55,6 +55,20 @@ pub enum SiteKind {
         input: usize,
         /// Width of the output.
         output: usize,
+    },
+    /// A convolution whose stride is its kernel, a product over unfolded patches: the `linear` hook.
+    Conv {
+        /// Channels, height and width of the kernel.
+        kernel: [usize; 3],
+        /// Width of the output.
+        output: usize,
+    },
+    /// A table of vectors: the `embedding` hook.
+    Embedding {
+        /// Number of vectors.
+        rows: usize,
+        /// Their width.
+        dim: usize,
     },
     /// Attention over (q, k, v): the `attention` hook.
     Attention {
@@ -123,6 +137,7 @@ pub struct Sites {
     by_name: HashMap<String, WeightId>,
     encoder: Option<Encoder>,
     task: TaskFacts,
+    derived: Arc<Mutex<HashMap<(WeightId, String), Vec<Tensor>>>>,
 }
 
 /// What methods that hold something for each class or example have to know.
@@ -214,9 +229,40 @@ impl Sites {
         }
     }
 
+    /// Registers a convolution of patches with `<path>.weight` [out, C, P, P].
+    ///
+    /// # Errors
+    /// When the weight has other dimensions.
+    pub fn patch_conv(&mut self, path: &str, tower: Tower, weight: Tensor) -> Result<PatchConv> {
+        let (output, channels, height, width) = weight.dims4()?;
+        let kind = SiteKind::Conv { kernel: [channels, height, width], output };
+        let site = self.add(Site { path: path.to_string(), tower, layer: None, kind });
+        Ok(PatchConv { site, weight: (self.add_weight(&format!("{path}.weight"), tower, None, weight.clone()), weight) })
+    }
+
     /// Registers an embedding table `<path>.weight` [rows, dim].
-    pub fn embedding(&mut self, path: &str, tower: Tower, table: Tensor) -> Embedding {
-        Embedding { weight: (self.add_weight(&format!("{path}.weight"), tower, None, table.clone()), table) }
+    ///
+    /// # Errors
+    /// When the table is not a matrix.
+    pub fn embedding(&mut self, path: &str, tower: Tower, table: Tensor) -> Result<Embedding> {
+        let (rows, dim) = table.dims2()?;
+        let site = self.add(Site { path: path.to_string(), tower, layer: None, kind: SiteKind::Embedding { rows, dim } });
+        Ok(Embedding { site, weight: (self.add_weight(&format!("{path}.weight"), tower, None, table.clone()), table) })
+    }
+
+    /// What several plans derive from a base weight, such as its singular vectors: computed once, kept with the model.
+    ///
+    /// # Errors
+    /// What `compute` returns.
+    pub fn derived(&self, id: WeightId, what: &str, compute: impl FnOnce() -> Result<Vec<Tensor>>) -> Result<Vec<Tensor>> {
+        let key = (id, what.to_string());
+        let lock = || self.derived.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(found) = lock().get(&key) {
+            return Ok(found.clone());
+        }
+        let made = compute()?;
+        lock().insert(key, made.clone());
+        Ok(made)
     }
 
     /// All sites with their ids, in model order.

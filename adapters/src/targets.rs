@@ -22,6 +22,15 @@ pub enum Targets {
 pub type Matcher = Box<dyn Fn(&str) -> Result<bool>>;
 
 impl Targets {
+    /// HF PEFT's word for every linear layer.
+    pub const ALL_LINEAR: &str = "all-linear";
+
+    /// Whether it is that word.
+    #[must_use]
+    pub fn is_all_linear(&self) -> bool {
+        matches!(self, Self::Pattern(p) if p == Self::ALL_LINEAR)
+    }
+
     /// A list of names.
     #[must_use]
     pub fn names(names: &[&str]) -> Self {
@@ -39,6 +48,7 @@ impl Targets {
                 let names = names.clone();
                 Ok(Box::new(move |path| Ok(names.iter().any(|n| is_suffix(path, n)))))
             }
+            Self::Pattern(_) if self.is_all_linear() => Ok(Box::new(|_: &str| Ok(true))),
             Self::Pattern(pattern) => {
                 let (regex, key) = (full_regex(key, pattern)?, key.to_string());
                 Ok(Box::new(move |path| matches_whole(&key, &regex, path)))

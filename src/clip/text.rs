@@ -113,7 +113,7 @@ impl TextTower {
         let text = &config.text;
         let tower = Tower::Text;
         let mut embedding = |sites: &mut Sites, path: &str| -> Result<Embedding> {
-            Ok(sites.embedding(path, tower, tensors.take(&format!("{path}.weight"))?))
+            sites.embedding(path, tower, tensors.take(&format!("{path}.weight"))?).map_err(super::method_error)
         };
         let token = embedding(sites, "text_model.embeddings.token_embedding")?;
         let position = embedding(sites, "text_model.embeddings.position_embedding")?;

@@ -1,7 +1,7 @@
 //! The image encoder: a ViT pooled at its class token.
 
 use candle_core::{Result as TensorResult, Tensor};
-use peft_adapters::layers::{Embedding, LayerNorm, Linear};
+use peft_adapters::layers::{Embedding, LayerNorm, Linear, PatchConv};
 use peft_adapters::{Embedded, Patches, Site, SiteId, SiteKind, Sites, Tape, Tower, WeightId, ops};
 
 use super::block::{self, Block, BlockShape, Tensors};
@@ -15,7 +15,7 @@ pub struct VisionTower {
     config: VisionConfig,
     entrance: SiteId,
     class: (WeightId, Tensor),
-    patch: (WeightId, Tensor),
+    patch: PatchConv,
     position: Embedding,
     pre_norm: LayerNorm,
     blocks: Vec<Block>,
@@ -32,14 +32,13 @@ impl VisionTower {
     pub fn new(config: &ClipConfig, tensors: &mut Tensors, sites: &mut Sites) -> Result<Self> {
         let vision = &config.vision;
         let tower = Tower::Vision;
-        let mut weight = |sites: &mut Sites, name: &str| -> Result<(WeightId, Tensor)> {
-            let t = tensors.take(name)?;
-            Ok((sites.add_weight(name, tower, None, t.clone()), t))
-        };
-        let class = weight(sites, "vision_model.embeddings.class_embedding")?;
-        let patch = weight(sites, "vision_model.embeddings.patch_embedding.weight")?;
+        let name = "vision_model.embeddings.class_embedding";
+        let class = tensors.take(name)?;
+        let class = (sites.add_weight(name, tower, None, class.clone()), class);
+        let path = "vision_model.embeddings.patch_embedding";
+        let patch = sites.patch_conv(path, tower, tensors.take(&format!("{path}.weight"))?).map_err(super::method_error)?;
         let table = tensors.take("vision_model.embeddings.position_embedding.weight")?;
-        let position = sites.embedding("vision_model.embeddings.position_embedding", tower, table);
+        let position = sites.embedding("vision_model.embeddings.position_embedding", tower, table).map_err(super::method_error)?;
         let kind = SiteKind::Embed { dim: vision.hidden_size, limit: usize::MAX };
         let entrance = sites.add(Site { path: "vision_model.embeddings".into(), tower, layer: None, kind });
         let norm = |sites: &mut Sites, tensors: &mut Tensors, path: &str| -> Result<LayerNorm> {
@@ -99,7 +98,7 @@ impl VisionTower {
     /// # Errors
     /// When a tensor operation fails.
     pub fn constant_blocks(&self, patches: &Patches) -> TensorResult<usize> {
-        let (side, like) = (self.config.image_size, &self.patch.1);
+        let (side, like) = (self.config.image_size, &self.patch.weight.1);
         let blank = Tensor::zeros((1, 3, side, side), like.dtype(), like.device())?;
         self.embed(&blank, None, patches)?.constant(&self.blocks, patches)
     }
@@ -142,8 +141,7 @@ impl VisionTower {
 
     /// Class token and patches with positions, normed.
     fn embed(&self, pixels: &Tensor, keep: Option<&Tensor>, patches: &Patches) -> TensorResult<Trunk> {
-        let kernel = patches.weight(self.patch.0, &self.patch.1)?;
-        let dim = kernel.dim(0)?;
+        let dim = self.patch.weight.1.dim(0)?;
         let mut cells = self.unfold(pixels)?;
         let (batch, count, width) = cells.dims3()?;
         let table = self.position.table(patches)?;
@@ -157,10 +155,11 @@ impl VisionTower {
             }
         };
         // The convolution of stride P is a product over unfolded patches.
-        let x = ops::linear(&cells, &kernel.reshape((dim, width))?, None)?;
+        let x = self.patch.forward(&cells, patches)?;
         let x = x.broadcast_add(&positions)?;
         let class = patches.weight(self.class.0, &self.class.1)?;
-        let first = (class + table.narrow(0, 0, 1)?.squeeze(0)?)?;
+        // A view, since candle would hand a frozen summand itself a gradient.
+        let first = (class.reshape((1, dim))? + table.narrow(0, 0, 1)?)?;
         let first = first.reshape((1, 1, dim))?.broadcast_as((batch, 1, dim))?;
         let x = Tensor::cat(&[&first, &x], 1)?;
         let embedded = Embedded { x, pool: Vec::new(), names: Vec::new(), images: None };

@@ -85,7 +85,10 @@ impl CoopConfig {
         if let Some(split) = &self.split {
             return Ok(Layout::Json(self.inside(split)));
         }
-        let entries = std::fs::read_dir(&self.root).map_err(|e| Error::read(&self.root, e))?;
+        let entries = std::fs::read_dir(&self.root).map_err(|e| {
+            Error::read(&self.root, e)
+                .hint("data.coop.root is relative to the working directory; CoOp's DATASETS.md says where each dataset is to be had")
+        })?;
         let splits = entries.flatten().map(|e| e.path()).filter(|p| is_split(&name(p)));
         let mut splits: Vec<PathBuf> = splits.collect();
         splits.sort();

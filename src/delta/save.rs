@@ -62,6 +62,7 @@ fn write_method(
     let path = dir.join(file::weights(method.name()));
     weights::save(&path, &tensors)?;
     let mut config = method.to_adapter_config(sites).map_err(|e| named(method, e))?;
+    patch.export_config(&mut config)?;
     if let Some(name) = config.get_mut("base_model_name_or_path") {
         *name = manifest.base.name.clone().into();
     }

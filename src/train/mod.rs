@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::Tensor;
-use peft_adapters::Params;
+use peft_adapters::{Grads, Params};
 
 use crate::clip::Clip;
 use crate::clip::base::Base;
@@ -121,7 +121,7 @@ impl<'a> Trainer<'a> {
     ///
     /// # Errors
     /// When the checkpoint is broken or belongs to another recipe.
-    pub fn resume(&self, run: &mut Run, dir: &Path) -> Result<()> {
+    pub fn resume(&mut self, run: &mut Run, dir: &Path) -> Result<()> {
         let Some((mut tensors, state)) = checkpoint::load(dir)? else { return Ok(()) };
         let mut take = |name: &str| {
             tensors
@@ -140,6 +140,11 @@ impl<'a> Trainer<'a> {
             ema.restore(params, &mut take)?;
         }
         run.state = state;
+        for (index, patch) in self.adapters.patches.iter_mut().enumerate() {
+            let prefix = format!("patch.{index}.");
+            let own = tensors.iter().filter_map(|(name, t)| Some((name.strip_prefix(&prefix)?.to_string(), t.clone())));
+            patch.restore(&own.collect())?;
+        }
         Ok(())
     }
 
@@ -156,6 +161,9 @@ impl<'a> Trainer<'a> {
         tensors.extend(run.best.iter().flat_map(|best| named("best", best)));
         tensors.extend(run.optimizer.state());
         tensors.extend(run.ema.iter().flat_map(|ema| ema.state(params)));
+        for (index, patch) in self.adapters.patches.iter().enumerate() {
+            tensors.extend(patch.state().into_iter().map(|(name, t)| (format!("patch.{index}.{name}"), t)));
+        }
         run.state.seconds = run.seconds();
         run.started = Instant::now();
         checkpoint::save(dir, &tensors, &run.state)
@@ -288,6 +296,7 @@ fn interrupted(run: &Run, total: usize, signal: i32, saved: bool) -> Error {
 }
 
 /// Gradients by name, for patches that want to see them.
-fn by_name(params: &Params, grads: &[Option<Tensor>]) -> HashMap<String, Tensor> {
-    params.iter().zip(grads).filter_map(|(p, g)| g.clone().map(|g| (p.name.clone(), g))).collect()
+fn by_name(params: &Params, grads: &[Option<Tensor>], scale: f64) -> Grads {
+    let named: HashMap<_, _> = params.iter().zip(grads).filter_map(|(p, g)| g.clone().map(|g| (p.name.clone(), g))).collect();
+    Grads::new(named, scale)
 }

@@ -232,9 +232,9 @@ impl Stepper {
         if let Some(ema) = &mut run.ema {
             ema.update(params, run.state.step)?;
         }
-        let named = by_name(params, grads);
+        let named = by_name(params, grads, scale);
         for patch in trainer.adapters.patches.iter_mut().skip(trainer.adapters.beneath) {
-            patch.after_backward(run.state.step, self.total, &named)?;
+            patch.after_backward(run.state.step + 1, self.total, &named)?;
         }
         Ok(())
     }

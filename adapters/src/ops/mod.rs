@@ -20,6 +20,7 @@ mod lora;
 mod norm;
 pub mod portable;
 mod release;
+mod scale;
 mod simd;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -112,6 +113,17 @@ pub fn linear_unread(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tenso
 /// When shapes do not fit.
 pub fn lora_linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, lora: &LowRank<'_>) -> Result<Tensor> {
     lora::lora_linear(x, w, bias, lora)
+}
+
+/// `x ∘ scale + b` over the last dimension.
+///
+/// # Shapes
+/// `x` [..., D], `scale` and `b` [D] → [..., D]
+///
+/// # Errors
+/// When shapes do not fit.
+pub fn scale(x: &Tensor, scale: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
+    scale::scale(x, scale, b)
 }
 
 /// Layer norm over the last dimension, biased variance.

@@ -31,6 +31,12 @@ pub(super) fn lora_linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, lora: &
     base + (super::linear(&down, lora.b, None)? * lora.scale)?
 }
 
+/// See [`super::scale`].
+pub(super) fn scale(x: &Tensor, scale: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
+    let y = x.broadcast_mul(scale)?;
+    b.map_or(Ok(y.clone()), |b| y.broadcast_add(b))
+}
+
 /// The dtype sums are taken in: f32 for half floats.
 fn wide(dtype: DType) -> DType {
     if dtype == DType::F64 { DType::F64 } else { DType::F32 }

@@ -1,0 +1,90 @@
+//! Exact decompositions of weight matrices, in f64 on the CPU.
+
+use candle_core::{DType, Device, Result as TensorResult, Tensor};
+use faer::{Mat, MatRef};
+
+use crate::sites::{Sites, WeightId};
+use crate::{Error, Result};
+
+/// `W = U diag(s) Vᵀ`, singular values from the largest.
+#[derive(Debug, Clone)]
+pub struct Svd {
+    /// [out, k], k the smaller dimension.
+    pub u: Tensor,
+    /// [k].
+    pub s: Tensor,
+    /// [k, in].
+    pub vt: Tensor,
+}
+
+fn read(w: &Tensor) -> TensorResult<Mat<f64>> {
+    let (rows, cols) = w.dims2()?;
+    let values: Vec<f64> = w.detach().to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?;
+    Ok(Mat::from_fn(rows, cols, |i, j| values[i * cols + j]))
+}
+
+fn write(m: MatRef<'_, f64>, like: &Tensor) -> TensorResult<Tensor> {
+    let values: Vec<f64> = (0..m.nrows()).flat_map(|i| (0..m.ncols()).map(move |j| m[(i, j)])).collect();
+    place(Tensor::from_vec(values, (m.nrows(), m.ncols()), &Device::Cpu)?, like)
+}
+
+/// f32 is what parameters are; an f64 model stays f64.
+fn place(t: Tensor, like: &Tensor) -> TensorResult<Tensor> {
+    t.to_dtype(if like.dtype() == DType::F64 { DType::F64 } else { DType::F32 })?.to_device(like.device())
+}
+
+/// The singular value decomposition of a base weight [out, in], which is kept with the model.
+///
+/// # Errors
+/// When it does not converge, which finite weights do not let happen.
+pub fn svd(sites: &Sites, id: WeightId, w: &Tensor) -> Result<Svd> {
+    let parts = sites.derived(id, "svd", || {
+        let svd = read(w)?.thin_svd().map_err(|e| Error::config("model", format!("a weight has no singular values: {e:?}")))?;
+        let s: Vec<f64> = svd.S().column_vector().iter().copied().collect();
+        let k = s.len();
+        Ok(vec![write(svd.U(), w)?, place(Tensor::from_vec(s, k, &Device::Cpu)?, w)?, write(svd.V().transpose(), w)?])
+    })?;
+    match parts.as_slice() {
+        [u, s, vt] => Ok(Svd { u: u.clone(), s: s.clone(), vt: vt.clone() }),
+        _ => Err(Error::config("model", "a weight has no singular values")),
+    }
+}
+
+/// `W = Q R` of a weight [out, in] by Householder reflections: Q [out, k], R [k, in].
+///
+/// # Errors
+/// When the tensor is not a matrix.
+pub fn qr(w: &Tensor) -> Result<(Tensor, Tensor)> {
+    let qr = read(w)?.qr();
+    Ok((write(qr.compute_thin_Q().as_ref(), w)?, write(qr.thin_R(), w)?))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::random;
+    use crate::sites::Tower;
+
+    fn off(a: &Tensor, b: &Tensor) -> f64 {
+        (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
+    }
+
+    #[test]
+    fn products_give_the_matrix_back() {
+        for dims in [[5, 8], [8, 5], [6, 6]] {
+            let w = random(&dims, 3);
+            let mut sites = Sites::new();
+            let id = sites.add_weight("w", Tower::Vision, None, w.clone());
+            let Svd { u, s, vt } = svd(&sites, id, &w).unwrap();
+            assert!(off(&u.broadcast_mul(&s).unwrap().matmul(&vt).unwrap(), &w) < 1e-12);
+            let values: Vec<f64> = s.to_vec1().unwrap();
+            assert!(values.is_sorted_by(|a, b| a >= b), "{values:?}");
+            let (q, r) = qr(&w).unwrap();
+            assert!(off(&q.matmul(&r).unwrap(), &w) < 1e-12);
+            let eye = Tensor::eye(5.min(dims[0]), DType::F64, &Device::Cpu).unwrap();
+            let own = q.t().unwrap().matmul(&q).unwrap();
+            assert!(dims[0] == 6 || off(&own, &eye) < 1e-12);
+        }
+    }
+}
