@@ -1,6 +1,6 @@
 //! From run directories to the comparison and its files.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -8,19 +8,16 @@ use serde_json::json;
 
 use super::plan::{PlannedGroup, PlannedRow, PlannedTrial};
 use super::stats::{self, Hits};
-use super::{BaseMeasured, CompareOptions, Measured, Runner, Second, read_json, write};
+use super::{BaseMeasured, CompareOptions, Measured, Runner, Second, draw, read_json, write};
 use crate::comparison::{Comparison, Forget, Group, Row, RunRow, Spread, Trial};
 use crate::data::DataConfig;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::page::{self, ComparePage, Curve, Disagreement, GroupPage};
+use crate::page::{self, ComparePage, GroupPage};
 use crate::recipe::Recipe;
-use crate::report::{Classification, Evaluation, Prediction, TrainReport};
+use crate::report::{Evaluation, Prediction, TrainReport};
 use crate::run;
 use crate::train::{Event, Observer};
-
-/// Images on which methods disagree that are shown.
-const SHOWN: usize = 24;
 
 /// What was measured, kept so that a comparison that goes on measures nothing twice.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -30,14 +27,14 @@ struct Cache {
 }
 
 /// A finished run.
-struct Loaded {
-    seed: u64,
-    report: TrainReport,
-    predictions: Vec<Prediction>,
+pub(super) struct Loaded {
+    pub(super) seed: u64,
+    pub(super) report: TrainReport,
+    pub(super) predictions: Vec<Prediction>,
 }
 
 /// A row's finished runs.
-type LoadedRow = Vec<Loaded>;
+pub(super) type LoadedRow = Vec<Loaded>;
 
 pub(super) struct Gather<'a> {
     options: &'a CompareOptions,
@@ -125,7 +122,8 @@ impl<'a> Gather<'a> {
             base_ms: rows.iter().filter_map(|r| Some(r.inference.as_ref()?.base_ms)).reduce(f64::min),
             rows,
         };
-        let page = self.page(recipe, &group, &loaded)?;
+        let (page, note) = draw::page(recipe, &group, &loaded, self.runner);
+        self.notes.extend(note);
         Ok((group, page))
     }
 
@@ -251,62 +249,10 @@ impl<'a> Gather<'a> {
         for (i, row) in rows.iter_mut().enumerate().filter(|(i, _)| *i != reference) {
             row.difference = stats::difference(&hits(&loaded[i]), &other, of);
             if row.difference.is_none() && !loaded[i].is_empty() && !other.is_empty() {
-                self.notes.push(format!(
-                    "{group}: {} has no seed or other test examples than {}",
-                    row.method,
-                    rows_name(&self.options.reference)
-                ));
+                self.notes.push(format!("{group}: {} has no seed or other test examples than {}", row.method, self.options.reference));
             }
         }
     }
-
-    fn page(&self, recipe: &Recipe, group: &Group, loaded: &[LoadedRow]) -> Result<GroupPage> {
-        let named = || group.rows.iter().zip(loaded).filter(|(_, l)| !l.is_empty());
-        let confusion = named().filter_map(|(row, l)| Some((row.method.clone(), summed(&group.classes, l)?))).collect();
-        let curves = named().map(|(row, l)| curve(&row.method, l, &group.metric)).collect();
-        let disagreements = match group.task.as_str() {
-            "classify" => self.disagreements(recipe, &named().map(|(r, l)| (r.method.as_str(), &l[0])).collect::<Vec<_>>())?,
-            _ => Vec::new(),
-        };
-        Ok(GroupPage { curves, confusion, disagreements })
-    }
-
-    /// Test images that the first seed's runs see differently, the most divided first.
-    fn disagreements(&self, recipe: &Recipe, runs: &[(&str, &Loaded)]) -> Result<Vec<Disagreement>> {
-        let Some((_, first)) = runs.first() else { return Ok(Vec::new()) };
-        let by_id: Vec<HashMap<&str, &Prediction>> =
-            runs.iter().map(|(_, l)| l.predictions.iter().map(|p| (p.id.as_str(), p)).collect()).collect();
-        let mut divided: Vec<(usize, usize, &Prediction)> = Vec::new();
-        for p in &first.predictions {
-            let guesses: Vec<&str> = by_id.iter().filter_map(|m| m.get(p.id.as_str())).map(|p| p.prediction.as_str()).collect();
-            let mut distinct = guesses.clone();
-            distinct.sort_unstable();
-            distinct.dedup();
-            let right = guesses.iter().filter(|g| p.label.as_deref() == Some(**g)).count();
-            if distinct.len() > 1 && guesses.len() == runs.len() {
-                divided.push((distinct.len(), right.min(guesses.len() - right), p));
-            }
-        }
-        divided.sort_by(|a, b| (b.0, b.1).cmp(&(a.0, a.1)).then_with(|| a.2.id.cmp(&b.2.id)));
-        divided.truncate(SHOWN);
-        let ids: Vec<String> = divided.iter().map(|d| d.2.id.clone()).collect();
-        let images = self.runner.pictures(recipe, &ids)?;
-        let one = |((_, _, p), image): (&(usize, usize, &Prediction), String)| Disagreement {
-            id: p.id.clone(),
-            image,
-            label: p.label.clone().unwrap_or_default(),
-            guesses: runs
-                .iter()
-                .zip(&by_id)
-                .filter_map(|((m, _), all)| Some(((*m).to_string(), all.get(p.id.as_str())?.prediction.clone())))
-                .collect(),
-        };
-        Ok(divided.iter().zip(images).map(one).collect())
-    }
-}
-
-fn rows_name(reference: &str) -> String {
-    format!("`{reference}`")
 }
 
 fn stopped(observer: &dyn Observer) -> Result<()> {
@@ -391,39 +337,5 @@ fn run_row(seed: u64, dir: &Path, loaded: &[Loaded], metric: &str, failed: &BTre
         best_epoch: found.and_then(|r| r.best_epoch),
         seconds: found.map(|r| r.seconds),
         forget: None,
-    }
-}
-
-/// The confusion matrix over all seeds.
-fn summed(names: &[String], loaded: &[Loaded]) -> Option<Classification> {
-    let all = loaded.iter().map(|l| l.report.after.as_ref()?.classification.as_ref()).collect::<Option<Vec<_>>>()?;
-    let (mut labels, mut predicted) = (Vec::new(), Vec::new());
-    for (t, p, n) in
-        all.iter().flat_map(|c| c.confusion.iter().enumerate().flat_map(|(t, r)| r.iter().enumerate().map(move |(p, n)| (t, p, *n))))
-    {
-        if t >= names.len() || p >= names.len() {
-            return None;
-        }
-        labels.extend(std::iter::repeat_n(t as u32, n));
-        predicted.extend(std::iter::repeat_n(p as u32, n));
-    }
-    Some(Classification::new(names, &labels, &predicted))
-}
-
-/// Means over the seeds that got as far as each epoch.
-fn curve(method: &str, loaded: &[Loaded], metric: &str) -> Curve {
-    let longest = loaded.iter().map(|l| l.report.epochs.len()).max().unwrap_or(0);
-    let mean = |i: usize, pick: &dyn Fn(&crate::report::EpochRecord) -> Option<f64>| {
-        let at: Vec<_> = loaded.iter().filter_map(|l| l.report.epochs.get(i)).collect();
-        let values: Vec<f64> = at.iter().filter_map(|e| pick(e)).collect();
-        let step = at.iter().map(|e| e.step as f64).sum::<f64>() / at.len().max(1) as f64;
-        Spread::new(values).map(|s| (step, s.mean))
-    };
-    let over = |pick: &dyn Fn(&crate::report::EpochRecord) -> Option<f64>| (0..longest).filter_map(|i| mean(i, pick)).collect();
-    Curve {
-        method: method.to_string(),
-        training: over(&|e| Some(e.train_loss)),
-        validation: over(&|e| e.val.as_ref().map(|v| v.loss)),
-        metric: over(&|e| e.val.as_ref().and_then(|v| v.metric(metric))),
     }
 }

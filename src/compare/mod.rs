@@ -16,6 +16,7 @@ use crate::recipe::Recipe;
 use crate::run;
 use crate::train::{Event, Observer};
 
+mod draw;
 mod gather;
 mod jobs;
 mod plan;
