@@ -75,13 +75,20 @@ impl Model {
     /// # Errors
     /// When a file is missing or malformed.
     pub fn load_on(base: &str, dtype: DType, device: &Device) -> Result<Self> {
-        let mut model = Self::from_base(Base::load(base, dtype, device)?);
+        Self::from_base(Base::load(base, dtype, device)?).with_bundled(base)
+    }
+
+    /// With the adapters that a bundle brings along; `base` is where the base came from.
+    ///
+    /// # Errors
+    /// When one of them does not fit.
+    pub fn with_bundled(mut self, base: &str) -> Result<Self> {
+        let notes = self.notes.clone();
         // They were made for the base alone, which the bundle's digest is not.
         for dir in bundled(base)? {
-            model = model.with_adapter_of(&dir, true)?;
+            self = self.with_adapter_of(&dir, true)?;
         }
-        model.notes.clear();
-        Ok(model)
+        Ok(Self { notes, ..self })
     }
 
     /// A model without adapters.

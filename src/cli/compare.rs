@@ -13,6 +13,12 @@ use crate::comparison::{Comparison, remarks};
 use crate::error::{Error, Result};
 use crate::recipe::Recipe;
 
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  peft compare recipes/quickstart.yaml --methods full,lora,prefix,bottleneck --seeds 3
+  peft compare pets.yaml --methods lora,full --shots 1,4,16 --search 5     learning rates chosen on validation
+  peft compare runs/a runs/b                                               finished runs";
+
 /// Arguments of `peft compare`.
 #[derive(Debug, Args)]
 pub(super) struct CompareArgs {

@@ -11,6 +11,12 @@ use crate::delta;
 use crate::error::{Error, Result};
 use crate::merge::{MergeOptions, merge};
 
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  peft convert ViT-B-32.pt --output clip-vit-b32                             OpenAI's archive for transformers
+  peft convert epoch_32.pt --arch ViT-B-16 --image-size 288 --output clip    open_clip's training checkpoint, another size
+  peft convert lora_weights.pt --output adapter                              a CLIP-LoRA adapter as HF PEFT's";
+
 /// Arguments of `peft convert`.
 #[derive(Debug, Args)]
 pub(super) struct ConvertArgs {

@@ -93,11 +93,13 @@ enum Verb {
     #[command(after_help = embed::EXAMPLES)]
     Embed(embed::EmbedArgs),
     /// Write a checkpoint of another layout as transformers or HF PEFT would have saved it
+    #[command(after_help = convert::EXAMPLES)]
     Convert(convert::ConvertArgs),
     /// Fold adapters into the base
     #[command(after_help = merge::EXAMPLES)]
     Merge(merge::MergeArgs),
     /// Run methods side by side under one protocol, and say what each reaches, costs and forgets
+    #[command(after_help = compare::EXAMPLES)]
     Compare(compare::CompareArgs),
     /// Describe a base, an adapter, a run or a recipe
     #[command(after_help = inspect::EXAMPLES)]
@@ -186,8 +188,9 @@ struct ModelArgs {
 
 impl ModelArgs {
     fn open(&self, context: &Context) -> Result<Model> {
-        let base = context.source(&self.base.options.spec(&self.base.model)?)?;
-        let mut model = Model::from_base(Base::from_source(base, candle_core::DType::F32, &context.device)?);
+        let spec = self.base.options.spec(&self.base.model)?;
+        let base = Base::from_source(context.source(&spec)?, candle_core::DType::F32, &context.device)?;
+        let mut model = Model::from_base(base).with_bundled(&spec)?;
         for adapter in &self.adapters {
             model = model.with_adapter_of(&context.adapter(adapter)?, self.allow_base_mismatch)?;
         }
