@@ -3,8 +3,8 @@
 use candle_core::{Result, Tensor};
 
 use crate::flow::LinearOut;
-use crate::method::Patches;
 use crate::ops;
+use crate::patches::Patches;
 use crate::sites::{SiteId, WeightId};
 
 /// A linear layer: `y = x Wᵀ + b`, then whatever the patches make of it.
