@@ -1,6 +1,6 @@
 //! How much memory training will take, before it starts.
 
-use crate::clip::ClipConfig;
+use crate::clip::{ClipConfig, block};
 use crate::delta::Adapters;
 use crate::train::{Dtype, TrainConfig};
 
@@ -42,6 +42,8 @@ pub struct Load {
     pub image_tokens: usize,
     /// Images that stay decoded in memory between epochs.
     pub images: usize,
+    /// Numbers of the base that are given up because the parameters have taken their place.
+    pub replaced: usize,
 }
 
 /// One tower's part of a step.
@@ -58,7 +60,12 @@ impl Tower<'_> {
     /// Floats from forward to backward, and those that are worked on meanwhile.
     fn floats(&self, trained: &[&str], train: &TrainConfig) -> usize {
         let own: Vec<&str> = trained.iter().filter(|n| n.contains(self.name)).copied().collect();
-        let together = train.grad_cache.unwrap_or(self.rows).min(self.rows) * self.tokens;
+        let rows = match (train.grad_cache, train.checkpointing) {
+            (Some(rows), _) => rows,
+            (None, true) => (block::GROUP / self.tokens.max(1)).max(1),
+            (None, false) => self.rows,
+        };
+        let together = rows.min(self.rows) * self.tokens;
         let working = together * (4 * self.dim + 2 * self.mlp);
         let Some(first) = own.iter().map(|n| self.layer(n)).min() else { return working };
         let held = self.layers.saturating_sub(first);
@@ -124,11 +131,11 @@ pub fn estimate(config: &ClipConfig, adapters: &Adapters, train: &TrainConfig, l
     // Value, gradient, two moments, best epoch.
     let copies = 5 + usize::from(train.ema.is_some());
     let mut all = Estimate {
-        base: (base * width) as u64,
+        base: (base.saturating_sub(load.replaced) * width) as u64,
         trained: (adapters.params.count() * 4 * copies) as u64,
         activations: (activations * width) as u64,
-        // Decoded images are bytes; batches that wait are floats.
-        other: PROGRAM + (load.images as u64 * image).min(1 << 30) + 4 * train.batch as u64 * image * 4,
+        // Decoded images and batches that wait are bytes, the batch in use is floats.
+        other: PROGRAM + (load.images as u64 * image).min(1 << 30) + train.batch as u64 * image * (4 + 4),
     };
     all.other += (all.total() as f64 * SLACK) as u64;
     all

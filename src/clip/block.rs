@@ -254,7 +254,7 @@ pub(super) fn pooled<'a>(blocks: &'a [Block], trunk: Trunk, patches: &'a Patches
 }
 
 /// With a tape, so many tokens are in the middle of a block at once.
-const GROUP: usize = 4096;
+pub(crate) const GROUP: usize = 4096;
 
 /// One block, as a segment of the tape if there is one.
 fn stage<'a>(

@@ -67,6 +67,7 @@ pub fn check(recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Re
 impl Session {
     /// What there is of everything while training, learnt tokens included.
     fn load(&self, adapters: &mut Adapters, texts: usize) -> Result<Load> {
+        let replaced = self.replaced(adapters).iter().map(|t| t.elem_count()).sum();
         let (clip, view) = (&self.base.clip, &mut adapters.view);
         view.prepare(&Step::eval())?;
         let (height, width) = self.images.size();
@@ -83,6 +84,7 @@ impl Session {
             tokens: clip.text_trunk(&text.with_names(vec![name]), 0, view)?.x.dim(1)?,
             image_tokens: clip.image_trunk(&blank, 1, view)?.x.dim(1)?,
             images: self.data.train.len() + self.data.val.len(),
+            replaced,
         })
     }
 
