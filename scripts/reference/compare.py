@@ -93,7 +93,8 @@ def hits(lines):
 def interval(place, ours, samples):
     theirs = bootstrap((samples,), np.mean, n_resamples=10000, method="percentile", rng=np.random.default_rng(0)).confidence_interval
     # The spread of a percentile of 10000 resamples is some 3 % of their standard deviation.
-    tolerance = 4 * 0.03 * np.std(samples) / np.sqrt(len(samples)) + 1.0 / len(samples) / 10
+    # Means of examples stand a lattice apart; another draw may end on the next point of it.
+    tolerance = 4 * 0.03 * np.std(samples) / np.sqrt(len(samples)) + 1.01 / len(samples)
     check(f"{place} low", ours[0], theirs.low, tolerance)
     check(f"{place} high", ours[1], theirs.high, tolerance)
 
