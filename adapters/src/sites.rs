@@ -137,8 +137,11 @@ pub struct Sites {
     by_name: HashMap<String, WeightId>,
     encoder: Option<Encoder>,
     task: TaskFacts,
-    derived: Arc<Mutex<HashMap<(WeightId, String), Vec<Tensor>>>>,
+    derived: Arc<Mutex<Derived>>,
 }
+
+/// What has been computed of a weight, by a name of its own.
+type Derived = HashMap<(WeightId, String), Vec<Tensor>>;
 
 /// What methods that hold something for each class or example have to know.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
