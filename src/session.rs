@@ -189,7 +189,7 @@ impl Session {
 
     /// Everything that activations of the base depend on, the images apart.
     fn identity(&self) -> Result<String> {
-        let base = base_ref(&self.base, "");
+        let base = BaseRef::of(&self.base, "");
         let recipe = &self.recipe;
         Ok(json!([base.digest, base.preprocess, to_json(&recipe.method)?, to_json(&recipe.images)?, recipe.train.dtype]).to_string())
     }
@@ -215,7 +215,7 @@ impl Session {
         };
         Ok(Manifest {
             version: env!("CARGO_PKG_VERSION").into(),
-            base: base_ref(&self.base, self.recipe.model.spec()),
+            base: BaseRef::of(&self.base, self.recipe.model.spec()),
             task: to_json(&self.recipe.task)?,
             classes: self.data.classes.clone(),
             templates,
@@ -249,17 +249,6 @@ pub fn fetched<T>(observer: &mut dyn Observer, resolve: impl FnOnce(&mut hub::Pr
             None => Ok(()),
         }
     })
-}
-
-/// What an adapter notes of its base.
-#[must_use]
-pub fn base_ref(base: &Base, name: &str) -> BaseRef {
-    BaseRef {
-        name: name.to_string(),
-        digest: base.digest.clone(),
-        tokenizer: base.tokenizer.digest().to_string(),
-        preprocess: format!("blake3:{}", blake3::hash(&base.preprocess.digest_bytes()).to_hex()),
-    }
 }
 
 fn to_json(value: &impl serde::Serialize) -> Result<serde_json::Value> {
@@ -376,7 +365,7 @@ impl Session {
 
     /// `report.html`.
     fn page(&self, report: &TrainReport, run: &RunDir, split: Split, changes: &[Change], unfoldable: &[String]) -> Result<String> {
-        let base = base_ref(&self.base, self.recipe.model.spec());
+        let base = BaseRef::of(&self.base, self.recipe.model.spec());
         let digests = [
             ("program", format!("peft {}", report.version)),
             ("base", base.digest),

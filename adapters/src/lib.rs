@@ -52,7 +52,7 @@ pub mod vpt;
 pub use error::{Error, Result};
 pub use flow::{Branch, ClassFeatures, ClassName, Embedded, LinearOut, LowRankTerm, Qkv, Sequence};
 pub use grads::Grads;
-pub use method::{Fold, Init, Labelled, Method, Patch, Patches, Step};
+pub use method::{Fold, Init, Inverse, Labelled, Method, Patch, Patches, Step};
 pub use params::{Param, Params, Spec, Start};
 pub use registry::MethodConfig;
 pub use sites::{BaseWeight, Site, SiteId, SiteKind, Sites, TaskFacts, Tower, WeightId};
