@@ -89,6 +89,7 @@
 //!     adapters: vec![(adapter, 1.0)],
 //!     output: output.clone(),
 //!     dtype: None,
+//!     layout: peft::merge::Layout::Hf,
 //!     force: false,
 //!     allow_base_mismatch: false,
 //! })?;
@@ -115,6 +116,7 @@ pub mod classifier;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod clip;
+pub mod combine;
 pub mod compare;
 pub mod comparison;
 pub mod data;
@@ -127,6 +129,7 @@ pub mod embed;
 pub mod error;
 pub mod estimate;
 pub mod events;
+pub mod extract;
 pub mod fetch;
 pub mod figures;
 pub mod files;
@@ -138,6 +141,7 @@ pub mod model;
 pub mod named;
 pub mod optim;
 pub mod page;
+pub mod pool;
 pub mod recipe;
 pub mod report;
 pub mod run;
@@ -147,6 +151,7 @@ pub mod sheet;
 pub mod survey;
 pub mod task;
 pub mod train;
+pub mod undo;
 
 pub use error::{Error, Result};
 pub use model::Model;

@@ -324,7 +324,7 @@ fn preprocessor(base: &Base) -> Result<Vec<u8>> {
 }
 
 /// Logits of a few fixed random images and texts, [PROBES, PROBES].
-fn probe(clip: &Clip, tokenizer: &Tokenizer, patches: &Patches) -> Result<Tensor> {
+pub(crate) fn probe(clip: &Clip, tokenizer: &Tokenizer, patches: &Patches) -> Result<Tensor> {
     let config = clip.config();
     let size = config.vision.image_size;
     let mut rng = rng::rng(17, &[]);

@@ -175,7 +175,7 @@ impl Session {
 
     /// Everything that activations of the base depend on, the images apart.
     fn identity(&self) -> Result<String> {
-        let base = base_ref(&self.base, "");
+        let base = BaseRef::of(&self.base, "");
         let recipe = &self.recipe;
         Ok(json!([base.digest, base.preprocess, to_json(&recipe.method)?, to_json(&recipe.images)?, recipe.train.dtype]).to_string())
     }
@@ -201,7 +201,7 @@ impl Session {
         };
         Ok(Manifest {
             version: env!("CARGO_PKG_VERSION").into(),
-            base: base_ref(&self.base, self.recipe.model.spec()),
+            base: BaseRef::of(&self.base, self.recipe.model.spec()),
             task: to_json(&self.recipe.task)?,
             classes: self.data.classes.clone(),
             templates,
@@ -209,17 +209,6 @@ impl Session {
             metrics: json!(metrics.metrics),
             methods: Vec::new(),
         })
-    }
-}
-
-/// What an adapter notes of its base.
-#[must_use]
-pub fn base_ref(base: &Base, name: &str) -> BaseRef {
-    BaseRef {
-        name: name.to_string(),
-        digest: base.digest.clone(),
-        tokenizer: base.tokenizer.digest().to_string(),
-        preprocess: format!("blake3:{}", blake3::hash(&base.preprocess.digest_bytes()).to_hex()),
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 
 /// Each module and what it may import; `session` and `cli` put everything together. What is right about
 /// this table is the direction: nothing below knows of recipes, nothing but `cli` of the command line.
-const TABLE: [(&str, &[&str]); 36] = [
+const TABLE: [(&str, &[&str]); 40] = [
     ("error", &[]),
     ("named", &[]),
     ("builtin", &[]),
@@ -28,10 +28,14 @@ const TABLE: [(&str, &[&str]); 36] = [
     ("fetch", &["error", "hub", "train"]),
     ("run", &["error", "events", "files", "recipe", "report", "train"]),
     ("estimate", &["clip", "delta", "train"]),
+    ("combine", &["clip", "delta", "error"]),
     ("merge", &["clip", "delta", "error", "files"]),
+    ("extract", &["clip", "delta", "error", "merge"]),
+    ("undo", &["clip", "delta", "error", "merge"]),
     ("bundle", &["clip", "delta", "error", "files", "merge", "model"]),
     ("classifier", &["clip", "error", "model"]),
     ("model", &["clip", "data", "delta", "error", "task"]),
+    ("pool", &["error", "model"]),
     ("embed", &["clip", "data", "error", "files", "model"]),
     ("inspect", &["clip", "delta", "error", "files", "hub", "recipe", "run"]),
     ("survey", &["clip", "data", "error", "recipe", "train"]),

@@ -11,7 +11,7 @@ use crate::allocator::{Allocator, Schedule};
 use crate::flow::{LinearOut, LowRankTerm};
 use crate::grads::Grads;
 use crate::low_rank::{check_dropout, check_init, check_positive, dropout_mask, is_default};
-use crate::method::{Fold, Init, Method, Patch, Step};
+use crate::method::{Fold, Init, Inverse, Method, Patch, Step};
 use crate::params::{Params, Spec, Start};
 use crate::saved::{Bias, Saved};
 use crate::scope::{self, Scope};
@@ -376,6 +376,10 @@ impl Patch for AdaloraPatch {
         }
         let layers: Vec<_> = self.triplets.iter().map(|t| (format!("base_model.model.{}", t.path), &t.e)).collect();
         self.allocator.allocate(step, total, &layers)
+    }
+
+    fn inverse(&self) -> Inverse {
+        Inverse::Subtract
     }
 
     fn fold(&self, id: WeightId, value: &Tensor) -> TensorResult<Fold> {

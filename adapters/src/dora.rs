@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::Result;
 use crate::flow::LinearOut;
 use crate::low_rank::{Factor, Factors, LoraConfig, dropout_mask, is_lora};
-use crate::method::{Fold, Init, Method, Patch, Step};
+use crate::method::{Fold, Init, Inverse, Method, Patch, Step};
 use crate::params::{Params, Spec, Start};
 use crate::saved::{Bias, Saved};
 use crate::sites::{SiteId, SiteKind, Sites, WeightId};
@@ -154,6 +154,10 @@ impl Patch for DoraPatch {
         let (Some(factor), Some(row)) = (self.factors.at(at), self.rows.get(&at)) else { return Ok(rows) };
         let scale = (&row.magnitude / &row.norm)?.to_dtype(rows.dtype())?;
         (&rows + factor.rows(ids, &rows)?)?.broadcast_mul(&scale)
+    }
+
+    fn inverse(&self) -> Inverse {
+        Inverse::Undefined("a merged row has its new length, and the old one is nowhere")
     }
 
     fn fold(&self, id: WeightId, value: &Tensor) -> TensorResult<Fold> {

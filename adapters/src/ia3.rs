@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::flow::LinearOut;
-use crate::method::{Fold, Init, Method, Patch};
+use crate::method::{Fold, Init, Inverse, Method, Patch};
 use crate::ops;
 use crate::params::{Params, Spec, Start};
 use crate::saved::{Bias, Saved};
@@ -187,6 +187,10 @@ impl Patch for Ia3Patch {
         let Some(scale) = self.scales.get(&at) else { return Ok(y) };
         let values = scale.values.to_dtype(y.x().dtype())?;
         if scale.feedforward { y.scale_input(&values) } else { y.map(|y| ops::scale(&y, &values, None)) }
+    }
+
+    fn inverse(&self) -> Inverse {
+        Inverse::Divide
     }
 
     fn fold(&self, id: WeightId, value: &Tensor) -> TensorResult<Fold> {

@@ -53,7 +53,7 @@ pub mod vpt;
 pub use error::{Error, Result};
 pub use flow::{Branch, ClassFeatures, ClassName, Embedded, LinearOut, LowRankTerm, Qkv, Sequence};
 pub use grads::Grads;
-pub use method::{Fold, Init, Labelled, Method, Patch, Step};
+pub use method::{Fold, Init, Inverse, Labelled, Method, Patch, Step};
 pub use params::{Param, Params, Spec, Start};
 pub use patches::Patches;
 pub use registry::MethodConfig;

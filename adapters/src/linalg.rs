@@ -40,10 +40,8 @@ fn place(t: Tensor, like: &Tensor) -> TensorResult<Tensor> {
 /// When it does not converge, which finite weights do not let happen.
 pub fn svd(sites: &Sites, id: WeightId, w: &Tensor) -> Result<Svd> {
     let parts = sites.derived(id, "svd", || {
-        let svd = read(w)?.thin_svd().map_err(|e| Error::config("model", format!("a weight has no singular values: {e:?}")))?;
-        let s: Vec<f64> = svd.S().column_vector().iter().copied().collect();
-        let k = s.len();
-        Ok(vec![write(svd.U(), w)?, place(Tensor::from_vec(s, k, &Device::Cpu)?, w)?, write(svd.V().transpose(), w)?])
+        let Svd { u, s, vt } = decompose(w)?.0;
+        Ok(vec![u, s, vt])
     })?;
     match parts.as_slice() {
         [u, s, vt] => Ok(Svd { u: u.clone(), s: s.clone(), vt: vt.clone() }),
@@ -60,6 +58,40 @@ pub fn svd_all(sites: &Sites, found: &[(SiteId, &Site)]) -> Result<()> {
         Some((id, weight)) => svd(sites, id, &weight.tensor).map(drop),
         None => Ok(()),
     })
+}
+
+/// The decomposition of a matrix, and its singular values in full precision.
+fn decompose(w: &Tensor) -> Result<(Svd, Vec<f64>)> {
+    let svd = read(w)?.thin_svd().map_err(|e| Error::config("model", format!("a weight has no singular values: {e:?}")))?;
+    let values: Vec<f64> = svd.S().column_vector().iter().copied().collect();
+    let s = place(Tensor::from_vec(values.clone(), values.len(), &Device::Cpu)?, w)?;
+    Ok((Svd { u: write(svd.U(), w)?, s, vt: write(svd.V().transpose(), w)? }, values))
+}
+
+/// The part of a matrix that a rank can hold (Eckart & Young 1936).
+#[derive(Debug, Clone)]
+pub struct Cut {
+    /// [out, r], [r], [r, in].
+    pub svd: Svd,
+    /// Σσ² of what is kept.
+    pub kept: f64,
+    /// Σσ² of the whole: the squared Frobenius norm.
+    pub whole: f64,
+}
+
+/// The nearest matrix of rank `rank`, or of the smaller dimension where that is less.
+///
+/// # Shapes
+/// `w` [out, in]
+///
+/// # Errors
+/// When the tensor is no matrix or the decomposition does not converge, which finite values do not let happen.
+pub fn cut(w: &Tensor, rank: usize) -> Result<Cut> {
+    let (Svd { u, s, vt }, values) = decompose(w)?;
+    let rank = rank.min(values.len());
+    let energy = |values: &[f64]| values.iter().map(|v| v * v).sum();
+    let svd = Svd { u: u.narrow(1, 0, rank)?.contiguous()?, s: s.narrow(0, 0, rank)?, vt: vt.narrow(0, 0, rank)?.contiguous()? };
+    Ok(Cut { svd, kept: energy(&values[..rank]), whole: energy(&values) })
 }
 
 /// `W = Q R` of a weight [out, in] by Householder reflections: Q [out, k], R [k, in].

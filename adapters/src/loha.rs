@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::flow::{LinearOut, LowRankTerm};
 use crate::lycoris::{Kept, Options, kept};
-use crate::method::{Fold, Init, Method, Patch, Step};
+use crate::method::{Fold, Init, Inverse, Method, Patch, Step};
 use crate::params::{Params, Spec, Start};
 use crate::saved::{Bias, Saved};
 use crate::scope::Scope;
@@ -206,6 +206,10 @@ impl Patch for LohaPatch {
         }
         let dtype = y.x().dtype();
         y.low_rank(LowRankTerm { a: a.to_dtype(dtype)?, b: b.to_dtype(dtype)?, scale: layer.scale, dropout: None })
+    }
+
+    fn inverse(&self) -> Inverse {
+        Inverse::Subtract
     }
 
     fn fold(&self, id: WeightId, value: &Tensor) -> TensorResult<Fold> {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::lycoris::{Kept, Options, kept};
-use crate::method::{Fold, Init, Method, Patch, Step};
+use crate::method::{Fold, Init, Inverse, Method, Patch, Step};
 use crate::params::{Params, Spec, Start};
 use crate::saved::{Bias, Saved};
 use crate::scope::Scope;
@@ -271,6 +271,10 @@ impl Patch for LokrPatch {
         }
         // A view, since candle would hand a frozen summand itself a gradient.
         value.reshape(value.shape())? + delta.to_dtype(value.dtype())?
+    }
+
+    fn inverse(&self) -> Inverse {
+        Inverse::Subtract
     }
 
     fn fold(&self, _id: WeightId, _value: &Tensor) -> TensorResult<Fold> {

@@ -91,6 +91,17 @@ pub enum Fold {
     Replace(Tensor),
 }
 
+/// How an adapter comes out of merged weights again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Inverse {
+    /// Folding adds what does not depend on the weight; that is subtracted.
+    Subtract,
+    /// Folding multiplies by what does not depend on the weight; the weight is divided by that.
+    Divide,
+    /// It does not: why.
+    Undefined(&'static str),
+}
+
 /// The hooks of one planned method. Every hook defaults to "leave as is".
 ///
 /// Towers are immutable and shared; a patch is passed to each forward pass.
@@ -260,6 +271,11 @@ pub trait Patch: Send + Sync {
     /// # Errors
     /// When a tensor operation fails.
     fn fold(&self, id: WeightId, value: &Tensor) -> TensorResult<Fold>;
+
+    /// How [`Patch::weight`] and [`Patch::fold`] are taken back.
+    fn inverse(&self) -> Inverse {
+        Inverse::Undefined("its files hold new weights, and the old ones are nowhere")
+    }
 
     /// The tensors of the adapter file, where they differ from the declared parameters
     /// (a reparameterisation that is dropped).

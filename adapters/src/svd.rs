@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::flow::{LinearOut, LowRankTerm};
 use crate::linalg;
-use crate::method::{Fold, Init, Method, Patch};
+use crate::method::{Fold, Init, Inverse, Method, Patch};
 use crate::params::{Params, Spec, Start};
 use crate::scope;
 use crate::sites::{SiteId, SiteKind, Sites, WeightId};
@@ -125,6 +125,10 @@ impl Patch for SvdPatch {
         let Some(spectrum) = self.spectra.get(&at) else { return Ok(y) };
         let b = spectrum.change()?.to_dtype(y.x().dtype())?;
         y.low_rank(LowRankTerm { a: spectrum.vt.clone(), b, scale: 1.0, dropout: None })
+    }
+
+    fn inverse(&self) -> Inverse {
+        Inverse::Undefined("it changes singular values that only the base has")
     }
 
     fn fold(&self, id: WeightId, value: &Tensor) -> TensorResult<Fold> {

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::flow::{LinearOut, LowRankTerm};
 use crate::low_rank::{check_dropout, dropout_mask, is_default};
-use crate::method::{Fold, Init, Method, Patch, Step};
+use crate::method::{Fold, Init, Inverse, Method, Patch, Step};
 use crate::params::{Params, Spec, Start};
 use crate::saved::{Bias, Saved};
 use crate::scope::{self, Scope};
@@ -243,6 +243,10 @@ impl Patch for VeraPatch {
         let dropout = dropout_mask(&self.step, self.dropout, at, "vera", y.x())?;
         let dtype = y.x().dtype();
         y.low_rank(LowRankTerm { a: a.to_dtype(dtype)?, b: b.to_dtype(dtype)?, scale: 1.0, dropout })
+    }
+
+    fn inverse(&self) -> Inverse {
+        Inverse::Subtract
     }
 
     fn fold(&self, id: WeightId, value: &Tensor) -> TensorResult<Fold> {

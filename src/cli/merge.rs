@@ -5,18 +5,23 @@ use std::path::{Path, PathBuf};
 use candle_core::DType;
 use clap::{Args, ValueEnum};
 
+use super::combine::{CombineArgs, Rest};
 use super::{BaseArgs, Context, predict};
 use crate::bundle::bundle;
 use crate::classifier::{ClassifierOptions, classifier};
 use crate::error::{Error, Result};
 use crate::merge::{Layout, MergeOptions, merge};
 use crate::model::Model;
+use crate::undo::{UndoOptions, undo};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
   peft merge --model path/to/clip --adapter runs/pets/adapter --output pets-clip
   peft merge --model path/to/clip --adapter a=0.5 --adapter b=0.5 --output mix --dtype f16
-  peft merge --model path/to/clip --output clip-f16 --dtype f16";
+  peft merge --model path/to/clip --output clip-f16 --dtype f16
+  peft merge --model path/to/clip --adapter a=0.7 --adapter b=0.3 --combine svd --svd-rank 16 --output a-and-b
+  peft merge --model path/to/clip --adapter a --adapter b --combine ties --density 0.5 --output a-and-b
+  peft merge --model pets-clip --undo runs/pets/adapter --output clip-again";
 
 /// Arguments of `peft merge`.
 #[derive(Debug, Args)]
@@ -48,7 +53,12 @@ pub(super) struct MergeArgs {
     /// Whose layout to write
     #[arg(long, value_enum, default_value_t)]
     to: FileLayout,
-    /// Replace a merged model that exists
+    /// Take an adapter out of a merged --model again, as its weight says; of several the last one merged first
+    #[arg(long, value_name = "ADAPTER[=WEIGHT]", conflicts_with_all = ["adapters", "bundle", "classifier", "combine"])]
+    undo: Option<String>,
+    #[command(flatten)]
+    combine: CombineArgs,
+    /// Replace a merged model, or with --combine an adapter, that exists
     #[arg(long)]
     force: bool,
     /// Accept an adapter that was made for another base
@@ -96,11 +106,21 @@ pub(super) fn run(args: MergeArgs, context: &Context) -> Result<()> {
     if let Some(file) = &args.classifier {
         return write_classifier(&args, file, context);
     }
+    if let Some(adapter) = &args.undo {
+        return take_out(&args, adapter, context);
+    }
     let adapters = args.adapters.iter().map(|a| weighted(a)).collect::<Result<Vec<_>>>()?;
+    let model = args.base.fetched(context)?;
+    let adapters = adapters.into_iter().map(|(a, w)| Ok((context.adapter(&a)?, w))).collect::<Result<_>>()?;
+    let output = args.output.unwrap_or_default();
+    if let Some(how) = args.combine.how() {
+        let rest = Rest { model, adapters, output, force: args.force, allow_base_mismatch: args.allow_base_mismatch };
+        return args.combine.run(how, rest, context);
+    }
     let options = MergeOptions {
-        model: args.base.fetched(context)?,
-        adapters: adapters.into_iter().map(|(a, w)| Ok((context.adapter(&a)?, w))).collect::<Result<_>>()?,
-        output: args.output.unwrap_or_default(),
+        model,
+        adapters,
+        output,
         dtype: args.dtype.map(Into::into),
         layout: args.to.into(),
         force: args.force,
@@ -123,6 +143,31 @@ pub(super) fn run(args: MergeArgs, context: &Context) -> Result<()> {
             done.changed_tensors,
             done.dtype,
             done.max_abs_diff,
+            done.relative_diff,
+            done.tolerance
+        )
+    })
+}
+
+fn take_out(args: &MergeArgs, adapter: &str, context: &Context) -> Result<()> {
+    let (adapter, weight) = weighted(adapter)?;
+    let done = undo(&UndoOptions {
+        model: args.base.fetched(context)?,
+        adapter: context.adapter(&adapter)?,
+        weight,
+        output: args.output.clone().unwrap_or_default(),
+        dtype: args.dtype.map(Into::into),
+        layout: args.to.into(),
+        force: args.force,
+    })?;
+    done.notes.iter().for_each(|note| context.say(&format!("note: {note}")));
+    context.print(&done, || {
+        format!(
+            "{}: {} tensors changed, {}; weights are back within {:.1e}, logits with the adapter merged again within {:.1e} ({:.0e} allowed)\n",
+            done.output.display(),
+            done.changed_tensors,
+            done.dtype,
+            done.rounding,
             done.relative_diff,
             done.tolerance
         )

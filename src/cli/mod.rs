@@ -18,6 +18,7 @@ use crate::fetch::fetched;
 use crate::model::Model;
 
 mod bench;
+mod combine;
 mod compare;
 mod completions;
 mod convert;
@@ -25,6 +26,7 @@ mod data;
 mod doctor;
 mod embed;
 mod eval;
+mod extract;
 mod inspect;
 mod jobs;
 mod man;
@@ -98,6 +100,9 @@ enum Verb {
     /// Fold adapters into the base
     #[command(after_help = merge::EXAMPLES)]
     Merge(merge::MergeArgs),
+    /// Make a LoRA of a fully fine-tuned checkpoint
+    #[command(after_help = extract::EXAMPLES)]
+    Extract(extract::ExtractArgs),
     /// Run methods side by side under one protocol, and say what each reaches, costs and forgets
     #[command(after_help = compare::EXAMPLES)]
     Compare(compare::CompareArgs),
@@ -243,6 +248,11 @@ impl Context {
         } else {
             text()
         };
+        self.write(&out)
+    }
+
+    /// Writes to stdout as it is.
+    fn write(&self, out: &str) -> Result<()> {
         match std::io::stdout().lock().write_all(out.as_bytes()) {
             // The reader of a pipe may have seen enough.
             Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::write("stdout", e)),
@@ -310,6 +320,7 @@ fn run(cli: Cli) -> Result<()> {
         Verb::Embed(args) => embed::run(args, &context),
         Verb::Convert(args) => convert::run(&args, &context),
         Verb::Merge(args) => merge::run(args, &context),
+        Verb::Extract(args) => extract::run(args, &context),
         Verb::Compare(args) => compare::run(args, &context),
         Verb::Inspect(args) => inspect::run(&args, &context),
         Verb::Data(args) => data::run(&args, &context),

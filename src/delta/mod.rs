@@ -7,6 +7,7 @@ use peft_adapters::{MethodConfig, Params, Patches, Sites};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::clip::base::Base;
 use crate::clip::method_error;
 use crate::error::Result;
 
@@ -20,7 +21,7 @@ pub use bundle::{Bundle, Bundled, bundled, digest as bundle_digest, files as bun
 pub use clip_lora::is_clip_lora;
 pub use fetch::{locate, locate_with};
 pub use load::{Delta, convert};
-pub use save::save;
+pub use save::{check_output, save};
 
 /// Planned methods: parameters, hooks for training and hooks for evaluation.
 #[derive(Debug)]
@@ -132,6 +133,19 @@ pub struct BaseRef {
     pub tokenizer: String,
     /// blake3 of its preprocessing.
     pub preprocess: String,
+}
+
+impl BaseRef {
+    /// What identifies `base`, which goes by `name`.
+    #[must_use]
+    pub fn of(base: &Base, name: &str) -> Self {
+        Self {
+            name: name.to_string(),
+            digest: base.digest.clone(),
+            tokenizer: base.tokenizer.digest().to_string(),
+            preprocess: format!("blake3:{}", blake3::hash(&base.preprocess.digest_bytes()).to_hex()),
+        }
+    }
 }
 
 /// One of several methods.

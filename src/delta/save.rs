@@ -39,6 +39,20 @@ pub fn save(dir: &Path, adapters: &Adapters, sites: &Sites, manifest: &Manifest)
     Ok(files::dir_size(dir))
 }
 
+/// An adapter directory may be replaced, with `force`; anything else that exists may not.
+///
+/// # Errors
+/// When something is in the way.
+pub fn check_output(output: &Path, force: bool) -> Result<()> {
+    let empty = !output.exists() || output.read_dir().is_ok_and(|mut d| d.next().is_none());
+    let ours = [file::CONFIG, file::MANIFEST].iter().any(|f| output.join(f).exists());
+    match (empty, ours, force) {
+        (true, ..) | (_, true, true) => Ok(()),
+        (_, true, false) => Err(Error::input(output.display(), "exists").hint("pass --force to replace it")),
+        _ => Err(Error::input(output.display(), "exists and is no adapter").hint("choose another --output")),
+    }
+}
+
 fn values(params: &[&Param]) -> Result<Vec<(String, Tensor)>> {
     params.iter().map(|p| Ok((p.name.clone(), cpu(p.var.as_tensor())?))).collect()
 }

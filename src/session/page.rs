@@ -1,9 +1,9 @@
 //! What a run's page shows besides its report.
 
-use super::{RunDir, Session, base_ref, load};
+use super::{RunDir, Session, load};
 use crate::change::{Change, changes};
 use crate::data::{Example, Split};
-use crate::delta::Adapters;
+use crate::delta::{Adapters, BaseRef};
 use crate::error::Result;
 use crate::page;
 use crate::report::{Prediction, TrainReport};
@@ -32,7 +32,7 @@ impl Session {
         changes: &[Change],
         unfoldable: &[String],
     ) -> Result<String> {
-        let base = base_ref(&self.base, self.recipe.model.spec());
+        let base = BaseRef::of(&self.base, self.recipe.model.spec());
         let digests = [
             ("program", format!("peft {}", report.version)),
             ("base", base.digest),

@@ -105,10 +105,7 @@ impl Factors {
             return Err(Error::config("targets", format!("{} has no weight", site.path)));
         };
         let embedding = matches!(site.kind, SiteKind::Embedding { .. });
-        let name = |part: &str| match embedding {
-            true => format!("base_model.model.{}.lora_embedding_{part}", site.path),
-            false => format!("base_model.model.{}.lora_{part}.weight", site.path),
-        };
+        let [name_a, name_b] = factor_names(site);
         let (shape_a, shape_b) = match site.kind {
             SiteKind::Conv { kernel: [c, h, w], .. } => (vec![rank, c, h, w], vec![output, rank, 1, 1]),
             _ => (vec![rank, input], vec![output, rank]),
@@ -119,8 +116,8 @@ impl Factors {
             // As in torch: a table's update starts from zero rows.
             (None, true) => (Start::Zeros, Start::Normal { std: 1.0 }),
         };
-        let a = params.declare(Spec::new(name("A"), shape_a, start_a))?.reshape((rank, input))?;
-        let spec = Spec { lr_factor: lr_ratio, ..Spec::new(name("B"), shape_b, start_b) };
+        let a = params.declare(Spec::new(name_a, shape_a, start_a))?.reshape((rank, input))?;
+        let spec = Spec { lr_factor: lr_ratio, ..Spec::new(name_b, shape_b, start_b) };
         let b = params.declare(spec)?.reshape((output, rank))?;
         self.by_weight.insert(weight, id);
         self.by_site.insert(id, Factor { a, b, scale, weight, base: base.tensor.clone(), embedding });
@@ -150,6 +147,15 @@ impl Factors {
     pub fn paths<'s>(&self, sites: &'s Sites) -> Vec<&'s str> {
         sites.iter().filter(|(id, _)| self.by_site.contains_key(id)).map(|(_, s)| s.path.as_str()).collect()
     }
+}
+
+/// HF PEFT's names of A and B.
+#[must_use]
+pub fn factor_names(site: &Site) -> [String; 2] {
+    ["A", "B"].map(|part| match site.kind {
+        SiteKind::Embedding { .. } => format!("base_model.model.{}.lora_embedding_{part}", site.path),
+        _ => format!("base_model.model.{}.lora_{part}.weight", site.path),
+    })
 }
 
 /// Inputs and outputs of a site's matrix; of a table its rows and their width.

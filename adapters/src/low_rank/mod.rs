@@ -14,7 +14,7 @@ mod factors;
 mod patch;
 mod residual;
 
-pub use factors::{Factor, Factors, dropout_mask, matrix};
+pub use factors::{Factor, Factors, dropout_mask, factor_names, matrix};
 pub use patch::LowRankPatch;
 pub use residual::ResidualPatch;
 

@@ -5,7 +5,7 @@ use candle_core::{Result as TensorResult, Tensor};
 use super::{Factors, LoraConfig, dropout_mask};
 use crate::Result;
 use crate::flow::LinearOut;
-use crate::method::{Fold, Patch, Step};
+use crate::method::{Fold, Inverse, Patch, Step};
 use crate::params::Params;
 use crate::saved::Saved;
 use crate::sites::{SiteId, Sites, WeightId};
@@ -52,6 +52,10 @@ impl Patch for LowRankPatch {
             Some(factor) => &rows + factor.rows(ids, &rows)?,
             None => Ok(rows),
         }
+    }
+
+    fn inverse(&self) -> Inverse {
+        Inverse::Subtract
     }
 
     fn fold(&self, id: WeightId, value: &Tensor) -> TensorResult<Fold> {

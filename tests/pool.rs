@@ -1,0 +1,81 @@
+//! One base in memory, several adapters: in the library by call, in `predict --jsonl` by line.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::World;
+use peft::Model;
+use peft::pool::Pool;
+use serde_json::{Value, json};
+
+fn lines(w: &World, args: &[&str]) -> Vec<Value> {
+    let out = w.peft(args);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+#[test]
+fn each_line_has_its_adapter_and_labels() {
+    let w = World::new();
+    w.json(&["train", "recipe.yaml", "--output", "a"]);
+    w.json(&["train", "recipe.yaml", "--output", "b", "--set", "method=ia3", "--set", "train.lr=0.1"]);
+    let requests = [
+        json!({"image": "data/red/0.png", "adapter": "a/adapter"}),
+        json!({"image": "data/blue/1.png", "adapter": "b/adapter"}),
+        json!({"image": "data/red/0.png", "labels": ["warm", "cold"]}),
+        json!({"image": "data/green/2.png", "adapter": "a/adapter", "labels": ["red", "green"]}),
+        json!({"image": "data/blue/3.png", "adapter": "a/adapter"}),
+        json!({"image": "data/blue/3.png"}),
+    ];
+    let text: String = requests.iter().map(|r| format!("{r}\n\n")).collect();
+    w.write("requests.jsonl", &text);
+    let answers =
+        lines(&w, &["predict", "--model", "base", "--labels", "x,y,z", "--template", "a {} thing", "--jsonl", "requests.jsonl", "-k", "2"]);
+    assert_eq!(answers.len(), requests.len());
+    for (request, answer) in requests.iter().zip(&answers) {
+        assert_eq!((&answer["image"], answer.get("adapter")), (&request["image"], request.get("adapter")));
+        // What each line says is what a call of its own says.
+        let labels =
+            request["labels"].as_array().map_or("x,y,z".into(), |l| l.iter().map(|x| x.as_str().unwrap()).collect::<Vec<_>>().join(","));
+        let mut args = vec!["predict", "--model", "base", "--labels", &labels, "--template", "a {} thing", "-k", "2"];
+        if let Some(adapter) = request["adapter"].as_str() {
+            args.extend(["--adapter", adapter]);
+        }
+        args.push(request["image"].as_str().unwrap());
+        let alone = w.json(&args);
+        for (one, other) in answer["predictions"].as_array().unwrap().iter().zip(alone[0]["predictions"].as_array().unwrap()) {
+            let off = one["probability"].as_f64().unwrap() - other["probability"].as_f64().unwrap();
+            assert!(one["label"] == other["label"] && off.abs() < 1e-5, "{answer} {alone}");
+        }
+    }
+    // Without labels the adapter's classes are meant, and where it has none the line is named.
+    w.write("two.jsonl", "{\"image\": \"data/red/0.png\", \"adapter\": \"a/adapter\"}\n");
+    assert_eq!(lines(&w, &["predict", "--model", "base", "--jsonl", "two.jsonl"])[0]["predictions"].as_array().unwrap().len(), 3);
+    for (text, part) in [
+        ("{\"image\": \"data/red/0.png\"}\n", "line 1"),
+        ("\n{\"image\": 3}\n", "line 2"),
+        ("{\"image\": \"data/red/0.png\", \"adaptor\": \"a\"}\n", "adaptor"),
+        ("{\"image\": \"data/red/0.png\", \"adapter\": \"nowhere\", \"labels\": [\"a\"]}\n", "nowhere"),
+        ("{\"image\": \"data/red/0.png\", \"labels\": [\"a\"]}\n{\"image\": \"gone.png\", \"labels\": [\"a\"]}\n", "line 2: gone.png"),
+    ] {
+        w.write("bad.jsonl", text);
+        let message = w.fails(&["predict", "--model", "base", "--jsonl", "bad.jsonl"], 2);
+        assert!(message.contains(part), "{message}");
+    }
+}
+
+#[test]
+fn the_base_is_in_memory_once() {
+    let w = World::new();
+    w.json(&["train", "recipe.yaml", "--output", "a"]);
+    let mut pool = Pool::new(Model::load(w.path("base").to_str().unwrap()).unwrap());
+    let adapter = w.path("a/adapter");
+    let plain = std::ptr::from_ref(pool.with(None).unwrap().base());
+    let adapted = pool.with(Some(&adapter)).unwrap();
+    assert!(std::ptr::eq(plain, adapted.base()) && adapted.patches().iter().count() == 1);
+    let image = [w.path("data/red/0.png")];
+    let with = adapted.embed_images(&image).unwrap();
+    let without = pool.with(None).unwrap().embed_images(&image).unwrap();
+    let off = (with - without).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+    assert!(off > 1e-4, "{off}");
+}
