@@ -136,7 +136,7 @@ fn a_combined_adapter_is_an_adapter() {
     assert!(less["energy"].as_f64().unwrap() < 0.999, "{less}");
     merge(&["--output", "merged"]);
     let features = |args: &[&str]| {
-        let out = format!("{}.safetensors", args.join("-").replace('/', "_"));
+        let out = format!("features{}.safetensors", args.concat());
         w.json(&[&["embed", "--images", "data/red", "--output", &out], args].concat());
         candle_core::safetensors::load(w.path(&out), &Device::Cpu).unwrap()["image_embeds"].clone()
     };

@@ -3,7 +3,7 @@
 //! On CPU in f32 and f64 the fused versions run; everywhere else, and where
 //! [`set_portable`] says so, the compositions of [`portable`](mod@portable) do.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::cell::Cell;
 
 use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
@@ -25,17 +25,19 @@ mod simd;
 #[cfg(test)]
 pub(crate) mod testing;
 
-static PORTABLE: AtomicBool = AtomicBool::new(false);
-
-/// Forces the portable compositions everywhere, for comparison in tests.
-pub fn set_portable(on: bool) {
-    PORTABLE.store(on, Ordering::SeqCst);
+thread_local! {
+    static PORTABLE: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether the portable compositions are forced.
+/// Forces the portable compositions in whatever this thread computes, for comparison in tests.
+pub fn set_portable(on: bool) {
+    PORTABLE.set(on);
+}
+
+/// Whether the portable compositions are forced on this thread.
 #[must_use]
 pub fn portable() -> bool {
-    PORTABLE.load(Ordering::SeqCst)
+    PORTABLE.get()
 }
 
 /// An elementwise non-linearity.
