@@ -46,7 +46,9 @@ impl Pool {
     pub fn with(&mut self, adapter: Option<&Path>) -> Result<&Model> {
         let Some(adapter) = adapter else { return Ok(&self.model) };
         if !self.members.contains_key(adapter) {
-            let member = self.model.fork().with_adapter_of(adapter, self.allow_base_mismatch)?;
+            // What a bundle brings along belongs to its base.
+            let base = self.model.base().source.to_string();
+            let member = self.model.fork().with_bundled(&base)?.with_adapter_of(adapter, self.allow_base_mismatch)?;
             self.members.insert(adapter.to_path_buf(), member);
         }
         self.members.get(adapter).ok_or_else(|| Error::fault(adapter.display(), "is not loaded"))

@@ -79,3 +79,17 @@ fn the_base_is_in_memory_once() {
     let off = (with - without).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
     assert!(off > 1e-4, "{off}");
 }
+
+/// What a bundle brings along stays beneath a line's own adapter.
+#[test]
+fn adapters_of_lines_lie_on_a_bundles_own() {
+    let w = World::new();
+    w.json(&["train", "recipe.yaml", "--output", "p", "--set", "method={prefix: {length: 2}}", "--set", "train.lr=0.1"]);
+    w.json(&["merge", "--model", "base", "--adapter", "p/adapter", "--bundle", "--output", "bundle"]);
+    w.json(&["train", "recipe.yaml", "--output", "a", "--set", "model=bundle"]);
+    w.write("one.jsonl", "{\"image\": \"data/red/0.png\", \"adapter\": \"a/adapter\"}\n");
+    let line = lines(&w, &["predict", "--model", "bundle", "--jsonl", "one.jsonl"]).remove(0);
+    let alone = w.json(&["predict", "--model", "bundle", "--adapter", "a/adapter", "data/red/0.png"]);
+    let first = |ranked: &Value| ranked[0]["probability"].as_f64().unwrap();
+    assert!((first(&line["predictions"]) - first(&alone[0]["predictions"])).abs() < 1e-6, "{line} {alone}");
+}
