@@ -54,7 +54,6 @@ const FACTORS: &[(&str, f64)] = &[
     ("olora", 0.5),
     ("bottleneck", 4.0),
     ("bitfit", 5.0),
-    ("layernorm", 5.0),
     ("ln_tuning", 5.0),
     ("ia3", 10.0),
     ("vera", 10.0),
@@ -62,7 +61,6 @@ const FACTORS: &[(&str, f64)] = &[
     ("cocoop", 10.0),
     ("maple", 10.0),
     ("vpt", 20.0),
-    ("visual_prompt", 20.0),
     ("prefix", 20.0),
     ("none", 50.0),
 ];
