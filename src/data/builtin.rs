@@ -48,6 +48,7 @@ impl Source for Builtin {
                 label: header.classes.get(label).cloned(),
                 group: Some(item.group),
                 split: Some(split),
+                ..Default::default()
             });
         }
         Ok(raw)
@@ -62,9 +63,8 @@ fn names(set: &str) -> Result<Raw> {
         image: ImageRef::Embedded(&bytes[item.offset..item.offset + item.len]),
         id: item.id,
         texts: vec![format!("an icon of a {}", item.name)],
-        label: None,
-        group: None,
         split: Some(Split::Test),
+        ..Default::default()
     });
     Ok(Raw { examples: examples.collect(), ..Default::default() })
 }

@@ -253,7 +253,7 @@ pub(crate) fn is_split(name: &str) -> bool {
 }
 
 fn example(id: String, path: PathBuf, label: String, split: Split) -> RawExample {
-    RawExample { id, image: ImageRef::File(path), texts: Vec::new(), label: Some(label), group: None, split: Some(split) }
+    RawExample { id, image: ImageRef::File(path), label: Some(label), split: Some(split), ..Default::default() }
 }
 
 fn pictures(dir: &Path) -> Result<Vec<PathBuf>> {

@@ -57,14 +57,7 @@ fn read_classes(root: &Path, dir: &Path, split: Option<Split>, raw: &mut Raw) ->
         files.sort();
         for path in files {
             let id = path.strip_prefix(root).unwrap_or(&path).display().to_string();
-            raw.examples.push(RawExample {
-                id,
-                image: ImageRef::File(path),
-                texts: Vec::new(),
-                label: Some(label.clone()),
-                group: None,
-                split,
-            });
+            raw.examples.push(RawExample { id, image: ImageRef::File(path), label: Some(label.clone()), split, ..Default::default() });
         }
     }
     Ok(())

@@ -103,13 +103,11 @@ impl Images {
     }
 
     fn read<T>(&self, example: &Example, decode: impl Fn(&str, &[u8], &DecodeOptions) -> Result<T>) -> Result<T> {
-        match &example.image {
-            ImageRef::Embedded(bytes) => decode(&example.id, bytes, &self.options),
-            ImageRef::File(path) => {
-                let bytes = decode::read_file(path)?;
-                decode(&path.display().to_string(), &bytes, &self.options)
-            }
-        }
+        let place = match &example.image {
+            ImageRef::File(path) => path.display().to_string(),
+            _ => example.id.clone(),
+        };
+        decode(&place, &example.bytes()?, &self.options)
     }
 
     /// Resized and cropped, not yet normalised.

@@ -21,8 +21,8 @@ const AHEAD: usize = 2;
 pub struct Batch {
     /// [B, 3, H, W] f32 on the CPU.
     pub pixels: Tensor,
-    /// Which examples, as indices into the split.
-    pub indices: Vec<usize>,
+    /// Which examples.
+    pub examples: Vec<Example>,
     /// The epoch, from 0.
     pub epoch: usize,
 }
@@ -63,6 +63,13 @@ impl Plan {
         order
     }
 
+    /// How many examples the batch at `position` has.
+    #[must_use]
+    pub fn size(&self, position: usize) -> usize {
+        let at = position % self.per_epoch().max(1);
+        self.examples.saturating_sub(at * self.batch).min(self.batch)
+    }
+
     /// The examples of the batch at `position`, which counts from the start of training.
     #[must_use]
     pub fn indices(&self, position: usize) -> Vec<usize> {
@@ -88,7 +95,7 @@ pub struct LoaderConfig {
 #[derive(Debug)]
 struct Waiting {
     images: Vec<RgbImage>,
-    indices: Vec<usize>,
+    examples: Vec<Example>,
     epoch: usize,
 }
 
@@ -125,12 +132,12 @@ impl Loader {
     /// When an image cannot be read.
     pub fn next_batch(&mut self) -> Result<Option<Batch>> {
         let Some(waiting) = self.receiver.as_ref().and_then(|r| r.recv().ok()).transpose()? else { return Ok(None) };
-        let Waiting { images, indices, epoch } = waiting;
+        let Waiting { images, examples, epoch } = waiting;
         let pixels = pixels(&self.images, images.len(), |i, out| {
             self.images.preprocess().normalise(&images[i], out);
             Ok(())
         })?;
-        Ok(Some(Batch { pixels, indices, epoch }))
+        Ok(Some(Batch { pixels, examples, epoch }))
     }
 }
 
@@ -150,7 +157,8 @@ impl LoaderConfig {
         let epoch = position / self.plan.per_epoch().max(1);
         let vary = Variation { augment: &self.augment, seed: self.plan.seed, epoch: epoch as u64 };
         let images = indices.par_iter().map(|&i| self.images.fetch(i, &self.examples[i], Some(&vary), cache));
-        Ok(Waiting { images: images.collect::<Result<_>>()?, indices, epoch })
+        let examples = indices.iter().map(|&i| self.examples[i].clone()).collect();
+        Ok(Waiting { images: images.collect::<Result<_>>()?, examples, epoch })
     }
 }
 
@@ -190,6 +198,7 @@ mod tests {
         seen.sort_unstable();
         assert_eq!(seen, (0..23).collect::<Vec<_>>());
         assert_ne!(plan.order(0), plan.order(1));
+        assert!((0..2 * plan.per_epoch()).all(|p| plan.size(p) == plan.indices(p).len()));
     }
 
     #[test]

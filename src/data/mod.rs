@@ -60,8 +60,11 @@ pub struct DataConfig {
 }
 
 /// Where the bytes of an image are.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum ImageRef {
+    /// There is no image: the example is a text.
+    #[default]
+    Missing,
     /// A file.
     File(PathBuf),
     /// Bytes inside the binary.
@@ -69,16 +72,28 @@ pub enum ImageRef {
 }
 
 /// One example.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Example {
     /// Stable name, in messages and predictions: a path, or an identifier of the source.
     pub id: String,
     /// The image.
     pub image: ImageRef,
-    /// Texts that belong to it.
+    /// Texts that belong to it, each by itself.
     pub texts: Vec<String>,
-    /// Index into the classes.
+    /// What is asked about it.
+    pub question: Option<String>,
+    /// Index into the classes, where there is one.
     pub label: Option<u32>,
+    /// Indices into the classes, ascending, where there may be any number: `a|b` in a table.
+    pub labels: Option<Vec<u32>>,
+    /// A number that belongs to it.
+    pub value: Option<f64>,
+    /// Whether image and text belong together.
+    pub fits: Option<bool>,
+    /// Answers to the question, one from each annotator.
+    pub answers: Vec<String>,
+    /// Answers to choose from, where each question has its own.
+    pub choices: Vec<String>,
     /// Examples of one group show the same thing: they share a split and are no negatives of one another.
     pub group: Option<String>,
 }
@@ -100,13 +115,19 @@ pub struct Dataset {
     pub skipped: usize,
 }
 
-/// An example as a source gives it.
-#[derive(Debug, Clone)]
+/// An example as a source gives it: as [`Example`], with the names of classes.
+#[derive(Debug, Clone, Default)]
 pub(crate) struct RawExample {
     pub(crate) id: String,
     pub(crate) image: ImageRef,
     pub(crate) texts: Vec<String>,
+    pub(crate) question: Option<String>,
     pub(crate) label: Option<String>,
+    pub(crate) labels: Option<Vec<String>>,
+    pub(crate) value: Option<f64>,
+    pub(crate) fits: Option<bool>,
+    pub(crate) answers: Vec<String>,
+    pub(crate) choices: Vec<String>,
     pub(crate) group: Option<String>,
     pub(crate) split: Option<Split>,
 }
@@ -142,7 +163,14 @@ impl Example {
         match &self.image {
             ImageRef::Embedded(bytes) => Ok(Cow::Borrowed(bytes)),
             ImageRef::File(path) => decode::read_file(path).map(Cow::Owned),
+            ImageRef::Missing => Err(Error::input(&self.id, "has no image")),
         }
+    }
+
+    /// Every class that it belongs to.
+    #[must_use]
+    pub fn all_labels(&self) -> &[u32] {
+        self.labels.as_deref().unwrap_or(self.label.as_slice())
     }
 }
 
@@ -195,7 +223,8 @@ fn classes(place: &str, raw: Raw) -> Result<(Vec<String>, Vec<Placed>, Option<St
     let names = match raw.classes {
         Some(names) => names,
         None => {
-            let mut names: Vec<String> = raw.examples.iter().filter_map(|e| e.label.clone()).collect();
+            let of = |e: &RawExample| e.label.iter().chain(e.labels.iter().flatten()).cloned().collect::<Vec<_>>();
+            let mut names: Vec<String> = raw.examples.iter().flat_map(of).collect();
             names.sort();
             names.dedup();
             names
@@ -211,14 +240,19 @@ fn classes(place: &str, raw: Raw) -> Result<(Vec<String>, Vec<Placed>, Option<St
     let index: HashMap<&str, u32> = keys.iter().enumerate().map(|(i, n)| (n.as_str(), i as u32)).collect();
     let mut examples = Vec::with_capacity(raw.examples.len());
     for e in raw.examples {
-        let label = match &e.label {
-            None => None,
-            Some(name) => Some(*index.get(name.as_str()).ok_or_else(|| {
+        let find = |name: &String| {
+            index.get(name.as_str()).copied().ok_or_else(|| {
                 Error::input(format!("{place}: {}", e.id), format!("label `{name}` is not among the {} classes", names.len()))
-            })?),
+            })
         };
-        let example = Example { id: e.id, image: e.image, texts: e.texts, label, group: e.group };
-        examples.push((example, e.split));
+        let label = e.label.as_ref().map(find).transpose()?;
+        let mut labels = e.labels.as_ref().map(|all| all.iter().map(find).collect::<Result<Vec<u32>>>()).transpose()?;
+        if let Some(labels) = &mut labels {
+            labels.sort_unstable();
+            labels.dedup();
+        }
+        let RawExample { id, image, texts, question, value, fits, answers, choices, group, split, .. } = e;
+        examples.push((Example { id, image, texts, question, label, labels, value, fits, answers, choices, group }, split));
     }
     Ok((names, examples, note))
 }

@@ -157,7 +157,7 @@ fn carve(examples: Examples, fraction: f64, seed: u64, what: &str) -> (Examples,
     let mut units: BTreeMap<u32, Vec<Vec<usize>>> = BTreeMap::new();
     let mut by_group: HashMap<&str, (u32, usize)> = HashMap::new();
     for (i, e) in examples.iter().enumerate() {
-        let class = e.label.unwrap_or(u32::MAX);
+        let class = e.all_labels().first().copied().unwrap_or(u32::MAX);
         match e.group.as_deref().and_then(|g| by_group.get(g)) {
             Some(&(class, unit)) => {
                 if let Some(u) = units.get_mut(&class) {
@@ -211,14 +211,12 @@ fn sample(place: &str, classes: &[String], train: Examples, shots: usize, seed: 
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::data::ImageRef;
 
     fn examples(classes: u32, each: usize, group: impl Fn(usize) -> Option<String>) -> Vec<(Example, Option<Split>)> {
         (0..classes as usize * each)
             .map(|i| {
                 let label = Some((i / each) as u32);
-                let image = ImageRef::Embedded(b"");
-                (Example { id: format!("e{i}"), image, texts: vec![], label, group: group(i) }, None)
+                (Example { id: format!("e{i}"), label, group: group(i), ..Default::default() }, None)
             })
             .collect()
     }

@@ -114,6 +114,7 @@ impl TableConfig {
             label: cell(column("label", &self.label, "label")?),
             group: cell(column("group", &self.group, "group")?),
             split,
+            ..Default::default()
         })
     }
 }

@@ -233,11 +233,10 @@ impl Candidates {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::ImageRef;
 
     fn example(id: &str, group: Option<&str>, texts: &[&str]) -> Example {
         let texts = texts.iter().map(ToString::to_string).collect();
-        Example { id: id.into(), image: ImageRef::Embedded(b""), texts, label: None, group: group.map(Into::into) }
+        Example { id: id.into(), texts, group: group.map(Into::into), ..Default::default() }
     }
 
     #[test]

@@ -38,7 +38,7 @@ enum Input {
 /// The part of a step that goes forward and backward at once.
 struct MicroBatch {
     input: Input,
-    indices: Vec<usize>,
+    examples: Vec<Example>,
     epoch: usize,
     /// Counts micro-batches from the start of training.
     position: usize,
@@ -110,26 +110,27 @@ impl Stepper {
 
     fn fetch(&mut self, position: usize, trainer: &Trainer<'_>) -> Result<MicroBatch> {
         let plan = &self.plan;
-        let planned = || (plan.indices(position), position / plan.per_epoch().max(1));
         let clip = trainer.clip();
-        let (input, (indices, epoch)) = match &mut self.feed {
-            Feed::Images(loader) => match loader.next_batch()? {
-                Some(Batch { pixels, indices, epoch }) => (Input::Pixels(pixels), (indices, epoch)),
-                None => return Err(Error::fault("loader", "ended before the last step")),
-            },
+        let (input, indices) = match &mut self.feed {
+            Feed::Images(loader) => {
+                let batch = loader.next_batch()?.ok_or_else(|| Error::fault("loader", "ended before the last step"))?;
+                let Batch { pixels, examples, epoch } = batch;
+                return Ok(MicroBatch { input: Input::Pixels(pixels), examples, epoch, position });
+            }
             Feed::Bank(bank) => {
-                let planned = planned();
-                let rows: Vec<u32> = planned.0.iter().map(|&i| i as u32).collect();
-                let rows = Tensor::from_vec(rows, planned.0.len(), bank.device())?;
-                (Input::Features(bank.index_select(&rows, 0)?), planned)
+                let indices = plan.indices(position);
+                let rows: Vec<u32> = indices.iter().map(|&i| i as u32).collect();
+                let rows = Tensor::from_vec(rows, indices.len(), bank.device())?;
+                (Input::Features(bank.index_select(&rows, 0)?), indices)
             }
             Feed::Trunk(bank) => {
-                let planned = planned();
-                let x = bank.gather(&planned.0, clip.dtype(), clip.device())?;
-                (Input::Trunk(Trunk { x, pool: Vec::new(), mask: None, depth: bank.depth() }), planned)
+                let indices = plan.indices(position);
+                let x = bank.gather(&indices, clip.dtype(), clip.device())?;
+                (Input::Trunk(Trunk { x, pool: Vec::new(), mask: None, depth: bank.depth() }), indices)
             }
         };
-        Ok(MicroBatch { input, indices, epoch, position })
+        let examples = indices.iter().map(|&i| self.examples[i].clone()).collect();
+        Ok(MicroBatch { input, examples, epoch: position / plan.per_epoch().max(1), position })
     }
 
     /// One optimiser step.
@@ -143,24 +144,24 @@ impl Stepper {
             _ => self.position(step + 1),
         };
         let positions: Vec<usize> = (self.position(step)..end).collect();
-        let sizes: usize = positions.iter().map(|&p| self.plan.indices(p).len()).sum();
+        let sizes: usize = positions.iter().map(|&p| self.plan.size(p)).sum();
         let mut sums = Accumulated::default();
-        let (mut loss, mut epoch) = (0.0, 0);
+        let (mut loss, mut epoch, mut seen) = (0.0, 0, Vec::new());
         for position in positions {
             let batch = self.next(position, trainer)?;
-            let weight = batch.indices.len() as f64 / sizes as f64;
+            let weight = batch.examples.len() as f64 / sizes as f64;
             epoch = batch.epoch;
+            seen.extend(batch.examples.iter().map(|e| e.id.clone()));
             let value = self.backward(trainer, batch, weight, &mut sums)?;
             if !value.is_finite() {
-                return Err(non_finite("loss", step + 1, &self.examples_of(&self.plan.indices(position))));
+                return Err(non_finite("loss", step + 1, &seen));
             }
             loss += value * weight;
         }
         let grads = sums.take();
         let norm = global_norm(&grads)?;
         if !norm.is_finite() {
-            let batch = self.plan.indices(self.position(step));
-            return Err(non_finite("gradient", step + 1, &self.examples_of(&batch)));
+            return Err(non_finite("gradient", step + 1, &seen));
         }
         let scale = trainer.config.clip_norm.map_or(1.0, |max| clip_factor(norm, max));
         let lr = trainer.config.schedule.lr(trainer.config.lr, step, self.total);
@@ -170,13 +171,9 @@ impl Stepper {
         Ok(StepRecord { step: step + 1, epoch: epoch + 1, loss, lr, grad_norm: norm, images: sizes })
     }
 
-    fn examples_of(&self, indices: &[usize]) -> Vec<&Example> {
-        indices.iter().map(|&i| &self.examples[i]).collect()
-    }
-
     /// Forward and backward of a micro-batch; `weight` times its gradients are added to `sums`.
     fn backward(&self, trainer: &mut Trainer<'_>, batch: MicroBatch, weight: f64, sums: &mut Accumulated) -> Result<f64> {
-        let MicroBatch { input, indices, epoch, position } = batch;
+        let MicroBatch { input, examples, epoch, position } = batch;
         let clip = trainer.clip();
         let seed = trainer.config.seed;
         trainer.adapters.patches.prepare(&Step { training: true, seed, step: position as u64 })?;
@@ -186,12 +183,12 @@ impl Stepper {
             Input::Features(features) => features,
             Input::Trunk(trunk) => clip.image_features_from(&trunk, patches, tape.as_ref())?,
             Input::Pixels(pixels) => {
-                let keep = self.kept_patches(trainer, indices.len(), position)?;
+                let keep = self.kept_patches(trainer, examples.len(), position)?;
                 clip.image_features_on(pixels, keep.as_ref(), patches, tape.as_ref())?
             }
         };
         let on = Forward { clip, patches, training: true, epoch, tape: tape.as_ref() };
-        let mut loss = trainer.task.loss(&on, &features, &self.examples_of(&indices))?;
+        let mut loss = trainer.task.loss(&on, &features, &examples.iter().collect::<Vec<_>>())?;
         if let Some(term) = patches.regulariser()? {
             loss = (loss + term.to_dtype(DType::F32)?)?;
         }
@@ -253,9 +250,9 @@ fn constant(trainer: &mut Trainer<'_>, examples: &[Example], observer: &mut dyn 
     Ok(trainer.features.trunk(Split::Train, examples, clip, view, observer)?.map(Feed::Trunk))
 }
 
-fn non_finite(what: &str, step: usize, examples: &[&Example]) -> Error {
+fn non_finite(what: &str, step: usize, examples: &[String]) -> Error {
     const SHOWN: usize = 8;
-    let mut ids: Vec<&str> = examples.iter().take(SHOWN).map(|e| e.id.as_str()).collect();
+    let mut ids: Vec<&str> = examples.iter().take(SHOWN).map(String::as_str).collect();
     if examples.len() > SHOWN {
         ids.push("…");
     }
