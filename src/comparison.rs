@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::figures::{metric, number};
+use crate::report::is_fraction;
 
 /// `compare.json`. Metrics are fractions from 0 to 1.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -279,10 +280,10 @@ impl Budget {
 /// 47.2 ± 2.2 %.
 #[must_use]
 pub fn spread(name: &str, s: &Spread) -> String {
-    match (s.sd, name == "loss") {
+    match (s.sd, is_fraction(name)) {
         (None, _) => metric(name, s.mean),
-        (Some(sd), true) => format!("{} ± {}", number(s.mean), number(sd)),
-        (Some(sd), false) => format!("{:.1} ± {:.1} %", 100.0 * s.mean, 100.0 * sd),
+        (Some(sd), false) => format!("{} ± {}", number(s.mean), number(sd)),
+        (Some(sd), true) => format!("{:.1} ± {:.1} %", 100.0 * s.mean, 100.0 * sd),
     }
 }
 

@@ -1,5 +1,7 @@
 //! How figures are written for people.
 
+use crate::report::is_fraction;
+
 /// Three significant digits.
 #[must_use]
 pub fn number(v: f64) -> String {
@@ -56,10 +58,10 @@ pub fn bytes(n: u64) -> String {
     }
 }
 
-/// A metric is a fraction; a loss is not.
+/// A share in per cent, anything else as it is.
 #[must_use]
 pub fn metric(name: &str, v: f64) -> String {
-    if name == "loss" { number(v) } else { format!("{:.1} %", 100.0 * v) }
+    if is_fraction(name) { format!("{:.1} %", 100.0 * v) } else { number(v) }
 }
 
 /// `macro_f1` → `macro f1`.

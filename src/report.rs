@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// Metrics of one split. All metrics are fractions from 0 to 1.
+/// Metrics of one split: fractions from 0 to 1, but for those that [`is_fraction`] names.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     /// Examples evaluated.
@@ -140,6 +140,18 @@ impl TrainReport {
     pub fn images_per_second(&self) -> Option<f64> {
         (self.step_seconds > 0.0 && self.images > 0).then(|| self.images as f64 / self.step_seconds)
     }
+}
+
+/// Whether less of a metric is better.
+#[must_use]
+pub fn lower_is_better(metric: &str) -> bool {
+    ["loss", "calibration_error", "mae", "rmse"].contains(&metric) || metric.ends_with("median_rank")
+}
+
+/// Whether a metric is a share, and reads well in per cent.
+#[must_use]
+pub fn is_fraction(metric: &str) -> bool {
+    !["loss", "mae", "rmse", "pearson", "spearman"].contains(&metric) && !metric.ends_with("median_rank")
 }
 
 impl Evaluation {

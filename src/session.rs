@@ -19,7 +19,7 @@ use crate::merge;
 use crate::recipe::{ModelConfig, Recipe};
 use crate::report::{Evaluation, TrainReport, peak_rss_mib};
 use crate::run::{Existing, Opened, RunDir};
-use crate::task::{Task, TaskConfig, TaskParts};
+use crate::task::{Needs, Task, TaskParts};
 use crate::train::{Event, FeatureSource, Features, Observer, Run, Trainer};
 
 mod check;
@@ -52,8 +52,10 @@ impl Session {
         for note in base.source.notes() {
             observer.event(Event::Note(note.clone()));
         }
-        observer.event(Event::Phase("images", None));
-        data.verify(&images, recipe.data.skip_bad)?;
+        if recipe.task.definition().reads_images() {
+            observer.event(Event::Phase("images", None));
+            data.verify(&images, recipe.data.skip_bad)?;
+        }
         for note in &data.notes {
             observer.event(Event::Note(note.clone()));
         }
@@ -69,9 +71,9 @@ impl Session {
         let clip = &self.base.clip;
         let mut adapters = Adapters::plan(&recipe.method, &self.sites(), recipe.train.seed, clip.device())?;
         self.put_beneath(&mut adapters)?;
-        let task = self.task(&mut adapters)?;
-        if let Some(dir) = &recipe.train.init_adapter {
-            let init = Delta::read(&delta::locate(dir)?)?;
+        let init = recipe.train.init_adapter.as_ref().map(|dir| Delta::read(&delta::locate(dir)?)).transpose()?;
+        let task = self.task(&mut adapters, init.as_ref())?;
+        if let Some(init) = init {
             self.check_classes(&init, &adapters)?;
             init.fill(&adapters.params)?;
         }
@@ -80,7 +82,7 @@ impl Session {
 
     /// The model's sites with what methods may want to know of the task.
     fn sites(&self) -> Sites {
-        let classes = if matches!(self.recipe.task, TaskConfig::Classify(_)) { self.data.classes.len() } else { 0 };
+        let classes = if self.recipe.task.definition().templates().is_empty() { 0 } else { self.data.classes.len() };
         self.base.clip.sites().for_task(TaskFacts { classes, examples: self.data.train.len() })
     }
 
@@ -100,9 +102,10 @@ impl Session {
         Ok(())
     }
 
-    /// Builds the task, which adds its own parameters.
-    fn task(&self, adapters: &mut Adapters) -> Result<Box<dyn Task>> {
-        if adapters.view.per_image() && !matches!(self.recipe.task, TaskConfig::Classify(_)) {
+    /// Builds the task, which adds its own parameters; `known` is an adapter whose answers and thresholds hold.
+    fn task(&self, adapters: &mut Adapters, known: Option<&Delta>) -> Result<Box<dyn Task>> {
+        let definition = self.recipe.task.definition();
+        if adapters.view.per_image() && definition.templates().is_empty() {
             return Err(Error::input("method", "a method that encodes class prompts for each image (cocoop) needs classes")
                 .hint("task: classify, or coop in its place"));
         }
@@ -110,10 +113,20 @@ impl Session {
             clip: &self.base.clip,
             tokenizer: &self.base.tokenizer,
             classes: &self.data.classes,
+            train: &self.data.train,
+            fusion: self.recipe.fusion.as_ref(),
             label_smoothing: self.recipe.train.label_smoothing,
             seed: self.recipe.train.seed,
         };
-        let task = self.recipe.task.build(&parts, &mut adapters.params)?;
+        let manifest = known.and_then(|d| d.manifest.as_ref());
+        let parts = match manifest.filter(|m| definition.own_classes() && !m.classes.is_empty()) {
+            Some(m) => TaskParts { classes: &m.classes, train: &[], ..parts },
+            None => parts,
+        };
+        let mut task = definition.build(&parts, &mut adapters.params)?;
+        if let Some(manifest) = manifest {
+            task.set_scalars(&manifest.scalars);
+        }
         for split in [Split::Train, Split::Val, Split::Test] {
             task.check(self.data.split(split))?;
         }
@@ -131,6 +144,7 @@ impl Session {
             batch: config.batch.max(64),
             cache: config.activation_cache.clone(),
             identity: self.identity()?,
+            tokens: task.needs() == Needs::Tokens,
         };
         let features = Features::new(source, &self.base.clip, &mut adapters.patches)?;
         let metric = config.early_stopping.as_ref().and_then(|e| e.metric.clone());
@@ -141,7 +155,7 @@ impl Session {
             data: &self.data,
             images: self.images.clone(),
             config,
-            metric: metric.unwrap_or_else(|| self.recipe.task.metric().to_string()),
+            metric: metric.unwrap_or_else(|| self.recipe.task.definition().metric().to_string()),
             features,
         })
     }
@@ -194,17 +208,20 @@ impl Session {
         sites.count() + added
     }
 
-    fn manifest(&self, metrics: &Evaluation) -> Result<Manifest> {
-        let templates = match &self.recipe.task {
-            TaskConfig::Classify(c) => c.templates.clone(),
-            TaskConfig::Retrieve(_) => Vec::new(),
-        };
+    /// Class names, or the task's own vocabulary.
+    fn classes(&self, task: &dyn Task) -> Vec<String> {
+        task.classes().unwrap_or(&self.data.classes).to_vec()
+    }
+
+    fn manifest(&self, task: &dyn Task, metrics: &Evaluation) -> Result<Manifest> {
         Ok(Manifest {
             version: env!("CARGO_PKG_VERSION").into(),
             base: BaseRef::of(&self.base, self.recipe.model.spec()),
             task: to_json(&self.recipe.task)?,
-            classes: self.data.classes.clone(),
-            templates,
+            fusion: self.recipe.fusion.as_ref().map_or(Ok(serde_json::Value::Null), to_json)?,
+            scalars: task.scalars(),
+            classes: self.classes(task),
+            templates: self.recipe.task.definition().templates().to_vec(),
             recipe: to_json(&self.recipe)?,
             metrics: json!(metrics.metrics),
             methods: Vec::new(),
@@ -290,6 +307,7 @@ impl Session {
     fn execute(&self, trainer: &mut Trainer<'_>, run: &mut Run, logged: &mut Logged<'_>) -> Result<TrainReport> {
         let split = self.reported();
         if run.state().before.is_none() {
+            trainer.calibrate(logged)?;
             logged.event(Event::Phase("before", Some(self.data.split(split).len())));
             let before = trainer.evaluate(split, logged)?;
             logged.run.log_evaluation(&split.to_string(), run.state().step, &before)?;
@@ -313,7 +331,7 @@ impl Session {
             logged.event(Event::Warning(warning));
         }
         let (changes, unfoldable) = self.changed(trainer, logged)?;
-        let bytes = delta::save(&logged.run.adapter(), trainer.adapters, &self.sites(), &self.manifest(&after)?)?;
+        let bytes = delta::save(&logged.run.adapter(), trainer.adapters, &self.sites(), &self.manifest(&*trainer.task, &after)?)?;
         if matches!(self.recipe.model, ModelConfig::Scratch(_)) {
             merge::write_trained(&self.base, std::mem::take(&mut trainer.adapters.view), &logged.run.model())?;
         }
@@ -333,7 +351,7 @@ impl Session {
             task: self.recipe.task.name().into(),
             base: self.recipe.model.spec().into(),
             base_digest: self.base.digest.clone(),
-            classes: self.data.classes.clone(),
+            classes: self.classes(&*trainer.task),
             metric: trainer.metric.clone(),
             split: split.to_string(),
             before: state.before.clone(),
@@ -407,11 +425,15 @@ impl Session {
             }
         };
         self.put_beneath(&mut adapters)?;
-        let task = self.task(&mut adapters)?;
-        if let Some(delta) = delta.filter(|_| adapters.params.iter().any(|p| p.name.starts_with("head."))) {
+        let task = self.task(&mut adapters, delta.as_ref())?;
+        if let Some(delta) = delta.filter(|_| adapters.has_own()) {
             delta.fill(&adapters.params)?;
         }
+        let bare = options.adapter.is_none();
         let mut trainer = self.trainer(&mut adapters, task)?;
+        if bare {
+            trainer.calibrate(observer)?;
+        }
         observer.event(Event::Phase("evaluate", Some(examples)));
         let found = trainer.evaluate(options.split, observer)?;
         match found.loss.is_finite() {

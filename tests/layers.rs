@@ -5,7 +5,7 @@ use std::path::Path;
 
 /// Each module and what it may import; `session` and `cli` put everything together. What is right about
 /// this table is the direction: nothing below knows of recipes, nothing but `cli` of the command line.
-const TABLE: [(&str, &[&str]); 40] = [
+const TABLE: [(&str, &[&str]); 41] = [
     ("error", &[]),
     ("named", &[]),
     ("builtin", &[]),
@@ -17,13 +17,14 @@ const TABLE: [(&str, &[&str]); 40] = [
     ("data", &["builtin", "clip", "error", "files"]),
     ("delta", &["clip", "error", "files", "hub"]),
     ("optim", &["error"]),
-    ("task", &["clip", "data", "error", "report"]),
-    ("train", &["clip", "data", "delta", "error", "named", "optim", "report", "task"]),
-    ("recipe", &["clip", "data", "error", "files", "named", "task", "train"]),
+    ("fusion", &["clip", "error"]),
+    ("task", &["clip", "data", "error", "fusion", "named", "report"]),
+    ("train", &["clip", "data", "delta", "error", "fusion", "named", "optim", "report", "task"]),
+    ("recipe", &["clip", "data", "error", "files", "fusion", "named", "task", "train"]),
     ("events", &["error"]),
     ("change", &["error"]),
-    ("figures", &[]),
-    ("comparison", &["figures"]),
+    ("figures", &["report"]),
+    ("comparison", &["figures", "report"]),
     ("page", &["change", "comparison", "error", "figures", "report", "train"]),
     ("fetch", &["error", "hub", "train"]),
     ("run", &["error", "events", "files", "recipe", "report", "train"]),

@@ -50,7 +50,7 @@ fn each_trains_something_and_writes_to_a_place_of_its_own() {
         let sites = base.clip.sites().for_task(TaskFacts { classes: 20, examples: 320 });
         let adapters = Adapters::plan(&recipe.method, &sites, 0, &Device::Cpu).unwrap_or_else(|e| panic!("{name}: {e}"));
         // A cache of features trains nothing, and still changes the base.
-        assert!(adapters.params.count() > 0 || !recipe.method.is_empty() || recipe.task.has_own_weights(), "{name}");
+        assert!(adapters.params.count() > 0 || !recipe.method.is_empty() || recipe.task.definition().has_own_weights(), "{name}");
         assert!(outputs.insert(recipe.output.clone()), "{name}: another recipe writes to {:?}", recipe.output);
         // What --check prints and a run directory keeps is the same recipe.
         let again = Recipe::parse(&name, &recipe.to_yaml().unwrap(), &recipe.name, &[]).unwrap();

@@ -241,16 +241,33 @@ fn join(residual: &Tensor, branch: &Tensor, computed: &Tensor) -> TensorResult<(
 /// segment of it.
 pub(super) fn pooled<'a>(blocks: &'a [Block], trunk: Trunk, patches: &'a Patches, tape: Option<&Tape<'a>>) -> TensorResult<Tensor> {
     let Trunk { x, pool, mask, depth } = trunk;
-    let mut sequence = Sequence { x, pool };
+    let sequence = Sequence { x, pool };
     let Some((last, others)) = blocks[depth..].split_last() else { return pick(&sequence.x, &sequence.pool) };
-    for block in others {
-        let (x, pool) = stage(sequence, mask.clone(), patches, tape, |sequence, pass| {
+    let sequence = walk(others, sequence, mask.as_ref(), patches, tape)?;
+    Ok(stage(sequence, mask, patches, tape, |sequence, pass| Ok((last.forward_pooled(sequence, pass)?, Vec::new())))?.0)
+}
+
+/// The blocks that are left of a tower, every token to the end. With a tape each block is a segment of it.
+pub(super) fn whole<'a>(blocks: &'a [Block], trunk: Trunk, patches: &'a Patches, tape: Option<&Tape<'a>>) -> TensorResult<Sequence> {
+    let Trunk { x, pool, mask, depth } = trunk;
+    walk(&blocks[depth..], Sequence { x, pool }, mask.as_ref(), patches, tape)
+}
+
+fn walk<'a>(
+    blocks: &'a [Block],
+    mut sequence: Sequence,
+    mask: Option<&Tensor>,
+    patches: &'a Patches,
+    tape: Option<&Tape<'a>>,
+) -> TensorResult<Sequence> {
+    for block in blocks {
+        let (x, pool) = stage(sequence, mask.cloned(), patches, tape, |sequence, pass| {
             let Sequence { x, pool } = block.forward(sequence, pass)?;
             Ok((x, pool))
         })?;
         sequence = Sequence { x, pool };
     }
-    Ok(stage(sequence, mask, patches, tape, |sequence, pass| Ok((last.forward_pooled(sequence, pass)?, Vec::new())))?.0)
+    Ok(sequence)
 }
 
 /// With a tape, so many tokens are in the middle of a block at once.
@@ -287,7 +304,7 @@ fn extend_mask(mask: Option<&Tensor>, prefix: usize) -> TensorResult<Option<Tens
 }
 
 /// One token of each row: `x` [B, T, D] → [B, 1, D]; the first token where `pool` is empty.
-fn pick(x: &Tensor, pool: &[u32]) -> TensorResult<Tensor> {
+pub(super) fn pick(x: &Tensor, pool: &[u32]) -> TensorResult<Tensor> {
     let (batch, len, dim) = x.dims3()?;
     let rows: Vec<u32> = (0..batch).map(|b| (b * len) as u32 + pool.get(b).copied().unwrap_or(0)).collect();
     let rows = Tensor::from_vec(rows, batch, x.device())?;

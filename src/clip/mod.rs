@@ -4,6 +4,7 @@ pub mod base;
 pub mod block;
 pub mod config;
 pub mod decode;
+pub mod encoded;
 pub(crate) mod foreign;
 pub mod model;
 pub mod preprocess;
@@ -17,6 +18,7 @@ pub mod weights;
 
 pub use block::Tensors;
 pub use config::{ClipConfig, TextConfig, VisionConfig};
+pub use encoded::{Encoded, Tokens};
 pub use model::Clip;
 pub use text::TextBatch;
 pub use trunk::Trunk;

@@ -288,7 +288,7 @@ pub fn all_finite(t: &Tensor) -> TensorResult<bool> {
 }
 
 /// Features of groups of at most `rows` examples, joined.
-fn by_rows(count: usize, rows: usize, features: impl Fn(usize, usize) -> TensorResult<Tensor>) -> TensorResult<Tensor> {
+pub(super) fn by_rows(count: usize, rows: usize, features: impl Fn(usize, usize) -> TensorResult<Tensor>) -> TensorResult<Tensor> {
     let parts = (0..count.max(1)).step_by(rows).map(|from| features(from, rows.min(count - from)));
     Tensor::cat(&parts.collect::<TensorResult<Vec<_>>>()?, 0)
 }

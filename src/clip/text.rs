@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
 use peft_adapters::layers::{Embedding, LayerNorm, Linear};
-use peft_adapters::{ClassName, Embedded, Patches, Site, SiteId, SiteKind, Sites, Tape, Tower};
+use peft_adapters::{ClassName, Embedded, Patches, Sequence, Site, SiteId, SiteKind, Sites, Tape, Tower};
 
 use super::block::{self, Block, BlockShape, Tensors};
 use super::config::{ClipConfig, TextConfig};
@@ -183,6 +183,30 @@ impl TextTower {
         // The norm works on each token alone, so pooling first gives the same.
         let pooled = self.final_norm.forward(&pooled.squeeze(1)?, patches)?;
         let features = self.projection.forward(&pooled, patches)?;
+        patches.features(self.features, features)
+    }
+
+    /// [`TextTower::finish`] that keeps every token, after the final norm.
+    ///
+    /// # Shapes
+    /// [N, T, D] → tokens [N, T, D] and where each row is pooled, which is its last token
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn finish_tokens<'a>(&'a self, trunk: Trunk, patches: &'a Patches, tape: Option<&Tape<'a>>) -> TensorResult<Sequence> {
+        let Sequence { x, pool } = block::whole(&self.blocks, trunk, patches, tape)?;
+        Ok(Sequence { x: self.final_norm.forward(&x, patches)?, pool })
+    }
+
+    /// What [`TextTower::finish_tokens`] gives, pooled and projected.
+    ///
+    /// # Shapes
+    /// [N, T, D] → [N, P]
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn project(&self, tokens: &Sequence, patches: &Patches) -> TensorResult<Tensor> {
+        let features = self.projection.forward(&block::pick(&tokens.x, &tokens.pool)?.squeeze(1)?, patches)?;
         patches.features(self.features, features)
     }
 

@@ -2,7 +2,7 @@
 
 use candle_core::{Result as TensorResult, Tensor};
 use peft_adapters::layers::{Embedding, LayerNorm, Linear, PatchConv};
-use peft_adapters::{Embedded, Patches, Site, SiteId, SiteKind, Sites, Tape, Tower, WeightId, ops};
+use peft_adapters::{Embedded, Patches, Sequence, Site, SiteId, SiteKind, Sites, Tape, Tower, WeightId, ops};
 
 use super::block::{self, Block, BlockShape, Tensors};
 use super::config::{ClipConfig, VisionConfig};
@@ -114,6 +114,14 @@ impl VisionTower {
         self.embed(pixels, None, patches)?.through(&self.blocks[..depth.min(self.blocks.len())], patches)
     }
 
+    /// Class token and patches with positions, normed: what enters the first block.
+    ///
+    /// # Errors
+    /// When the image size is not the model's.
+    pub fn entrance(&self, pixels: &Tensor, keep: Option<&Tensor>, patches: &Patches) -> TensorResult<Trunk> {
+        self.embed(pixels, keep, patches)
+    }
+
     /// From the middle of the tower to projected features.
     ///
     /// # Shapes
@@ -126,6 +134,36 @@ impl VisionTower {
         let pooled = self.post_norm.forward(&pooled.squeeze(1)?, patches)?;
         let features = self.projection.forward(&pooled, patches)?;
         patches.features(self.features, features)
+    }
+
+    /// [`VisionTower::finish`] that keeps every token, normed as the class token is.
+    ///
+    /// # Shapes
+    /// [B, T, D] → tokens [B, T, D] and where each row is pooled
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn finish_tokens<'a>(&'a self, trunk: Trunk, patches: &'a Patches, tape: Option<&Tape<'a>>) -> TensorResult<Sequence> {
+        let Sequence { x, pool } = block::whole(&self.blocks, trunk, patches, tape)?;
+        Ok(Sequence { x: self.post_norm.forward(&x, patches)?, pool })
+    }
+
+    /// What [`VisionTower::finish_tokens`] gives, pooled and projected.
+    ///
+    /// # Shapes
+    /// [B, T, D] → [B, P]
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn project(&self, tokens: &Sequence, patches: &Patches) -> TensorResult<Tensor> {
+        let features = self.projection.forward(&block::pick(&tokens.x, &tokens.pool)?.squeeze(1)?, patches)?;
+        patches.features(self.features, features)
+    }
+
+    /// How many blocks there are.
+    #[must_use]
+    pub fn depth(&self) -> usize {
+        self.blocks.len()
     }
 
     /// The last hidden state of every token (HF's `last_hidden_state`), before the final norm.

@@ -86,7 +86,7 @@ impl<'a> Gather<'a> {
         observer: &mut dyn Observer,
     ) -> Result<(Group, GroupPage)> {
         let recipe = &planned.recipe;
-        let metric = recipe.task.metric();
+        let metric = recipe.task.definition().metric();
         let second = second(recipe);
         let base = self.base(recipe, &second, observer)?;
         let (mut rows, mut loaded) = (Vec::new(), Vec::new());

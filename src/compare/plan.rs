@@ -106,7 +106,7 @@ fn resolve(recipe: &Recipe, name: &str) -> Result<(Vec<MethodConfig>, TaskConfig
         None if probe => Vec::new(),
         None => name.split('+').map(|part| by_name(recipe, part)).collect::<Result<_>>()?,
     };
-    if methods.is_empty() && !task.has_own_weights() {
+    if methods.is_empty() && !task.definition().has_own_weights() {
         return Err(Error::input(place, format!("`{name}` trains nothing with this task"))
             .hint("a linear probe needs `task: classify`; the base without training stands above the table anyway"));
     }
@@ -316,7 +316,7 @@ mod tests {
         let r = recipe("compare: { methods: { mine: { method: { lora: { rank: 1 } }, lr: 0.5 }, full: { lr: 1.0e-5 } } }");
         let options = |name| {
             let (methods, task) = resolve(&r, name).unwrap();
-            (json!(methods), middle(&r, name, &methods), task.has_own_weights())
+            (json!(methods), middle(&r, name, &methods), task.definition().has_own_weights())
         };
         assert_eq!(options("lora").0[0]["lora"]["rank"], 2, "the recipe's own options");
         assert_eq!((options("lora").1, options("full").1, options("mine").1, options("prefix").1), (2e-3, 1e-5, 0.5, 0.04));

@@ -1,5 +1,6 @@
 //! What is trained, and the adapter directory that holds it: HF PEFT's format where HF PEFT has the method.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use candle_core::Device;
@@ -80,6 +81,12 @@ impl Adapters {
         }
     }
 
+    /// Whether a task has declared parameters of its own.
+    #[must_use]
+    pub fn has_own(&self) -> bool {
+        self.own_from() < self.params.len()
+    }
+
     /// Where a task's own parameters begin.
     fn own_from(&self) -> usize {
         self.ranges.last().map_or(0, |r| r.end)
@@ -105,6 +112,12 @@ pub struct Manifest {
     pub base: BaseRef,
     /// The task and its options, as a recipe has them.
     pub task: Value,
+    /// How image and text become one, where that was said.
+    #[serde(default, skip_serializing_if = "Value::is_null")]
+    pub fusion: Value,
+    /// What was chosen on validation: a threshold, a temperature.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub scalars: BTreeMap<String, f64>,
     /// Class names in label order; empty where the task has none.
     #[serde(default)]
     pub classes: Vec<String>,

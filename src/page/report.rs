@@ -6,7 +6,7 @@ use super::charts::{Axis, Plot, Scale, Series, Style, chart};
 use super::{bytes, document, matrix, metric, number, words};
 use crate::change::Change;
 use crate::error::Result;
-use crate::report::{Classification, TrainReport};
+use crate::report::{Classification, TrainReport, is_fraction};
 use crate::train::StepRecord;
 
 /// A test image that was taken for something else.
@@ -118,7 +118,7 @@ fn curves(page: &RunPage<'_>) -> Result<Markup> {
     let measured = epochs(&|e| e.val.as_ref().and_then(|v| v.metric(&r.metric)));
     let best = r.best_epoch.and_then(|b| r.epochs.iter().find(|e| e.epoch == b)).map(|e| e.step as f64);
     let chosen = measured.iter().filter(|p| Some(p.0) == best).copied().collect::<Vec<_>>();
-    let scale = if r.metric == "loss" { Scale::Linear } else { Scale::Percent };
+    let scale = if is_fraction(&r.metric) { Scale::Percent } else { Scale::Linear };
     let name = format!("validation {}", words(&r.metric));
     let validation = chart(&Plot {
         label: &format!("{name} against steps"),

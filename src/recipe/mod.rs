@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::clip::spec::Spec;
 use crate::data::DataConfig;
 use crate::error::{Error, Result};
+use crate::fusion::FusionConfig;
 use crate::named;
 use crate::task::TaskConfig;
 use crate::train::TrainConfig;
@@ -34,6 +35,9 @@ pub struct Recipe {
     /// What is learnt.
     #[serde(deserialize_with = "named::one")]
     pub task: TaskConfig,
+    /// How image and text become one, where the task looks at both.
+    #[serde(default, deserialize_with = "named::maybe", skip_serializing_if = "Option::is_none")]
+    pub fusion: Option<FusionConfig>,
     /// How it is learnt.
     #[serde(default)]
     pub train: TrainConfig,
@@ -176,19 +180,27 @@ impl Recipe {
             compare.validate(place)?;
         }
         self.train.validate(place)?;
-        self.task.validate(place)?;
+        let task = self.task.definition();
+        task.validate(place)?;
+        if let Some(fusion) = &self.fusion {
+            fusion.validate(&format!("{place}: fusion"))?;
+            if !task.fuses() {
+                return Err(Error::input(format!("{place}: fusion"), format!("task `{}` has nothing to fuse", task.name()))
+                    .hint("leave it out, or choose a task on image and text"));
+            }
+        }
         if let Some(metric) = self.train.early_stopping.as_ref().and_then(|e| e.metric.as_deref())
             && metric != "loss"
-            && !self.task.metrics().contains(&metric)
+            && !task.metrics().contains(&metric)
         {
             return Err(Error::input(format!("{place}: train.early_stopping.metric"), format!("`{metric}` is not a metric of this task"))
-                .hint(format!("there are loss, {}", self.task.metrics().join(", "))));
+                .hint(format!("there are loss, {}", task.metrics().join(", "))));
         }
         if matches!(self.model, ModelConfig::Scratch(_)) && !self.method.iter().any(|m| m.name() == "full") {
             return Err(Error::input(format!("{place}: model.init"), "random weights are of use only where they are trained")
                 .hint("add `method: full`, or name a pretrained base"));
         }
-        if self.method.is_empty() && !self.task.has_own_weights() {
+        if self.method.is_empty() && !task.has_own_weights() {
             return Err(Error::input(format!("{place}: method"), "`none` trains nothing with this task")
                 .hint("choose a method, or `task: { classify: { head: linear } }` for a linear probe"));
         }

@@ -9,8 +9,7 @@ use crate::delta::Adapters;
 use crate::error::Result;
 use crate::estimate::{Estimate, Load, estimate};
 use crate::recipe::Recipe;
-use crate::task::TaskConfig;
-use crate::task::prompts::{self, Pad};
+use crate::task::Pad;
 use crate::train::Observer;
 
 /// What `peft train --check` finds.
@@ -44,10 +43,8 @@ pub fn check(recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Re
     let total_parameters = session.total_parameters(&adapters);
     let trainable_parameters = adapters.params.count();
     let train = &session.recipe.train;
-    let texts = match &session.recipe.task {
-        TaskConfig::Classify(c) => session.data.classes.len() * c.templates.len() * if adapters.view.per_image() { train.batch } else { 1 },
-        TaskConfig::Retrieve(_) => train.batch,
-    };
+    let texts = session.recipe.task.definition().texts_per_batch(session.data.classes.len(), train.batch)
+        * if adapters.view.per_image() { train.batch } else { 1 };
     let load = session.load(&mut adapters, texts)?;
     let memory = estimate(session.base.clip.config(), &adapters, &session.recipe.train, load);
     let steps = session.trainer(&mut adapters, task)?.total_steps();
@@ -90,10 +87,7 @@ impl Session {
 
     /// Tokens of the longest text, at most `context`.
     fn longest_text(&self, context: usize) -> Result<usize> {
-        let (texts, pad): (Vec<String>, _) = match &self.recipe.task {
-            TaskConfig::Classify(c) => (prompts::fill(&self.data.classes, &c.templates), c.pad),
-            TaskConfig::Retrieve(r) => (self.data.train.iter().flat_map(|e| e.texts.iter().cloned()).collect(), r.pad),
-        };
+        let (texts, pad) = self.recipe.task.definition().texts(&self.data.classes, &self.data.train);
         if pad == Pad::Max {
             return Ok(context);
         }

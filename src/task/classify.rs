@@ -6,8 +6,10 @@ use candle_core::{DType, Tensor};
 use peft_adapters::{ClassFeatures, Labelled, Params, Patches, Spec, Start};
 use serde::{Deserialize, Serialize};
 
+use super::joint::HEAD;
 use super::prompts::{self, Pad, Prompts, cross_entropy};
-use super::{Forward, Task, TaskParts, metrics};
+use super::{Definition, Forward, Task, TaskParts, Told, metrics};
+use crate::clip::Encoded;
 use crate::clip::model::{class_logits, cosine_logits, unit_rows};
 use crate::data::Example;
 use crate::error::{Error, Result};
@@ -56,23 +58,52 @@ impl Default for ClassifyConfig {
     }
 }
 
-impl ClassifyConfig {
-    pub(super) fn validate(&self, place: &str) -> Result<()> {
+impl Definition for ClassifyConfig {
+    fn name(&self) -> &'static str {
+        "classify"
+    }
+
+    fn validate(&self, place: &str) -> Result<()> {
         let place = format!("{place}: task.classify.templates");
         if self.templates.is_empty() {
             return Err(Error::input(place, "expected at least one template"));
         }
         self.templates.iter().try_for_each(|t| prompts::check_template(&place, t))
     }
+
+    fn has_own_weights(&self) -> bool {
+        self.head == Head::Linear
+    }
+
+    fn metric(&self) -> &'static str {
+        "accuracy"
+    }
+
+    fn metrics(&self) -> &'static [&'static str] {
+        &METRICS
+    }
+
+    fn templates(&self) -> &[String] {
+        &self.templates
+    }
+
+    fn texts(&self, classes: &[String], _: &[Example]) -> (Vec<String>, Pad) {
+        (prompts::fill(classes, &self.templates), self.pad)
+    }
+
+    fn texts_per_batch(&self, classes: usize, _: usize) -> usize {
+        classes * self.templates.len()
+    }
+
+    fn build(&self, parts: &TaskParts<'_>, params: &mut Params) -> Result<Box<dyn Task>> {
+        Ok(Box::new(Classify::new(self, parts, params)?))
+    }
 }
 
 /// What an evaluation gives besides the loss.
-pub(super) const METRICS: [&str; 4] = ["accuracy", "top5_accuracy", "macro_f1", "calibration_error"];
+const METRICS: [&str; 4] = ["accuracy", "top5_accuracy", "macro_f1", "calibration_error"];
 
-/// Names of the head's weights in `task.safetensors`: [C, P] and [C].
-pub(crate) const HEAD: [&str; 2] = ["head.weight", "head.bias"];
-
-pub(super) struct Classify {
+struct Classify {
     classes: Vec<String>,
     prompts: Prompts,
     head: Option<[Tensor; 2]>,
@@ -82,7 +113,7 @@ pub(super) struct Classify {
 }
 
 impl Classify {
-    pub(super) fn new(config: &ClassifyConfig, parts: &TaskParts<'_>, params: &mut Params) -> Result<Self> {
+    fn new(config: &ClassifyConfig, parts: &TaskParts<'_>, params: &mut Params) -> Result<Self> {
         let count = parts.classes.len();
         if count < 2 {
             return Err(Error::input("task.classify", format!("expected at least two classes, found {count}"))
@@ -110,7 +141,7 @@ impl Classify {
         }
         self.prompts.keep_constant(on)?;
         let features = self.prompts.class_features(on)?;
-        if on.training && !features.track_op() {
+        if on.training() && !features.track_op() {
             self.frozen = Some(features.clone());
         }
         Ok(features)
@@ -119,7 +150,7 @@ impl Classify {
     /// [B, C]
     fn logits(&mut self, on: &Forward<'_, '_>, features: &Tensor, classes: Option<&Tensor>) -> Result<Tensor> {
         if let Some([weight, bias]) = &self.head {
-            let (weight, bias) = if on.training { (weight.clone(), bias.clone()) } else { (weight.detach(), bias.detach()) };
+            let (weight, bias) = if on.training() { (weight.clone(), bias.clone()) } else { (weight.detach(), bias.detach()) };
             let x = unit_rows(features)?.to_dtype(weight.dtype())?;
             return Ok(x.matmul(&weight.t()?)?.broadcast_add(&bias)?);
         }
@@ -153,8 +184,8 @@ impl Task for Classify {
         }
     }
 
-    fn loss(&mut self, on: &Forward<'_, '_>, features: &Tensor, examples: &[&Example]) -> Result<Tensor> {
-        let logits = self.logits(on, features, None)?;
+    fn loss(&mut self, on: &Forward<'_, '_>, images: &Encoded, examples: &[&Example]) -> Result<Tensor> {
+        let logits = self.logits(on, &images.features, None)?;
         cross_entropy(&logits, &labels(examples, &logits)?, self.smoothing)
     }
 
@@ -194,6 +225,10 @@ impl Task for Classify {
             predictions: predictions.collect(),
             classification: Some(classification),
         })
+    }
+
+    fn tell(&self, _: &Tensor, _: &[Example]) -> Result<Vec<Told>> {
+        Err(Error::fault("classify", "labels are ranked by a scorer"))
     }
 
     fn labelled(&mut self, on: &Forward<'_, '_>, features: &Tensor, examples: &[Example]) -> Result<Option<Labelled>> {

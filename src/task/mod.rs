@@ -1,39 +1,121 @@
 //! What is learnt: a loss, metrics and a way to predict, one file each.
 //!
-//! A task is one file and one line in [`TaskConfig`].
+//! A task is one file with a [`Definition`] and one line in [`TaskConfig`].
+
+use std::collections::BTreeMap;
+use std::ops::Range;
 
 use candle_core::Tensor;
 use peft_adapters::{Labelled, Params, Patches, Tape};
 use serde::{Deserialize, Serialize};
 
-use crate::clip::Clip;
 use crate::clip::tokenizer::Tokenizer;
+use crate::clip::{Clip, Encoded};
 use crate::data::Example;
 use crate::error::Result;
+use crate::fusion::{FusionConfig, Pass};
 use crate::report::Evaluation;
 
 mod classify;
+mod joint;
+mod matching;
 pub mod metrics;
 pub mod prompts;
 mod retrieve;
+mod texts;
 
-pub(crate) use classify::HEAD;
 pub use classify::{ClassifyConfig, Head, HeadInit};
+pub(crate) use joint::HEAD;
+pub use matching::{MatchConfig, Negatives};
 pub use prompts::Pad;
 pub use retrieve::RetrieveConfig;
 
-/// Which task: `classify`, or `classify: { templates: […] }`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum TaskConfig {
-    /// One of the classes for each image.
+macro_rules! tasks {
+    ($($(#[$doc:meta])* $name:ident($config:ty)),* $(,)?) => {
+        /// Which task: `classify`, or `classify: { templates: […] }`.
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        #[serde(rename_all = "lowercase")]
+        pub enum TaskConfig {
+            $($(#[$doc])* $name($config)),*
+        }
+
+        impl TaskConfig {
+            /// What the task is.
+            #[must_use]
+            pub fn definition(&self) -> &dyn Definition {
+                match self { $(Self::$name(c) => c),* }
+            }
+        }
+    };
+}
+
+tasks! {
+    /// One of the classes for each image, text or both.
     Classify(ClassifyConfig),
     /// The text that belongs to an image and the other way round.
     Retrieve(RetrieveConfig),
+    /// Whether a text fits an image.
+    Match(MatchConfig),
+}
+
+/// What a recipe's `task` says, before there is a model.
+pub trait Definition {
+    /// The recipe key.
+    fn name(&self) -> &'static str;
+
+    /// What can be checked without data.
+    ///
+    /// # Errors
+    /// When an option is out of range.
+    fn validate(&self, place: &str) -> Result<()>;
+
+    /// Whether the task trains weights of its own, so that `method: none` makes sense.
+    fn has_own_weights(&self) -> bool;
+
+    /// The number that early stopping follows unless told otherwise.
+    fn metric(&self) -> &'static str;
+
+    /// The numbers that an evaluation gives, `loss` apart.
+    fn metrics(&self) -> &'static [&'static str];
+
+    /// Prompts around class names, where images are compared with such.
+    fn templates(&self) -> &[String] {
+        &[]
+    }
+
+    /// Whether images are looked at.
+    fn reads_images(&self) -> bool {
+        true
+    }
+
+    /// Whether the classes are the task's own and come from the training examples: known answers.
+    fn own_classes(&self) -> bool {
+        false
+    }
+
+    /// Whether a recipe's `fusion` is of use.
+    fn fuses(&self) -> bool {
+        false
+    }
+
+    /// The texts that go through the text tower, and how far they are padded; `--check` prices them.
+    fn texts(&self, classes: &[String], examples: &[Example]) -> (Vec<String>, Pad);
+
+    /// How many texts a batch encodes.
+    fn texts_per_batch(&self, classes: usize, batch: usize) -> usize {
+        let _ = classes;
+        batch
+    }
+
+    /// Builds the task and declares its own weights.
+    ///
+    /// # Errors
+    /// When it does not fit the data or the model.
+    fn build(&self, parts: &TaskParts<'_>, params: &mut Params) -> Result<Box<dyn Task>>;
 }
 
 /// What a task is built from.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub struct TaskParts<'a> {
     /// The base.
     pub clip: &'a Clip,
@@ -41,6 +123,10 @@ pub struct TaskParts<'a> {
     pub tokenizer: &'a Tokenizer,
     /// Class names in label order.
     pub classes: &'a [String],
+    /// What is trained on; empty where a trained task is put together again.
+    pub train: &'a [Example],
+    /// How image and text become one; the task's own way where nothing is said.
+    pub fusion: Option<&'a FusionConfig>,
     /// Spreads the target over all classes: 0 is off.
     pub label_smoothing: f64,
     /// The run's seed.
@@ -51,56 +137,7 @@ impl TaskConfig {
     /// The recipe key.
     #[must_use]
     pub fn name(&self) -> &'static str {
-        match self {
-            Self::Classify(_) => "classify",
-            Self::Retrieve(_) => "retrieve",
-        }
-    }
-
-    /// What can be checked without data.
-    ///
-    /// # Errors
-    /// When an option is out of range.
-    pub fn validate(&self, place: &str) -> Result<()> {
-        match self {
-            Self::Classify(c) => c.validate(place),
-            Self::Retrieve(_) => Ok(()),
-        }
-    }
-
-    /// Whether the task trains weights of its own, so that `method: none` makes sense.
-    #[must_use]
-    pub fn has_own_weights(&self) -> bool {
-        matches!(self, Self::Classify(c) if c.head == Head::Linear)
-    }
-
-    /// The number that early stopping follows unless told otherwise.
-    #[must_use]
-    pub fn metric(&self) -> &'static str {
-        match self {
-            Self::Classify(_) => "accuracy",
-            Self::Retrieve(_) => "recall_mean",
-        }
-    }
-
-    /// The numbers that an evaluation gives, `loss` apart.
-    #[must_use]
-    pub fn metrics(&self) -> &'static [&'static str] {
-        match self {
-            Self::Classify(_) => &classify::METRICS,
-            Self::Retrieve(_) => &retrieve::METRICS,
-        }
-    }
-
-    /// Builds the task and declares its own weights.
-    ///
-    /// # Errors
-    /// When it does not fit the data or the model.
-    pub fn build(&self, parts: &TaskParts<'_>, params: &mut Params) -> Result<Box<dyn Task>> {
-        Ok(match self {
-            Self::Classify(c) => Box::new(classify::Classify::new(c, parts, params)?),
-            Self::Retrieve(c) => Box::new(retrieve::Retrieve::new(c, parts)),
-        })
+        self.definition().name()
     }
 }
 
@@ -111,10 +148,10 @@ pub struct Forward<'a, 't> {
     pub clip: &'a Clip,
     /// What changes it.
     pub patches: &'a Patches,
-    /// Whether gradients are wanted.
-    pub training: bool,
     /// The epoch, which varies the texts that are drawn.
     pub epoch: usize,
+    /// Whether gradients are wanted, and what varies from batch to batch.
+    pub pass: Pass,
     /// Where what is computed twice to save memory is noted.
     pub tape: Option<&'t Tape<'a>>,
 }
@@ -123,8 +160,34 @@ impl<'a> Forward<'a, '_> {
     /// A pass without gradients.
     #[must_use]
     pub fn eval(clip: &'a Clip, patches: &'a Patches) -> Self {
-        Self { clip, patches, training: false, epoch: 0, tape: None }
+        Self { clip, patches, epoch: 0, pass: Pass::eval(), tape: None }
     }
+
+    /// Whether gradients are wanted.
+    #[must_use]
+    pub fn training(&self) -> bool {
+        self.pass.training
+    }
+}
+
+/// What a task wants of the image tower.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Needs {
+    /// Nothing: images are not read.
+    Nothing,
+    /// Pooled, projected features.
+    Features,
+    /// These and every token.
+    Tokens,
+}
+
+/// What is said about one example.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Told {
+    /// The class, the answer, the number.
+    pub prediction: String,
+    /// What it was chosen from, each with a probability, in the task's order; empty for numbers.
+    pub scores: Vec<(String, f32)>,
 }
 
 /// A loss and its metrics.
@@ -135,23 +198,74 @@ pub trait Task {
     /// When one has no label or no text.
     fn check(&self, examples: &[Example]) -> Result<()>;
 
+    /// What is wanted of the image tower.
+    fn needs(&self) -> Needs {
+        Needs::Features
+    }
+
     /// The loss of a batch, a scalar.
     ///
     /// # Shapes
-    /// `features` [B, P], unnormalised; `examples` B of them.
+    /// `images` [B, …]; `examples` B of them.
     ///
     /// # Errors
     /// When a tensor operation fails.
-    fn loss(&mut self, on: &Forward<'_, '_>, features: &Tensor, examples: &[&Example]) -> Result<Tensor>;
+    fn loss(&mut self, on: &Forward<'_, '_>, images: &Encoded, examples: &[&Example]) -> Result<Tensor>;
+
+    /// What [`Task::evaluate`] wants to know of some examples: image features, unless the task says otherwise.
+    ///
+    /// # Shapes
+    /// `images` [B, …] of the B `rows` of a split → [B, …]
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn outputs(&mut self, _on: &Forward<'_, '_>, images: &Encoded, _split: &[Example], _rows: Range<usize>) -> Result<Tensor> {
+        Ok(images.features.clone())
+    }
 
     /// Metrics over a whole split.
     ///
     /// # Shapes
-    /// `features` [N, P], unnormalised; `examples` N of them.
+    /// `outputs` [N, …]; `examples` N of them.
     ///
     /// # Errors
     /// When a tensor operation fails.
-    fn evaluate(&mut self, on: &Forward<'_, '_>, features: &Tensor, examples: &[Example]) -> Result<Evaluation>;
+    fn evaluate(&mut self, on: &Forward<'_, '_>, outputs: &Tensor, examples: &[Example]) -> Result<Evaluation>;
+
+    /// Whether [`Task::calibrate`] chooses anything.
+    fn calibrates(&self) -> bool {
+        false
+    }
+
+    /// Chooses what is chosen on validation: a threshold, a temperature.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn calibrate(&mut self, _outputs: &Tensor, _examples: &[Example]) -> Result<()> {
+        Ok(())
+    }
+
+    /// What was chosen, by name; stored in `peft.json`.
+    fn scalars(&self) -> BTreeMap<String, f64> {
+        BTreeMap::new()
+    }
+
+    /// Puts back what [`Task::scalars`] gave.
+    fn set_scalars(&mut self, _scalars: &BTreeMap<String, f64>) {}
+
+    /// What is predicted for examples that need no label.
+    ///
+    /// # Shapes
+    /// `outputs` as [`Task::outputs`] gives them.
+    ///
+    /// # Errors
+    /// When the task has no prediction for an example by itself.
+    fn tell(&self, outputs: &Tensor, examples: &[Example]) -> Result<Vec<Told>>;
+
+    /// A vocabulary of the task's own that replaces the data's classes: known answers.
+    fn classes(&self) -> Option<&[String]> {
+        None
+    }
 
     /// A split as methods see it that look at data; nothing where the task does not compare images with class prompts.
     ///

@@ -207,7 +207,7 @@ impl Prompts {
     /// # Errors
     /// When a tensor operation fails.
     pub fn keep_constant(&mut self, on: &Forward<'_, '_>) -> Result<()> {
-        if !on.training || std::mem::replace(&mut self.probed, true) {
+        if !on.training() || std::mem::replace(&mut self.probed, true) {
             return Ok(());
         }
         let [_, depth] = on.clip.constant_blocks(on.patches)?;

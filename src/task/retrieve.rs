@@ -3,12 +3,13 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use candle_core::{D, DType, Tensor};
-use peft_adapters::rng;
-use rand::Rng;
+use peft_adapters::{Params, rng};
 use serde::{Deserialize, Serialize};
 
 use super::prompts::{Pad, Prompts};
-use super::{Forward, Task, TaskParts, metrics};
+use super::texts::drawn;
+use super::{Definition, Forward, Task, TaskParts, Told, metrics};
+use crate::clip::Encoded;
 use crate::clip::model::unit_rows;
 use crate::clip::tokenizer::Tokenizer;
 use crate::data::Example;
@@ -23,8 +24,38 @@ pub struct RetrieveConfig {
     pub pad: Pad,
 }
 
+impl Definition for RetrieveConfig {
+    fn name(&self) -> &'static str {
+        "retrieve"
+    }
+
+    fn validate(&self, _: &str) -> Result<()> {
+        Ok(())
+    }
+
+    fn has_own_weights(&self) -> bool {
+        false
+    }
+
+    fn metric(&self) -> &'static str {
+        "recall_mean"
+    }
+
+    fn metrics(&self) -> &'static [&'static str] {
+        &METRICS
+    }
+
+    fn texts(&self, _: &[String], examples: &[Example]) -> (Vec<String>, Pad) {
+        (examples.iter().flat_map(|e| e.texts.iter().cloned()).collect(), self.pad)
+    }
+
+    fn build(&self, parts: &TaskParts<'_>, _: &mut Params) -> Result<Box<dyn Task>> {
+        Ok(Box::new(Retrieve::new(self, parts)))
+    }
+}
+
 /// What an evaluation gives besides the loss.
-pub(super) const METRICS: [&str; 7] = [
+const METRICS: [&str; 7] = [
     "recall_mean",
     "image_to_text_recall_at_1",
     "image_to_text_recall_at_5",
@@ -34,7 +65,7 @@ pub(super) const METRICS: [&str; 7] = [
     "text_to_image_recall_at_10",
 ];
 
-pub(super) struct Retrieve {
+struct Retrieve {
     pad: Pad,
     seed: u64,
     tokenizer: Tokenizer,
@@ -42,17 +73,8 @@ pub(super) struct Retrieve {
 }
 
 impl Retrieve {
-    pub(super) fn new(config: &RetrieveConfig, parts: &TaskParts<'_>) -> Self {
+    fn new(config: &RetrieveConfig, parts: &TaskParts<'_>) -> Self {
         Self { pad: config.pad, seed: parts.seed, tokenizer: parts.tokenizer.clone(), truncated: 0 }
-    }
-
-    /// One text of each example, another one each epoch.
-    fn draw<'e>(&self, epoch: usize, examples: &[&'e Example]) -> Vec<&'e str> {
-        let one = |e: &&'e Example| {
-            let mut rng = rng::rng(self.seed, &[rng::name_key("text"), epoch as u64, rng::name_key(&e.id)]);
-            e.texts[rng.random_range(0..e.texts.len())].as_str()
-        };
-        examples.iter().map(one).collect()
     }
 }
 
@@ -111,12 +133,12 @@ impl Task for Retrieve {
         }
     }
 
-    fn loss(&mut self, on: &Forward<'_, '_>, features: &Tensor, examples: &[&Example]) -> Result<Tensor> {
-        let texts = self.draw(on.epoch, examples);
+    fn loss(&mut self, on: &Forward<'_, '_>, images: &Encoded, examples: &[&Example]) -> Result<Tensor> {
+        let texts: Vec<&str> = examples.iter().map(|e| drawn(self.seed, on.epoch, e)).collect();
         let owned: Vec<String> = texts.iter().map(ToString::to_string).collect();
         let prompts = Prompts::new(&self.tokenizer, &owned, self.pad)?;
         self.truncated += prompts.truncated;
-        let logits = on.clip.logits(features, &prompts.features(on)?, on.patches)?;
+        let logits = on.clip.logits(&images.features, &prompts.features(on)?, on.patches)?;
         info_nce(&logits, &Pairs::new(examples, &texts))
     }
 
@@ -149,6 +171,11 @@ impl Task for Retrieve {
             predictions: predictions.collect(),
             classification: None,
         })
+    }
+
+    fn tell(&self, _: &Tensor, _: &[Example]) -> Result<Vec<Told>> {
+        Err(Error::input("predict", "retrieval has no prediction for an image alone")
+            .hint("pass --labels to rank texts, or use `peft embed`"))
     }
 
     fn drop_last(&self) -> bool {

@@ -10,6 +10,7 @@ use std::sync::Mutex;
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use crate::clip::{Clip, Trunk};
 use crate::error::{Error, Result};
 
 /// `activation_cache: { memory_mib: 1024, disk_mib: 0, directory: runs/activations }`.
@@ -67,20 +68,17 @@ enum Rows {
 }
 
 impl Bank {
-    /// How many blocks are behind them.
-    #[must_use]
-    pub fn depth(&self) -> usize {
-        self.depth
-    }
-
-    /// Rows of the examples `indices`.
-    ///
-    /// # Shapes
-    /// → [B, T, D]
+    /// The examples `indices` on their way through the tower of `clip`.
     ///
     /// # Errors
     /// When the file cannot be read.
-    pub fn gather(&self, indices: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+    pub fn trunk(&self, indices: &[usize], clip: &Clip) -> Result<Trunk> {
+        let x = self.gather(indices, clip.dtype(), clip.device())?;
+        Ok(Trunk { x, pool: Vec::new(), mask: None, depth: self.depth })
+    }
+
+    /// Rows of the examples `indices`, [B, T, D].
+    fn gather(&self, indices: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
         let each = self.tokens * self.dim;
         let mut values = vec![0f32; indices.len() * each];
         for (out, &i) in values.chunks_exact_mut(each).zip(indices) {

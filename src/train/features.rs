@@ -2,6 +2,7 @@
 //! them, otherwise the activations that enter the first trained block.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use peft_adapters::{Patches, Step};
 
 use super::activations::{self, Bank, Builder, CacheConfig, Place};
 use super::observer::{Event, Observer};
-use crate::clip::{Clip, Trunk};
+use crate::clip::{Clip, Encoded};
 use crate::data::images::Cached;
 use crate::data::loader::load;
 use crate::data::{Example, Images, Split};
@@ -25,6 +26,8 @@ pub struct Features {
     /// Identifies all that activations depend on, the examples apart.
     identity: String,
     frozen: bool,
+    /// Whether every token is wanted, and not pooled features alone.
+    tokens: bool,
     /// Blocks of the image tower that nothing trained reaches.
     depth: usize,
     banks: HashMap<Split, Tensor>,
@@ -43,6 +46,8 @@ pub struct FeatureSource {
     pub cache: CacheConfig,
     /// Identifies base, methods and preprocessing.
     pub identity: String,
+    /// Whether every token is wanted, and not pooled features alone.
+    pub tokens: bool,
 }
 
 impl Features {
@@ -51,16 +56,50 @@ impl Features {
     /// # Errors
     /// When a forward pass fails.
     pub fn new(source: FeatureSource, clip: &Clip, patches: &mut Patches) -> Result<Self> {
-        let FeatureSource { images, batch, cache, identity } = source;
+        let FeatureSource { images, batch, cache, identity, tokens } = source;
         let frozen = !depends_on_parameters(&images, clip, patches)?;
-        let depth = if frozen { 0 } else { clip.constant_blocks(patches)?[0] };
-        Ok(Self { images, batch, cache, identity, frozen, depth, banks: HashMap::new(), trunks: HashMap::new(), pixels: HashMap::new() })
+        let depth = match (frozen, tokens) {
+            (true, true) => clip.vision().depth(),
+            (true, false) => 0,
+            (false, _) => clip.constant_blocks(patches)?[0],
+        };
+        let (banks, trunks, pixels) = Default::default();
+        Ok(Self { images, batch, cache, identity, frozen, tokens, depth, banks, trunks, pixels })
     }
 
-    /// Whether image features are the same after every step.
+    /// Whether image features are the same after every step and all that is wanted.
     #[must_use]
-    pub fn frozen(&self) -> bool {
-        self.frozen
+    pub fn kept(&self) -> bool {
+        self.frozen && !self.tokens
+    }
+
+    /// Hands out a split with all its tokens, a part at a time: deterministic transforms, no gradients.
+    ///
+    /// # Errors
+    /// When an image cannot be read, a tensor operation fails, or what `take` returns.
+    pub fn each(
+        &mut self,
+        (split, examples): (Split, &[Example]),
+        clip: &Clip,
+        view: &mut Patches,
+        observer: &mut dyn Observer,
+        mut take: impl FnMut(&Patches, Encoded, Range<usize>) -> Result<()>,
+    ) -> Result<()> {
+        let trunk = if split == Split::Test { None } else { self.trunk(split, examples, clip, view, observer)? };
+        view.prepare(&Step::eval())?;
+        let cache = self.pixels.entry(split).or_insert_with(|| Cached::new(examples.len()));
+        for from in (0..examples.len()).step_by(self.batch) {
+            let rows = from..examples.len().min(from + self.batch);
+            let indices: Vec<usize> = rows.clone().collect();
+            let trunk = match &trunk {
+                Some(bank) => bank.trunk(&indices, clip)?,
+                None => clip.image_entrance(load(&self.images, examples, &indices, None, cache)?, None, view)?,
+            };
+            let encoded = clip.image_tokens_from(&trunk, view, None)?;
+            take(view, encoded, rows)?;
+            observer.event(Event::Advance(indices.len()));
+        }
+        Ok(())
     }
 
     /// Features of every example of a split, deterministic transforms, no gradients.
@@ -89,10 +128,7 @@ impl Features {
         let all: Vec<usize> = (0..examples.len()).collect();
         for indices in all.chunks(self.batch) {
             parts.push(match &trunk {
-                Some(bank) => {
-                    let x = bank.gather(indices, clip.dtype(), clip.device())?;
-                    clip.image_features_from(&Trunk { x, pool: Vec::new(), mask: None, depth: bank.depth() }, view, None)?
-                }
+                Some(bank) => clip.image_features_from(&bank.trunk(indices, clip)?, view, None)?,
                 None => clip.image_features(&load(&self.images, examples, indices, None, cache)?, view)?,
             });
             observer.event(Event::Advance(indices.len()));

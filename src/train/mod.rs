@@ -5,17 +5,17 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use candle_core::Tensor;
-use peft_adapters::{Grads, Params};
+use candle_core::{DType, Tensor};
+use peft_adapters::{Grads, Params, Step};
 
-use crate::clip::Clip;
 use crate::clip::base::Base;
+use crate::clip::{Clip, Encoded};
 use crate::data::{Dataset, Images, Plan, Split};
 use crate::delta::Adapters;
 use crate::error::{Error, Result};
 use crate::optim::{Ema, Optimizer};
-use crate::report::{EpochRecord, Evaluation};
-use crate::task::{Forward, Task};
+use crate::report::{self, EpochRecord, Evaluation};
+use crate::task::{Forward, Needs, Task};
 
 mod activations;
 pub mod checkpoint;
@@ -31,6 +31,9 @@ pub use config::{Dtype, EarlyStopping, PatchDropout, TrainConfig};
 pub use features::{FeatureSource, Features};
 pub use observer::{Event, Observer, Silent, StepRecord};
 pub use step::Stepper;
+
+/// Texts that are judged at once where images are not looked at.
+const TEXTS: usize = 256;
 
 /// What a run is made of.
 pub struct Trainer<'a> {
@@ -185,7 +188,8 @@ impl<'a> Trainer<'a> {
             self.steps(run, total, checkpoints, observer)?;
         }
         self.finish(run)?;
-        self.tune(observer)
+        self.tune(observer)?;
+        self.calibrate(observer)
     }
 
     fn steps(&mut self, run: &mut Run, total: usize, checkpoints: Option<&Path>, observer: &mut dyn Observer) -> Result<()> {
@@ -240,7 +244,7 @@ impl<'a> Trainer<'a> {
             Error::input("train.early_stopping.metric", format!("`{}` is not a metric of this task", self.metric))
                 .hint(format!("there are {}", known.join(", ")))
         })?;
-        let sign = if ["loss", "calibration_error"].contains(&self.metric.as_str()) { -1.0 } else { 1.0 };
+        let sign = if report::lower_is_better(&self.metric) { -1.0 } else { 1.0 };
         let better = run.state.best.as_ref().is_none_or(|b| {
             let (new, old) = (sign * metric, sign * b.metric);
             new > old || (new == old && val.loss < b.loss)
@@ -271,11 +275,56 @@ impl<'a> Trainer<'a> {
     /// # Errors
     /// When an image cannot be read or a tensor operation fails.
     pub fn evaluate(&mut self, split: Split, observer: &mut dyn Observer) -> Result<Evaluation> {
+        let outputs = self.outputs(split, observer)?;
         let examples = self.data.split(split);
-        let Adapters { view, .. } = &mut *self.adapters;
-        let features = self.features.of(split, examples, &self.base.clip, view, observer)?;
-        let on = Forward::eval(&self.base.clip, view);
-        self.task.evaluate(&on, &features, examples)
+        if split == Split::Val {
+            self.task.calibrate(&outputs, examples)?;
+        }
+        let on = Forward::eval(&self.base.clip, &self.adapters.view);
+        self.task.evaluate(&on, &outputs, examples)
+    }
+
+    /// Chooses what the task chooses on validation, with the parameters as they are.
+    ///
+    /// # Errors
+    /// As [`Trainer::evaluate`].
+    pub fn calibrate(&mut self, observer: &mut dyn Observer) -> Result<()> {
+        let examples = &self.data.val;
+        if !self.task.calibrates() || examples.is_empty() {
+            return Ok(());
+        }
+        observer.event(Event::Phase("calibrate", Some(examples.len())));
+        let outputs = self.outputs(Split::Val, observer)?;
+        self.task.calibrate(&outputs, examples)
+    }
+
+    /// What the task says of every example of a split.
+    fn outputs(&mut self, split: Split, observer: &mut dyn Observer) -> Result<Tensor> {
+        let examples = self.data.split(split);
+        let (clip, Adapters { view, .. }) = (&self.base.clip, &mut *self.adapters);
+        let mut parts = Vec::new();
+        match self.task.needs() {
+            Needs::Features => {
+                let images = Encoded::pooled(self.features.of(split, examples, clip, view, observer)?);
+                return self.task.outputs(&Forward::eval(clip, view), &images, examples, 0..examples.len());
+            }
+            Needs::Nothing => {
+                view.prepare(&Step::eval())?;
+                for from in (0..examples.len()).step_by(TEXTS) {
+                    let rows = from..examples.len().min(from + TEXTS);
+                    let nothing = Encoded::pooled(Tensor::zeros((rows.len(), 1), DType::F32, clip.device())?);
+                    parts.push(self.task.outputs(&Forward::eval(clip, view), &nothing, examples, rows)?);
+                }
+            }
+            Needs::Tokens => {
+                let task = &mut self.task;
+                self.features.each((split, examples), clip, view, observer, |view, images, rows| {
+                    parts.push(task.outputs(&Forward::eval(clip, view), &images, examples, rows)?);
+                    Ok(())
+                })?;
+            }
+        }
+        Ok(Tensor::cat(&parts, 0)?)
     }
 
     fn clip(&self) -> &'a Clip {

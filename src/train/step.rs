@@ -3,17 +3,18 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
-use peft_adapters::{Step, rng};
+use peft_adapters::{Patches, Step, Tape, rng};
 use rand::seq::SliceRandom;
 
 use super::observer::{Event, Observer, StepRecord};
 use super::{Bank, Run, Trainer, by_name};
-use crate::clip::Trunk;
+use crate::clip::{Clip, Encoded, Trunk};
 use crate::data::loader::LoaderConfig;
 use crate::data::{Batch, Example, Loader, Plan, Split};
 use crate::error::{Error, Result};
+use crate::fusion::Pass;
 use crate::optim::{Accumulated, clip_factor, global_norm};
-use crate::task::Forward;
+use crate::task::{Forward, Needs};
 
 /// CLIP's bound on the logit scale's logarithm, ln 100 (Radford et al. 2021, section 2.5).
 const MAX_LOGIT_SCALE: f64 = 4.605_170_185_988_092;
@@ -33,6 +34,35 @@ enum Input {
     Pixels(Tensor),
     Trunk(Trunk),
     Features(Tensor),
+}
+
+impl Input {
+    /// Through what is left of the image tower.
+    fn encode<'a>(
+        self,
+        clip: &'a Clip,
+        keep: Option<&Tensor>,
+        patches: &'a Patches,
+        tape: Option<&Tape<'a>>,
+        tokens: bool,
+    ) -> Result<Encoded> {
+        if let Self::Features(features) = self {
+            return Ok(Encoded::pooled(features));
+        }
+        if tokens {
+            let trunk = match self {
+                Self::Pixels(pixels) => clip.image_entrance(pixels, keep, patches)?,
+                Self::Trunk(trunk) => trunk,
+                Self::Features(_) => return Err(Error::fault("step", "features have no tokens")),
+            };
+            return Ok(clip.image_tokens_from(&trunk, patches, tape)?);
+        }
+        Ok(Encoded::pooled(match self {
+            Self::Pixels(pixels) => clip.image_features_on(pixels, keep, patches, tape)?,
+            Self::Trunk(trunk) => clip.image_features_from(&trunk, patches, tape)?,
+            Self::Features(features) => features,
+        }))
+    }
 }
 
 /// The part of a step that goes forward and backward at once.
@@ -125,8 +155,7 @@ impl Stepper {
             }
             Feed::Trunk(bank) => {
                 let indices = plan.indices(position);
-                let x = bank.gather(&indices, clip.dtype(), clip.device())?;
-                (Input::Trunk(Trunk { x, pool: Vec::new(), mask: None, depth: bank.depth() }), indices)
+                (Input::Trunk(bank.trunk(&indices, clip)?), indices)
             }
         };
         let examples = indices.iter().map(|&i| self.examples[i].clone()).collect();
@@ -179,16 +208,14 @@ impl Stepper {
         trainer.adapters.patches.prepare(&Step { training: true, seed, step: position as u64 })?;
         let patches = &trainer.adapters.patches;
         let tape = trainer.config.tape();
-        let features = match input {
-            Input::Features(features) => features,
-            Input::Trunk(trunk) => clip.image_features_from(&trunk, patches, tape.as_ref())?,
-            Input::Pixels(pixels) => {
-                let keep = self.kept_patches(trainer, examples.len(), position)?;
-                clip.image_features_on(pixels, keep.as_ref(), patches, tape.as_ref())?
-            }
+        let keep = match input {
+            Input::Pixels(_) => self.kept_patches(trainer, examples.len(), position)?,
+            _ => None,
         };
-        let on = Forward { clip, patches, training: true, epoch, tape: tape.as_ref() };
-        let mut loss = trainer.task.loss(&on, &features, &examples.iter().collect::<Vec<_>>())?;
+        let images = input.encode(clip, keep.as_ref(), patches, tape.as_ref(), trainer.task.needs() == Needs::Tokens)?;
+        let pass = Pass { training: true, seed, position: position as u64 };
+        let on = Forward { clip, patches, epoch, pass, tape: tape.as_ref() };
+        let mut loss = trainer.task.loss(&on, &images, &examples.iter().collect::<Vec<_>>())?;
         if let Some(term) = patches.regulariser()? {
             loss = (loss + term.to_dtype(DType::F32)?)?;
         }
@@ -239,11 +266,15 @@ impl Stepper {
 
 /// What stands in for images, where something before the trained part is the same in every epoch.
 fn constant(trainer: &mut Trainer<'_>, examples: &[Example], observer: &mut dyn Observer) -> Result<Option<Feed>> {
+    if trainer.task.needs() == Needs::Nothing {
+        let device = trainer.base.clip.device();
+        return Ok(Some(Feed::Bank(Tensor::zeros((examples.len(), 1), DType::F32, device)?)));
+    }
     if !trainer.config.augment.is_none() || trainer.config.patch_dropout.is_some() {
         return Ok(None);
     }
     let (clip, view) = (&trainer.base.clip, &mut trainer.adapters.view);
-    if trainer.features.frozen() {
+    if trainer.features.kept() {
         observer.event(Event::Phase("features", Some(examples.len())));
         return Ok(Some(Feed::Bank(trainer.features.of(Split::Train, examples, clip, view, observer)?)));
     }
