@@ -92,7 +92,7 @@ impl Session {
         for dir in bundled(spec)? {
             let delta = Delta::read(&dir)?;
             if !delta.own.is_empty() {
-                return Err(Error::input(dir.display(), "is a linear head, which a recipe trains or evaluates by itself")
+                return Err(Error::input(dir.display(), "has weights of a task, which a recipe trains or evaluates by itself")
                     .hint("name the base that the bundle was made of, and the adapter by --adapter or train.init_adapter"));
             }
             let [training, reading] = [delta.apply(&self.base.clip)?, delta.apply(&self.base.clip)?];

@@ -121,6 +121,16 @@ impl Delta {
     }
 }
 
+impl Delta {
+    /// Fills the parameters of a task.
+    ///
+    /// # Errors
+    /// When tensors differ.
+    pub fn fill_own(&self, params: &Params) -> Result<()> {
+        fill(&self.dir.join(file::TASK).display().to_string(), &self.own, &params.iter().collect::<Vec<_>>())
+    }
+}
+
 fn short(digest: &str) -> &str {
     digest.get(..19).unwrap_or(digest)
 }

@@ -16,6 +16,7 @@ use crate::error::Result;
 use crate::fusion::{FusionConfig, Pass};
 use crate::report::Evaluation;
 
+mod answer;
 mod classify;
 mod joint;
 mod matching;
@@ -23,7 +24,9 @@ pub mod metrics;
 pub mod prompts;
 mod retrieve;
 mod texts;
+mod vqa;
 
+pub use answer::{AnswerConfig, AnswerLoss, Choose};
 pub use classify::{ClassifyConfig, Head, HeadInit};
 pub(crate) use joint::HEAD;
 pub use matching::{MatchConfig, Negatives};
@@ -56,6 +59,8 @@ tasks! {
     Retrieve(RetrieveConfig),
     /// Whether a text fits an image.
     Match(MatchConfig),
+    /// The answer to a question about an image.
+    Answer(AnswerConfig),
 }
 
 /// What a recipe's `task` says, before there is a model.
@@ -81,6 +86,11 @@ pub trait Definition {
     /// Prompts around class names, where images are compared with such.
     fn templates(&self) -> &[String] {
         &[]
+    }
+
+    /// Whether predictions come from [`Task::tell`]; otherwise labels are ranked.
+    fn tells(&self) -> bool {
+        false
     }
 
     /// Whether images are looked at.
@@ -191,12 +201,20 @@ pub struct Told {
 }
 
 /// A loss and its metrics.
-pub trait Task {
+pub trait Task: Send {
     /// Checks that examples have what the task needs.
     ///
     /// # Errors
     /// When one has no label or no text.
     fn check(&self, examples: &[Example]) -> Result<()>;
+
+    /// Checks that an example can be judged; it needs no label.
+    ///
+    /// # Errors
+    /// When it lacks what the task looks at, images apart.
+    fn check_query(&self, _example: &Example) -> Result<()> {
+        Ok(())
+    }
 
     /// What is wanted of the image tower.
     fn needs(&self) -> Needs {
