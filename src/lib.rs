@@ -133,6 +133,7 @@ pub mod extract;
 pub mod fetch;
 pub mod figures;
 pub mod files;
+pub mod guard;
 pub mod hub;
 pub mod inspect;
 pub mod measure;

@@ -1,5 +1,6 @@
 //! The training loop: step, validation, best epoch, checkpoints.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use peft_adapters::{Grads, Params};
 
 use crate::clip::Clip;
 use crate::clip::base::Base;
-use crate::data::{Dataset, Images, Plan, Split};
+use crate::data::{Dataset, Example, Images, Plan, Split};
 use crate::delta::Adapters;
 use crate::error::{Error, Result};
 use crate::optim::{Ema, Optimizer};
@@ -31,6 +32,9 @@ pub use config::{Dtype, EarlyStopping, PatchDropout, TrainConfig};
 pub use features::{FeatureSource, Features};
 pub use observer::{Event, Observer, Silent, StepRecord};
 pub use step::Stepper;
+
+/// Images that were left out are named up to this number.
+const SHOWN: usize = 20;
 
 /// What a run is made of.
 pub struct Trainer<'a> {
@@ -85,7 +89,7 @@ impl<'a> Trainer<'a> {
     #[must_use]
     pub fn plan(&self) -> Plan {
         Plan {
-            examples: self.data.train.len(),
+            examples: self.data.count(Split::Train),
             batch: self.config.batch,
             shuffle: self.config.shuffle,
             drop_last: self.task.drop_last(),
@@ -195,6 +199,12 @@ impl<'a> Trainer<'a> {
             let record = stepper.step(self, run)?;
             run.state.step_seconds += start.elapsed().as_secs_f64();
             run.state.images += record.images;
+            for reason in stepper.take_skipped() {
+                run.state.skipped += 1;
+                if run.state.skipped <= SHOWN {
+                    observer.event(Event::Note(format!("left out: {}", reason.replace('\n', " "))));
+                }
+            }
             observer.event(Event::Step(&record));
             let epoch_done = run.state.step.is_multiple_of(stepper.steps_per_epoch()) || run.state.step == total;
             if epoch_done {
@@ -271,11 +281,25 @@ impl<'a> Trainer<'a> {
     /// # Errors
     /// When an image cannot be read or a tensor operation fails.
     pub fn evaluate(&mut self, split: Split, observer: &mut dyn Observer) -> Result<Evaluation> {
-        let examples = self.data.split(split);
+        let listed = self.listed(split, observer)?;
+        let examples = &*listed;
         let Adapters { view, .. } = &mut *self.adapters;
         let features = self.features.of(split, examples, &self.base.clip, view, observer)?;
         let on = Forward::eval(&self.base.clip, view);
         self.task.evaluate(&on, &features, examples)
+    }
+
+    /// Whether image features, once computed, would serve every epoch.
+    fn can_keep_features(&self) -> bool {
+        self.features.frozen() && self.config.augment.is_none() && self.config.patch_dropout.is_none()
+    }
+
+    /// The examples of a split, streamed ones as a list; says so where there is something to say.
+    fn listed(&self, split: Split, observer: &mut dyn Observer) -> Result<Cow<'a, [Example]>> {
+        if split == Split::Train && self.data.stream.is_some() {
+            observer.event(Event::Note("the training rows are listed, without their images: their features are computed once".into()));
+        }
+        self.data.listed(split)
     }
 
     fn clip(&self) -> &'a Clip {
