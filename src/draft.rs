@@ -252,8 +252,9 @@ fn other(name: &str) -> String {
 }
 
 fn table(t: &TableConfig) -> String {
+    let text = t.text.as_ref().and_then(|t| t.names().first().cloned());
     let path = Some(t.path.display().to_string());
-    let columns = [("path", &path), ("image", &t.image), ("text", &t.text), ("label", &t.label), ("split", &t.split)];
+    let columns = [("path", &path), ("image", &t.image), ("text", &text), ("label", &t.label), ("split", &t.split)];
     let given: Vec<String> = columns.iter().filter_map(|(key, v)| v.as_ref().map(|v| format!("{key}: {}", quoted(v)))).collect();
     given.join(", ")
 }

@@ -134,6 +134,7 @@ pub mod fetch;
 pub mod figures;
 pub mod files;
 pub mod fusion;
+pub mod guard;
 pub mod hub;
 pub mod inspect;
 pub mod measure;

@@ -13,6 +13,7 @@ use crate::clip::model::all_finite;
 use crate::data::check_classes;
 use crate::delta::{Adapters, Delta, Manifest, bundled, locate};
 use crate::error::{Error, Result};
+pub use crate::task::Told;
 use crate::task::prompts::{self, Pad, Prompts};
 use crate::task::{Forward, HEAD};
 

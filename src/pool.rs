@@ -6,8 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::model::{Model, Query, Ranked};
-use crate::task::Told;
+use crate::model::{Model, Query, Ranked, Told};
 
 /// A model and others on its base, each with an adapter of its own, loaded when first asked for.
 ///

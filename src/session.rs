@@ -83,7 +83,7 @@ impl Session {
     /// The model's sites with what methods may want to know of the task.
     fn sites(&self) -> Sites {
         let classes = if self.recipe.task.definition().templates().is_empty() { 0 } else { self.data.classes.len() };
-        self.base.clip.sites().for_task(TaskFacts { classes, examples: self.data.train.len() })
+        self.base.clip.sites().for_task(TaskFacts { classes, examples: self.data.count(Split::Train) })
     }
 
     /// What a bundle brings along goes beneath the recipe's methods.
@@ -128,7 +128,7 @@ impl Session {
             task.set_scalars(&manifest.scalars);
         }
         for split in [Split::Train, Split::Val, Split::Test] {
-            task.check(self.data.split(split))?;
+            self.data.visit(split, &mut |part| task.check(part))?;
         }
         Ok(task)
     }
@@ -265,7 +265,7 @@ impl Observer for Logged<'_> {
 pub fn train(recipe: Recipe, existing: Existing, device: &Device, observer: &mut dyn Observer) -> Result<(TrainReport, bool)> {
     // What can be wrong with the recipe comes before anything is written.
     let session = Session::open(recipe, device, observer)?;
-    if session.data.train.is_empty() {
+    if session.data.count(Split::Train) == 0 {
         return Err(Error::input("data", "the training split is empty"));
     }
     let (mut adapters, task) = session.plan()?;
@@ -367,8 +367,8 @@ impl Session {
             step_seconds: state.step_seconds,
             images: state.images,
             peak_rss_mib: peak_rss_mib(),
-            examples: [self.data.train.len(), self.data.val.len(), self.data.test.len()],
-            skipped_images: self.data.skipped,
+            examples: [Split::Train, Split::Val, Split::Test].map(|s| self.data.count(s)),
+            skipped_images: self.data.skipped + state.skipped,
             device: crate::device::name(self.base.clip.device()),
             run: path.to_path_buf(),
         }
@@ -406,7 +406,7 @@ impl Session {
     /// As [`evaluate`].
     pub fn evaluate(&self, options: &EvalOptions, observer: &mut dyn Observer) -> Result<Evaluation> {
         let device = self.base.clip.device();
-        let examples = self.data.split(options.split).len();
+        let examples = self.data.count(options.split);
         if examples == 0 {
             return Err(Error::input("--split", format!("the {} split is empty", options.split)));
         }

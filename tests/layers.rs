@@ -5,16 +5,17 @@ use std::path::Path;
 
 /// Each module and what it may import; `session` and `cli` put everything together. What is right about
 /// this table is the direction: nothing below knows of recipes, nothing but `cli` of the command line.
-const TABLE: [(&str, &[&str]); 41] = [
+const TABLE: [(&str, &[&str]); 42] = [
     ("error", &[]),
     ("named", &[]),
+    ("guard", &[]),
     ("builtin", &[]),
     ("report", &[]),
     ("device", &["error"]),
     ("files", &["error"]),
     ("hub", &["error", "files"]),
-    ("clip", &["builtin", "error", "files", "hub"]),
-    ("data", &["builtin", "clip", "error", "files"]),
+    ("clip", &["builtin", "error", "files", "guard", "hub"]),
+    ("data", &["builtin", "clip", "error", "files", "guard"]),
     ("delta", &["clip", "error", "files", "hub"]),
     ("optim", &["error"]),
     ("fusion", &["clip", "error"]),

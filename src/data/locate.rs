@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{CoopConfig, DataConfig, Draw, FolderConfig, Source, TableConfig, is_split, table};
+use super::{ColumnNames, CoopConfig, DataConfig, Draw, FolderConfig, Source, TableConfig, is_split, table};
 use crate::error::{Error, Result};
 
 /// What columns are called, the default first.
@@ -50,7 +50,7 @@ impl DataConfig {
     /// Whether the source says itself what is trained on and what is tested.
     #[must_use]
     pub fn has_own_splits(&self) -> bool {
-        self.source().and_then(|s| s.read()).is_ok_and(|raw| raw.examples.iter().any(|e| e.split.is_some()))
+        self.source().is_ok_and(|s| s.has_own_splits())
     }
 
     /// The source's key in a recipe.
@@ -81,13 +81,11 @@ fn guess(path: &Path) -> Result<TableConfig> {
     };
     Ok(TableConfig {
         path: path.to_path_buf(),
-        val: None,
-        test: None,
         image: find(&IMAGE, 2),
-        text: find(&TEXT, 1),
+        text: find(&TEXT, 1).map(ColumnNames::One),
         label: find(&LABEL, 1),
         split: find(&["split", "subset"], 1),
-        group: None,
+        ..Default::default()
     })
 }
 
@@ -110,7 +108,7 @@ mod tests {
         assert_eq!(locate("pets").unwrap().kind(), "folder");
         write("hf/train/metadata.jsonl", "{\"file_name\": \"1.png\", \"caption\": \"a cat\"}\n");
         let table = locate("hf").unwrap().table.unwrap();
-        assert_eq!((table.path, table.image, table.text.as_deref()), (at("hf"), None, Some("caption")));
+        assert_eq!((table.path, table.image, table.text), (at("hf"), None, Some(ColumnNames::One("caption".into()))));
         write("coop/split_zhou_DTD.json", "{}");
         assert_eq!(locate("coop").unwrap().kind(), "coop");
         write("one/all.csv", "Filename,Category,subset\n1.png,cat,train\n");

@@ -108,7 +108,7 @@ pub trait Definition {
         false
     }
 
-    /// The texts that go through the text tower, and how far they are padded; `--check` prices them.
+    /// Class prompts, or the texts of some examples, and how far they are padded; `--check` prices them.
     fn texts(&self, classes: &[String], examples: &[Example]) -> (Vec<String>, Pad);
 
     /// How many texts a batch encodes.
