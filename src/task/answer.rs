@@ -8,7 +8,7 @@ use peft_adapters::Params;
 use serde::{Deserialize, Serialize};
 
 use super::joint::{Joint, JointParts, lacks};
-use super::matching::bce;
+use super::matching::{bce, sigmoid};
 use super::prompts::Pad;
 use super::vqa::{accuracy, normalise, usual};
 use super::{Definition, Forward, Needs, Task, TaskParts, Told};
@@ -166,6 +166,11 @@ struct Answer {
 }
 
 impl Answer {
+    /// Whether each answer is a yes or no of its own.
+    fn each(&self) -> bool {
+        self.config.choose == Choose::Known && self.config.loss == AnswerLoss::Bce
+    }
+
     /// How right each answer of the vocabulary is, from 0 to 1.
     fn targets(&self, e: &Example) -> Vec<(usize, f64)> {
         let given: Vec<String> = e.answers.iter().map(|a| normalise(a)).collect();
@@ -199,7 +204,7 @@ impl Answer {
 
     /// The criterion over rows of logits [B, V] with soft targets of the same shape.
     fn criterion(&self, logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
-        if self.config.choose == Choose::Known && self.config.loss == AnswerLoss::Bce {
+        if self.each() {
             return Ok(bce(logits, targets)?.sum(D::Minus1)?.mean_all()?);
         }
         let log_p = candle_nn::ops::log_softmax(logits, D::Minus1)?;
@@ -236,12 +241,17 @@ impl Answer {
         let one = |(row, e): (Vec<f32>, &Example)| {
             let names = if self.config.choose == Choose::Known { &self.vocabulary } else { &e.choices };
             let logits = &row[..names.len().min(row.len())];
-            let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let sum: f32 = logits.iter().map(|x| (x - most).exp()).sum();
-            names.iter().cloned().zip(logits.iter().map(|x| (x - most).exp() / sum)).collect()
+            names.iter().cloned().zip(if self.each() { logits.iter().map(|&x| sigmoid(x)).collect() } else { softmax(logits) }).collect()
         };
         Ok(rows.into_iter().zip(examples).map(one).collect())
     }
+}
+
+/// Shares that add up to 1.
+fn softmax(logits: &[f32]) -> Vec<f32> {
+    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f32 = logits.iter().map(|x| (x - most).exp()).sum();
+    logits.iter().map(|x| (x - most).exp() / sum).collect()
 }
 
 /// The most probable of several.
