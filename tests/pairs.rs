@@ -164,3 +164,20 @@ fn known_answers_travel_with_the_adapter() {
     let message = world.fails(&["predict", "--model", "base", "--adapter", "run/adapter", "data/red/8.png"], 2);
     assert!(message.contains("question"), "{message}");
 }
+
+#[test]
+fn weights_of_a_fusion_load_strictly() {
+    let world = World::new();
+    pairs(&world);
+    recipe(&world, "path: pairs.jsonl", "match: {}", "fusion: { bilinear: { rank: 4 } }");
+    world.json(&["train", "pairs.yaml", "--set", "train.epochs=1"]);
+    let path = world.path("run/adapter/task.safetensors");
+    let mut tensors: Vec<_> = candle_core::safetensors::load(&path, &candle_core::Device::Cpu).unwrap().into_iter().collect();
+    tensors.retain(|(name, _)| name != "fusion.image.bias");
+    tensors.push(("fusion.other".into(), tensors[0].1.clone()));
+    peft::clip::weights::save(&path, &tensors).unwrap();
+    for command in [&["eval", "run"][..], &["predict", "--model", "base", "--adapter", "run/adapter", "--text", "red", "data/red/9.png"]] {
+        let message = world.fails(command, 2);
+        assert!(message.contains("missing: fusion.image.bias") && message.contains("unexpected: fusion.other"), "{message}");
+    }
+}

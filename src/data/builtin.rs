@@ -108,7 +108,13 @@ fn names(set: &str) -> Result<Raw> {
 
 fn open(name: &str) -> Result<(Header, &'static [u8])> {
     let Some(pack) = builtin::pack(name) else {
-        return Err(Error::input("data.builtin", format!("there is no embedded set `{name}`; there are {}, each also with -names or -questions behind it", builtin::PACKS.join(", "))));
+        return Err(Error::input(
+            "data.builtin",
+            format!(
+                "there is no embedded set `{name}`; there are {}, each also with -names or -questions behind it",
+                builtin::PACKS.join(", ")
+            ),
+        ));
     };
     let broken = || Error::fault(format!("builtin:{name}"), "the embedded data is broken");
     let end = pack.iter().position(|b| *b == b'\n').ok_or_else(broken)?;
