@@ -150,6 +150,7 @@ pub mod run;
 pub mod runs;
 pub mod session;
 pub mod sheet;
+pub mod sign;
 pub mod survey;
 pub mod task;
 pub mod train;

@@ -5,7 +5,7 @@ use std::path::Path;
 
 /// Each module and what it may import; `session` and `cli` put everything together. What is right about
 /// this table is the direction: nothing below knows of recipes, nothing but `cli` of the command line.
-const TABLE: [(&str, &[&str]); 42] = [
+const TABLE: [(&str, &[&str]); 43] = [
     ("error", &[]),
     ("named", &[]),
     ("guard", &[]),
@@ -13,10 +13,11 @@ const TABLE: [(&str, &[&str]); 42] = [
     ("report", &[]),
     ("device", &["error"]),
     ("files", &["error"]),
+    ("sign", &["error", "files"]),
     ("hub", &["error", "files"]),
     ("clip", &["builtin", "error", "files", "guard", "hub"]),
     ("data", &["builtin", "clip", "error", "files", "guard"]),
-    ("delta", &["clip", "error", "files", "hub"]),
+    ("delta", &["clip", "error", "files", "hub", "sign"]),
     ("optim", &["error"]),
     ("fusion", &["clip", "error"]),
     ("task", &["clip", "data", "error", "fusion", "named", "report"]),
@@ -39,7 +40,7 @@ const TABLE: [(&str, &[&str]); 42] = [
     ("model", &["clip", "data", "delta", "error", "task"]),
     ("pool", &["error", "model"]),
     ("embed", &["clip", "data", "error", "files", "model"]),
-    ("inspect", &["clip", "delta", "error", "files", "hub", "recipe", "run"]),
+    ("inspect", &["clip", "delta", "error", "files", "hub", "recipe", "run", "sign"]),
     ("survey", &["clip", "data", "error", "recipe", "train"]),
     ("sheet", &["clip", "data", "error", "files"]),
     ("runs", &["error", "recipe", "report", "run"]),

@@ -14,6 +14,7 @@ use crate::clip::model::all_finite;
 use crate::clip::weights::{self, Content};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::sign;
 
 /// The largest adapter file that is read.
 const MAX_BYTES: u64 = 64 << 30;
@@ -41,12 +42,13 @@ impl Delta {
     /// # Errors
     /// When files are missing or malformed.
     pub fn read(dir: &Path) -> Result<Self> {
+        files::recover_dir(dir)?;
+        sign::check_trust(dir)?;
         if dir.is_file() {
             let (config, tensors) = clip_lora::read(dir)?;
             let method = registry::from_adapter_config(&config).map_err(|e| Error::input(dir.display(), e))?;
             return Ok(Self { dir: dir.to_path_buf(), methods: vec![(method, tensors)], own: Vec::new(), manifest: None });
         }
-        files::recover_dir(dir)?;
         if !dir.is_dir() {
             return Err(Error::input(dir.display(), "no such adapter directory")
                 .hint("an adapter is a directory, a .pt of CLIP-LoRA's, or a hub id owner/name"));
