@@ -45,7 +45,7 @@ impl Session {
     /// # Errors
     /// When a file is missing or malformed.
     pub fn open(recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Result<Self> {
-        let mut data = recipe.data.open(recipe.train.seed)?;
+        let mut data = fetched(observer, |progress| recipe.data.local(progress))?.open(recipe.train.seed)?;
         let base = load(&recipe, device, observer)?;
         let options = DecodeOptions { background: recipe.images.background, orient: recipe.images.orient, ..Default::default() };
         let images = Arc::new(Images::new(base.preprocess.clone(), options));

@@ -377,3 +377,50 @@ fn a_group_may_not_be_trained_on_and_tested() {
         assert!(error.contains("group `g3` is in"), "{error}");
     }
 }
+
+#[test]
+fn data_and_new_know_parquet_and_tars() {
+    let w = common::World::new();
+    let found = w.json(&["data", &sets().join("hf").display().to_string()]);
+    assert_eq!((found["kind"].as_str(), found["splits"]["test"].as_u64()), (Some("parquet"), Some(6)));
+    assert_eq!(found["classes"].as_array().unwrap().len(), 3);
+    assert_eq!(found["captions"]["count"], 24);
+    let shards = sets().join("wds/shard-{000000..000002}.tar").display().to_string();
+    let found = w.json(&["data", &shards]);
+    assert_eq!((found["kind"].as_str(), found["width"]["max"].as_u64()), (Some("webdataset"), Some(8)));
+    for (data, key) in [(sets().join("hf").display().to_string(), "parquet"), (shards, "webdataset")] {
+        assert!(w.peft(&["new", "--data", &data, "--force", "draft.yaml"]).status.success());
+        let text = std::fs::read_to_string(w.path("draft.yaml")).unwrap();
+        assert!(text.contains(&format!("  {key}: {{ path: ")), "{text}");
+        w.json(&["train", "draft.yaml", "--check"]);
+    }
+}
+
+/// What a source of `scripts/reference/data.py` reads as, listed and streamed.
+#[test]
+#[ignore = "run by scripts/reference/data.py"]
+fn dump() {
+    let source: DataConfig = serde_json::from_str(&std::env::var("PEFT_SET").unwrap()).unwrap();
+    let row = |data: &Dataset, e: &Example, sha: String| {
+        let label = e.label.map(|l| data.classes[l as usize].clone());
+        serde_json::json!({"id": e.id, "sha256": sha, "label": label, "texts": e.texts, "answers": e.answers, "value": e.value})
+    };
+    let listed = source.listed().open(0).unwrap();
+    all(&listed).iter().for_each(|e| println!("row {}", row(&listed, e, sha(e))));
+    let mut streamed = source;
+    for buffer in [
+        streamed.parquet.as_mut().map(|p| (&mut p.stream, &mut p.buffer)),
+        streamed.webdataset.as_mut().map(|w| (&mut w.stream, &mut w.buffer)),
+    ] {
+        buffer.into_iter().for_each(|(stream, buffer)| (*stream, *buffer) = (Some(Streaming::Fixed(true)), Some(50)));
+    }
+    let data = streamed.open(0).unwrap();
+    let stream = data.stream.clone().unwrap();
+    let mut feed = stream.epoch(1, 0, true, 0);
+    while let Some(taken) = feed.next_row().unwrap() {
+        let hash = Sha256::digest(taken.image.unwrap().unwrap()).iter().map(|b| format!("{b:02x}")).collect();
+        println!("stream {}", row(&data, &taken.example, hash));
+    }
+    // What is evaluated is listed.
+    data.val.iter().chain(&data.test).for_each(|e| println!("stream {}", row(&data, e, sha(e))));
+}

@@ -87,6 +87,29 @@ struct Caption {
     caption: String,
 }
 
+/// What an annotation file holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Captions,
+    Questions,
+    Other,
+}
+
+/// Finds out by its keys.
+pub(super) fn kind(path: &Path) -> Result<Kind> {
+    #[derive(Deserialize)]
+    struct Keys {
+        images: Option<serde::de::IgnoredAny>,
+        annotations: Option<serde::de::IgnoredAny>,
+        questions: Option<serde::de::IgnoredAny>,
+    }
+    Ok(match serde_json::from_slice(&files::read(path, MAX_JSON)?) {
+        Ok(Keys { questions: Some(_), .. }) => Kind::Questions,
+        Ok(Keys { images: Some(_), annotations: Some(_), .. }) => Kind::Captions,
+        _ => Kind::Other,
+    })
+}
+
 /// Reads an annotation file.
 pub(super) fn json<T: serde::de::DeserializeOwned>(path: &Path, expected: &str) -> Result<T> {
     let bytes = files::read(path, MAX_JSON)?;
@@ -102,10 +125,11 @@ fn read(path: &Path, images: Option<&Path>, split: Option<Split>, raw: &mut Raw)
         let Some(Image { id, file_name }) = image.checked(&place, "{\"id\": number, \"file_name\": string}", &mut raw.bad) else {
             continue;
         };
-        if index.insert(id, raw.examples.len()).is_some() {
+        if index.contains_key(&id) {
             raw.bad.push(Error::input(place(), format!("the id {id} occurs twice")));
             continue;
         }
+        index.insert(id, raw.examples.len());
         let root = root.get_or_insert_with(|| images.map_or_else(|| find(path, &file_name), Path::to_path_buf));
         let image = ImageRef::File(root.join(&file_name));
         raw.examples.push(RawExample { id: file_name, image, group: Some(id.to_string()), split, ..Default::default() });

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::clip::decode;
 use crate::error::{Error, Result};
+use crate::hub;
 
 pub mod augment;
 mod builtin;
@@ -253,6 +254,35 @@ impl DataConfig {
                            `coco: { path: FILE }`, `vqa: { questions: FILE }`, `coop: { root: DIR }`, `builtin: emoji`",
             )),
         }
+    }
+
+    /// The same data with nothing streamed.
+    #[must_use]
+    pub fn listed(&self) -> Self {
+        let mut listed = self.clone();
+        let never = Some(Streaming::Fixed(false));
+        listed.parquet.iter_mut().for_each(|p| p.stream = never);
+        listed.webdataset.iter_mut().for_each(|w| w.stream = never);
+        listed
+    }
+
+    /// The same data with what lies on the hub fetched; `open` wants it so.
+    ///
+    /// # Errors
+    /// When the hub cannot be reached, refuses, or holds no such files.
+    pub fn local(&self, progress: &mut hub::Progress<'_>) -> Result<Self> {
+        let mut local = self.clone();
+        if let Some(p) = &mut local.parquet {
+            for paths in [Some(&mut p.path), p.val.as_mut(), p.test.as_mut()].into_iter().flatten().filter(|p| p.is_remote()) {
+                *paths = paths.local("data.parquet.path", &["parquet"], progress)?;
+            }
+        }
+        if let Some(w) = &mut local.webdataset {
+            for paths in [Some(&mut w.path), w.val.as_mut(), w.test.as_mut()].into_iter().flatten().filter(|p| p.is_remote()) {
+                *paths = paths.local("data.webdataset.path", &["tar"], progress)?;
+            }
+        }
+        Ok(local)
     }
 
     /// Reads, divides and samples; `seed` draws the shots.

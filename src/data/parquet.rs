@@ -1,7 +1,7 @@
 //! Parquet files as Hugging Face `datasets` writes them: an image is a struct of bytes and path, class names stand in the
 //! file's metadata, a set is several shards whose names say the split.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::columns::{Columns, with_columns};
@@ -106,6 +106,18 @@ impl Source for ParquetConfig {
     fn has_own_splits(&self) -> bool {
         self.set(true).is_ok_and(|set| shards::own_splits(Arc::new(set)))
     }
+}
+
+/// The names of a file's columns.
+pub(super) fn columns(path: &Path) -> Result<Vec<String>> {
+    let file = ShardFile::open(path, &Columns::default()).inner()?;
+    Ok(parquet::file::reader::FileReader::metadata(&file.reader)
+        .file_metadata()
+        .schema()
+        .get_fields()
+        .iter()
+        .map(|f| f.name().to_string())
+        .collect())
 }
 
 /// The files of a source, with the split of those that have a key of their own.

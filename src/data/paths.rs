@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Split;
 use crate::error::{Error, Result};
+use crate::hub;
 
 /// One path, or several: `data/train-*.parquet`, `shard-{000000..000012}.tar`, a directory, `hub:owner/dataset@revision`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,14 +32,47 @@ impl From<&Path> for Paths {
 
 impl std::fmt::Display for Paths {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.patterns().join(", "))
+        match self.patterns() {
+            [first, .., last] if self.patterns().len() > 3 => write!(f, "{first}, …, {last}"),
+            few => f.write_str(&few.join(", ")),
+        }
     }
 }
 
 /// More shards than this are taken for a mistake in a range.
 const MAX_SHARDS: usize = 100_000;
 
+/// An id on the hub, taken out of `hub:owner/dataset@revision:data/train-*.parquet`, and which of its files are meant.
+pub(super) fn on_hub(pattern: &str) -> Option<(&str, Option<&str>)> {
+    let id = pattern.strip_prefix("hub:")?;
+    Some(id.split_once(':').map_or((id, None), |(id, files)| (id, Some(files))))
+}
+
 impl Paths {
+    /// Whether a part of it lies on the hub.
+    pub(super) fn is_remote(&self) -> bool {
+        self.patterns().iter().any(|p| on_hub(p).is_some())
+    }
+
+    /// Fetches what lies on the hub, so that only paths of this machine are left.
+    pub(super) fn local(&self, place: &str, extensions: &[&str], progress: &mut hub::Progress<'_>) -> Result<Self> {
+        let mut paths = Vec::new();
+        for pattern in self.patterns() {
+            let Some((id, wanted)) = on_hub(pattern) else {
+                paths.push(pattern.clone());
+                continue;
+            };
+            let wanted = wanted.map(glob::Pattern::new).transpose();
+            let wanted = wanted.map_err(|e| Error::input(place, format!("`{pattern}` has no pattern behind the id: {e}")))?;
+            let picked = |name: &str| {
+                let known = extensions.iter().any(|e| name.to_ascii_lowercase().ends_with(&format!(".{e}")));
+                known && wanted.as_ref().is_none_or(|w| w.matches(name))
+            };
+            paths.extend(hub::dataset(id, &picked, progress)?.iter().map(|p| p.display().to_string()));
+        }
+        Ok(Self::Many(paths))
+    }
+
     /// Each as it was written.
     #[must_use]
     pub fn patterns(&self) -> &[String] {
@@ -52,8 +86,8 @@ impl Paths {
     pub(super) fn files(&self, place: &str, extensions: &[&str]) -> Result<Vec<PathBuf>> {
         let mut files = Vec::new();
         for pattern in self.patterns() {
-            if let Some(id) = pattern.strip_prefix("hub:") {
-                return Err(Error::input(place, format!("hub:{id} has not been fetched")));
+            if on_hub(pattern).is_some() {
+                return Err(Error::input(place, format!("{pattern} has not been fetched")));
             }
             match Path::new(pattern).exists() {
                 true => listed(Path::new(pattern), extensions, &mut files)?,
