@@ -126,8 +126,23 @@ fn lora_and_its_relatives_train_load_and_merge() {
         .filter(|k| **k == true)
         .count();
     assert_eq!(kept, 12, "{config}");
-    let message = w.fails(&["train", "m.yaml", "--set", "method={adalora: {tinit: 90}}", "--output", "late"], 3);
-    assert!(message.contains("tinit"), "{message}");
+}
+
+/// AdaLoRA takes ranks away between `tinit` and the last `tfinal` steps; a run without such steps is refused before it begins.
+#[test]
+fn a_schedule_that_leaves_no_step_is_refused_before_training() {
+    let w = World::new();
+    let method = |tinit: usize| format!("method={{adalora: {{tinit: {tinit}, tfinal: 1}}}}");
+    let steps = w.json(&["train", "recipe.yaml", "--check"])["steps"].as_u64().unwrap() as usize;
+    for check in [&["--check"][..], &[]] {
+        let message = w.fails(&[&["train", "recipe.yaml", "--output", "late", "--set", &method(steps - 1)], check].concat(), 2);
+        let expected = ["method.adalora", "tinit", &format!("{steps} optimiser steps"), &format!("{} + 1", steps - 1)];
+        assert!(expected.iter().all(|part| message.contains(part)), "{message}");
+        assert!(!w.path("late").exists());
+    }
+    w.json(&["train", "recipe.yaml", "--check", "--set", &method(steps - 2)]);
+    // A step can be timed all the same.
+    w.json(&["bench", "recipe.yaml", "--steps", "1", "--set", &method(steps - 2)]);
 }
 
 #[test]
