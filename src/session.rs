@@ -1,5 +1,6 @@
 //! The composition root: a recipe becomes parts, parts become a run.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -109,11 +110,13 @@ impl Session {
             return Err(Error::input("method", "a method that encodes class prompts for each image (cocoop) needs classes")
                 .hint("task: classify, or coop in its place"));
         }
+        // A vocabulary needs every answer; other tasks do not look, so a streamed split is listed for these alone.
+        let train = if definition.own_classes() { self.data.listed(Split::Train)? } else { Cow::Borrowed(&self.data.train[..]) };
         let parts = TaskParts {
             clip: &self.base.clip,
             tokenizer: &self.base.tokenizer,
             classes: &self.data.classes,
-            train: &self.data.train,
+            train: &train,
             fusion: self.recipe.fusion.as_ref(),
             label_smoothing: self.recipe.train.label_smoothing,
             seed: self.recipe.train.seed,
