@@ -154,7 +154,8 @@ def spread(values):
 
 
 def percent(figure):
-    return f"{100 * figure['mean']:.1f} ± {100 * figure['sd']:.1f}"
+    # Tip-Adapter's cache knows its own classes only, so nothing else can be asked of it.
+    return "" if figure is None else f"{100 * figure['mean']:.1f} ± {100 * figure['sd']:.1f}"
 
 
 def main():
