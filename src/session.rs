@@ -20,7 +20,7 @@ use crate::recipe::{ModelConfig, Recipe};
 use crate::report::{Evaluation, TrainReport, peak_rss_mib};
 use crate::run::{Existing, Opened, RunDir};
 use crate::task::{Needs, Task, TaskParts};
-use crate::train::{Event, FeatureSource, Features, Observer, Run, Trainer};
+use crate::train::{Event, FeatureSource, Features, Observer, Run, Sampling, Trainer};
 
 mod check;
 mod page;
@@ -123,6 +123,9 @@ impl Session {
             Some(m) => TaskParts { classes: &m.classes, train: &[], ..parts },
             None => parts,
         };
+        if self.recipe.train.sampling == Sampling::Balanced && self.data.train.iter().all(|e| e.all_labels().is_empty()) {
+            return Err(Error::input("train.sampling", "balanced draws classes equally, and no example has a class").hint("leave it out"));
+        }
         let mut task = definition.build(&parts, &mut adapters.params)?;
         if let Some(manifest) = manifest {
             task.set_scalars(&manifest.scalars);

@@ -17,6 +17,9 @@ use crate::fusion::{FusionConfig, Pass};
 use crate::report::Evaluation;
 
 mod classify;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod goldens;
 mod joint;
 mod matching;
 pub mod metrics;
@@ -24,7 +27,7 @@ pub mod prompts;
 mod retrieve;
 mod texts;
 
-pub use classify::{ClassifyConfig, Head, HeadInit};
+pub use classify::{AsymmetricConfig, ClassWeights, ClassifyConfig, Head, HeadInit, Labels, Loss, Thresholds};
 pub(crate) use joint::HEAD;
 pub use matching::{MatchConfig, Negatives};
 pub use prompts::Pad;

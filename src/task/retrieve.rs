@@ -150,10 +150,11 @@ impl Task for Retrieve {
         let cosine = images.matmul(&texts.t()?)?.to_dtype(DType::F32)?;
         let by_image = cosine.to_vec2::<f32>()?;
         let mut all = BTreeMap::new();
-        metrics::recall("image_to_text", &by_image, |i, t| found.belongs(i, t), &mut all);
+        metrics::retrieval("image_to_text_", &by_image, |i, t| Some(found.belongs(i, t)), &mut all);
         let by_text = cosine.t()?.contiguous()?.to_vec2::<f32>()?;
-        metrics::recall("text_to_image", &by_text, |t, i| found.belongs(i, t), &mut all);
-        let mean = all.values().sum::<f64>() / all.len().max(1) as f64;
+        metrics::retrieval("text_to_image_", &by_text, |t, i| Some(found.belongs(i, t)), &mut all);
+        let recalls: Vec<f64> = all.iter().filter(|(name, _)| name.contains("_recall_")).map(|(_, v)| *v).collect();
+        let mean = recalls.iter().sum::<f64>() / recalls.len().max(1) as f64;
         all.insert("recall_mean".into(), mean);
         let best = metrics::argmax(&by_image);
         // Of several right texts the predicted one, where it is right.
