@@ -3,12 +3,14 @@
 
     python3 -m venv data/peers && data/peers/bin/pip install -r scripts/peers/requirements.txt
     cargo build --release && python3 scripts/bench.py --rounds 3 --steps 5       # every row; nothing else may run beside it
-    python3 scripts/bench.py --rows lora full --patch 16 --batch 8 --rank 4      # other shapes
+    python3 scripts/bench.py --rows lora full --patch 16 --batch 8 --rank 4      # another shape
+    python3 scripts/bench.py --shapes --rounds 1 --steps 2                       # the LoRA step on every shape of SHAPES
 
 Both sides read what scripts/peers/inputs.py makes in data/bench. Each round runs each row on both sides, the first side in turn;
 figures are medians over the rounds. Raw figures go to benches/results/<name>.json after every round. PyTorch gets its pixels and
 ids ready-made; `peft bench` decodes images beside its steps and counts only the steps. Rows whose method the binary does not
-know are left out. `--list` names the rows.
+know are left out. `--list` names the rows and the shapes. With `--shapes` the rows, `lora` unless `--rows` names others, are
+measured on several shapes, each of which changes one or two options; what it does not change is as the other options say.
 """
 
 import argparse
@@ -44,10 +46,22 @@ STEPS = {
     "prefix": ("prefix step", "{{prefix: {{length: 8, towers: {towers}}}}}", [MAX], ["--method", "prefix"]),
     "bottleneck": ("bottleneck step", HOULSBY, [MAX], ["--method", "bottleneck"]),
     "ia3": ("IA3 step", "{{ia3: {{towers: {towers}}}}}", [MAX], ["--method", "ia3"]),
+    "vpt": ("VPT-deep step, image tower", "{{vpt: {{length: 8}}}}", [MAX], ["--method", "vpt", "--towers", "vision"]),
     "tiny": (
         "builtin:tiny, LoRA step, batch 64", LORA, [MAX, "model=builtin:tiny", "train.batch=64"],
         ["--method", "lora", "--batch", "64", "--model", str(ROOT / "src/builtin/tiny")],
     ),
+}
+# Shapes that --shapes runs through. name: options that differ.
+SHAPES = {
+    "ViT-B/16": {"patch": 16},
+    "batch 8": {"batch": 8},
+    "batch 64": {"batch": 64},
+    "rank 4": {"rank": 4},
+    "rank 32": {"rank": 32},
+    "fc1 and fc2": {"targets": "fc1,fc2"},
+    "vision only": {"towers": "vision"},
+    "one thread": {"threads": 1},
 }
 OTHERS = {
     "features": "image features, batch 64 (32 in peft)",
@@ -63,10 +77,11 @@ def arguments():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5, help="counted steps of a measurement")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="a subset")
+    parser.add_argument("--shapes", nargs="*", metavar="NAME", help="measure on several shapes; all of them where none is named")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--python", type=pathlib.Path, default=ROOT / "data/peers/bin/python", help="of the peers' environment")
     parser.add_argument("--peft", type=pathlib.Path, default=ROOT / "target/release/peft")
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benches/results/peers.json")
+    parser.add_argument("--out", type=pathlib.Path, help="benches/results/peers.json, with --shapes shapes.json")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--patch", type=int, default=32, help="of ViT-B")
     parser.add_argument("--batch", type=int, default=32)
@@ -76,8 +91,19 @@ def arguments():
     args = parser.parse_args()
     if unknown := set(args.rows or []) - {*STEPS, *OTHERS}:
         sys.exit(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join([*STEPS, *OTHERS])}")
-    args.model = DATA / f"vit-b-{args.patch}"
+    if unknown := set(args.shapes or []) - set(SHAPES):
+        sys.exit(f"no such shape: {', '.join(sorted(unknown))}; there are {', '.join(SHAPES)}")
+    args.out = args.out or ROOT / f"benches/results/{'peers' if args.shapes is None else 'shapes'}.json"
     return args
+
+
+def shaped(args):
+    """The options of every shape that is wanted, by the shape's name."""
+    if args.shapes is None:
+        return {"": args}
+    wanted = [name for name in SHAPES if not args.shapes or name in args.shapes]
+    args.rows = args.rows or ["lora"]
+    return {name: argparse.Namespace(**{**vars(args), **SHAPES[name]}) for name in wanted}
 
 
 def process(command):
@@ -101,6 +127,7 @@ class Bench:
 
     def __init__(self, args):
         self.args = args
+        self.model = DATA / f"vit-b-{args.patch}"
         self.floor = "--floor" in subprocess.run([args.peft, "bench", "--help"], capture_output=True, text=True).stdout
         self.versions = {}
 
@@ -109,7 +136,7 @@ class Bench:
         path = DATA / "recipe.yaml"
         method = method.format(rank=a.rank, alpha=2 * a.rank, targets=a.targets.replace(",", ", "), towers=a.towers)
         path.write_text(
-            f"model: {a.model}\nmethod: {method}\ndata: {{ folder: {{ root: {DATA / 'images'} }} }}\n"
+            f"model: {self.model}\nmethod: {method}\ndata: {{ folder: {{ root: {DATA / 'images'} }} }}\n"
             f"task: {{ classify: {{}} }}\ntrain: {{ batch: {a.batch}, schedule: constant }}\n"
         )
         return path
@@ -135,7 +162,7 @@ class Bench:
     def peers(self, *flags):
         a = self.args
         command = [a.python, ROOT / "scripts/peers/steps.py", "--steps", a.steps, "--threads", a.threads, "--batch", a.batch]
-        command += ["--rank", a.rank, "--targets", a.targets, "--towers", a.towers, "--model", a.model, *flags]
+        command += ["--rank", a.rank, "--targets", a.targets, "--towers", a.towers, "--model", self.model, *flags]
         found = json.loads(process(command)[0])
         self.versions = found.pop("versions")
         return {"seconds": found["step_seconds"]["median"], **found}
@@ -160,7 +187,7 @@ class Bench:
         images = sorted((DATA / "prepared").glob("*.bmp"))
         most = 64 * (1 + self.args.steps)
         flags = ["--method", "features", "--batch", "64"]
-        ours = partial(self.embed, self.args.model, images, 64, most, self.args.threads)
+        ours = partial(self.embed, self.model, images, 64, most, self.args.threads)
         return ours, lambda: self.per_image(self.peers(*flags))
 
     def preprocess(self):
@@ -171,7 +198,7 @@ class Bench:
 
     def predict(self):
         image = sorted((DATA / "images").rglob("*.jpg"))[0]
-        command = [self.args.peft, "predict", "--model", self.args.model, "--labels", LABELS]
+        command = [self.args.peft, "predict", "--model", self.model, "--labels", LABELS]
         command += [image, "--threads", self.args.threads]
 
         def ours():
@@ -226,12 +253,16 @@ def machine(args):
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": names[0] if names else platform.machine(), "cores": os.cpu_count(), "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--", "src", "adapters", "Cargo.lock")),
-        "options": {key: getattr(args, key) for key in OPTIONS},
+        "options": options(args),
     }
 
 
-def cell(name, row, side):
-    found = row[side]
+def options(args):
+    return {key: getattr(args, key) for key in OPTIONS}
+
+
+def cell(row, side):
+    found, name = row[side], row["row"]
     whole = name in STEPS or name == "predict"
     speed = f"{found['seconds']:.3f} s" if whole else f"{found['images_per_second']:.1f} images/s"
     own = "peft: " if side == "theirs" and name in ("last2", "head") else ""
@@ -241,30 +272,47 @@ def cell(name, row, side):
 def table(rows):
     """`ratio` is time for the same work: 0.5 is twice as fast."""
     lines = ["| what | peft | PyTorch | ratio | memory ratio | floor multiple |", "|---|---|---|---|---|---|"]
-    for name, row in rows.items():
+    for row in rows.values():
         figures = ["" if row[key] is None else f"{row[key]:.2f}" for key in ("ratio", "memory_ratio", "floor_multiple")]
-        lines.append(f"| {row['what']} | {' | '.join([*(cell(name, row, side) for side in SIDES), *figures])} |")
+        lines.append(f"| {row['what']} | {' | '.join([*(cell(row, side) for side in SIDES), *figures])} |")
     return "\n".join(lines)
+
+
+def measurements(args):
+    """key: (row, what it is, options, a measurement for each side), and the rows that the binary does not know."""
+    what = {**{name: step[0] for name, step in STEPS.items()}, **OTHERS}
+    found, left_out = {}, set()
+    for shape, options in shaped(args).items():
+        process([options.python, ROOT / "scripts/peers/inputs.py", DATA, "--patch", options.patch])
+        bench = Bench(options)
+        for name in [name for name in what if not options.rows or name in options.rows]:
+            if not bench.knows(name):
+                left_out.add(name)
+                continue
+            sides = bench.step_row(name) if name in STEPS else getattr(bench, name)()
+            text = f"{what[name]}: {shape}" if shape else what[name]
+            found[f"{name}, {shape}" if shape else name] = (name, text, bench, list(zip(SIDES, sides)))
+    return found, sorted(left_out)
 
 
 def main():
     args = arguments()
-    what = {**{name: step[0] for name, step in STEPS.items()}, **OTHERS}
     if args.list:
-        return print("\n".join(f"{name:14}{text}" for name, text in what.items()))
-    process([args.python, ROOT / "scripts/peers/inputs.py", DATA, "--patch", args.patch])
-    bench = Bench(args)
-    wanted = [name for name in [*STEPS, *OTHERS] if not args.rows or name in args.rows]
-    names = [name for name in wanted if bench.knows(name)]
-    left_out = [name for name in wanted if name not in names]
-    rounds = {name: [] for name in names}
+        rows = {**{name: step[0] for name, step in STEPS.items()}, **OTHERS}
+        shapes = {name: ", ".join(f"{k} {v}" for k, v in shape.items()) for name, shape in SHAPES.items()}
+        return print("\n".join(f"{name:14}{text}" for name, text in [*rows.items(), *shapes.items()]))
+    wanted, left_out = measurements(args)
+    rounds, versions = {key: [] for key in wanted}, {}
     for i in range(args.rounds):
-        for name in names:
-            sides = list(zip(SIDES, bench.step_row(name) if name in STEPS else getattr(bench, name)()))
-            rounds[name].append({side: measure() for side, measure in (sides if i % 2 == 0 else sides[::-1])})
-            print(f"round {i + 1}/{args.rounds}  {name}  ratio {summary(rounds[name])['ratio']:.3f}", file=sys.stderr)
-        rows = {name: {"what": what[name], **summary(found), "rounds": found} for name, found in rounds.items()}
-        result = {**machine(args), "versions": bench.versions, "left_out": left_out, "rows": rows}
+        for key, (name, _, bench, sides) in wanted.items():
+            rounds[key].append({side: measure() for side, measure in (sides if i % 2 == 0 else sides[::-1])})
+            versions = bench.versions or versions
+            print(f"round {i + 1}/{args.rounds}  {key}  ratio {summary(rounds[key])['ratio']:.3f}", file=sys.stderr)
+        rows = {
+            key: {"row": name, "what": what, "options": options(bench.args), **summary(rounds[key]), "rounds": rounds[key]}
+            for key, (name, what, bench, _) in wanted.items()
+        }
+        result = {**machine(args), "versions": versions, "left_out": left_out, "rows": rows}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(rows))

@@ -86,6 +86,9 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
 fn probe(model: &Model) -> Result<Tensor> {
     let size = model.base().clip.config().vision.image_size;
     let pixels = rng::normal(&mut rng::rng(17, &[]), 1.0, (PROBES, 3, size, size), DType::F32, &Device::Cpu)?;
+    if model.tells() {
+        return model.outputs(&pixels, &(0..PROBES).map(|i| ["a cat", "red", "12:30"][i % 3].to_string()).collect::<Vec<_>>());
+    }
     let known = model.manifest().is_some_and(|m| !m.classes.is_empty());
     let labels: Vec<String> = if known { Vec::new() } else { ["cat", "red", "12:30"].map(String::from).to_vec() };
     let features = model.base().clip.image_features(&pixels, model.patches())?;
@@ -95,7 +98,10 @@ fn probe(model: &Model) -> Result<Tensor> {
 /// The bundle as a base gives what base and adapters gave.
 fn check(dir: &Path, expected: &Tensor, dtype: DType) -> Result<f64> {
     let found = probe(&Model::load(&dir.display().to_string())?)?;
-    let relative = merge::max_abs(&(expected - found)?)? / merge::max_abs(expected)?.max(1e-12);
+    // What a task has no output for is not a number on either side.
+    let there = expected.eq(expected)?;
+    let (expected, found) = (there.where_cond(expected, &expected.zeros_like()?)?, there.where_cond(&found, &found.zeros_like()?)?);
+    let relative = merge::max_abs(&(&expected - found)?)? / merge::max_abs(&expected)?.max(1e-12);
     let tolerance = merge::tolerance(dtype);
     match relative <= tolerance {
         true => Ok(relative),

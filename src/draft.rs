@@ -4,7 +4,7 @@ use peft_adapters::MethodConfig;
 use peft_adapters::registry::METHODS;
 use serde::Serialize;
 
-use crate::data::{DataConfig, Dataset, Split, TableConfig};
+use crate::data::{DataConfig, Dataset, Split};
 use crate::error::{Error, Result};
 use crate::recipe::Recipe;
 
@@ -31,7 +31,7 @@ pub struct Draft {
     /// The recipe.
     #[serde(skip)]
     pub text: String,
-    /// `folder`, `table`, `coop`, `builtin`.
+    /// The source's key in a recipe: `folder`, `table`, `parquet`, …
     pub kind: &'static str,
     /// `classify` or `retrieve`.
     pub task: String,
@@ -53,9 +53,10 @@ const BATCH: usize = 32;
 /// When there is no such data, or the task does not suit it.
 pub fn draft(wishes: &Wishes, file: &str, name: &str) -> Result<Draft> {
     let source = DataConfig::locate(&wishes.data)?;
-    let data = DataConfig { shots: wishes.shots, ..source.clone() }.open(0)?;
+    let local = source.local(&mut |_| Ok(()))?;
+    let data = DataConfig { shots: wishes.shots, ..local.listed() }.open(0)?;
     let task = task(wishes, &data)?;
-    let has_splits = source.has_own_splits();
+    let has_splits = local.has_own_splits();
     let page = Page { wishes, source: &source, data: &data, task, has_splits, file, name };
     let text = page.text();
     // Nobody should be handed a recipe that is refused.
@@ -186,7 +187,11 @@ impl Page<'_> {
     fn data(&self) -> String {
         let source = match self.source {
             DataConfig { folder: Some(f), .. } => format!("  folder: {{ root: {} }}\n", quoted(&f.root.display().to_string())),
-            DataConfig { table: Some(t), .. } => format!("  table: {{ {} }}\n", table(t)),
+            DataConfig { table: Some(t), .. } => format!("  table: {}\n", flow(t)),
+            DataConfig { parquet: Some(p), .. } => format!("  parquet: {}   # stream: true for sets larger than memory\n", flow(p)),
+            DataConfig { webdataset: Some(w), .. } => format!("  webdataset: {}   # stream: true for sets larger than memory\n", flow(w)),
+            DataConfig { coco: Some(c), .. } => format!("  coco: {}   # images: DIR where they are elsewhere\n", flow(c)),
+            DataConfig { vqa: Some(v), .. } => format!("  vqa: {}   # images: DIR where they are elsewhere\n", flow(v)),
             DataConfig { coop: Some(c), .. } => format!(
                 "  coop: {{ root: {} }}   # its published split, and shots as CoOp draws them\n",
                 quoted(&c.root.display().to_string())
@@ -251,11 +256,21 @@ fn other(name: &str) -> String {
     format!("{name}: {}   # {}", value.get(name).unwrap_or(&value), entry.source)
 }
 
-fn table(t: &TableConfig) -> String {
-    let path = Some(t.path.display().to_string());
-    let columns = [("path", &path), ("image", &t.image), ("text", &t.text), ("label", &t.label), ("split", &t.split)];
-    let given: Vec<String> = columns.iter().filter_map(|(key, v)| v.as_ref().map(|v| format!("{key}: {}", quoted(v)))).collect();
-    given.join(", ")
+/// Options as a YAML flow mapping, those left out apart.
+fn flow(options: &impl Serialize) -> String {
+    yaml(&serde_json::to_value(options).unwrap_or_default())
+}
+
+fn yaml(value: &serde_json::Value) -> String {
+    match value {
+        serde_json::Value::String(s) => quoted(s),
+        serde_json::Value::Array(items) => format!("[{}]", items.iter().map(yaml).collect::<Vec<_>>().join(", ")),
+        serde_json::Value::Object(map) => {
+            let given: Vec<String> = map.iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| format!("{k}: {}", yaml(v))).collect();
+            format!("{{ {} }}", given.join(", "))
+        }
+        other => other.to_string(),
+    }
 }
 
 #[cfg(test)]

@@ -52,12 +52,16 @@ pub fn read_text(path: &Path, limit: u64) -> Result<String> {
 /// # Errors
 /// When the directory cannot be made or written.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    write(path, bytes, readable)
+}
+
+fn write(path: &Path, bytes: &[u8], rights: impl Fn(&Path)) -> Result<()> {
     let parent = parent(path);
     fs::create_dir_all(&parent).map_err(|e| Error::write(&parent, e))?;
     let mut file = tempfile::Builder::new().prefix(".tmp-").tempfile_in(&parent).map_err(|e| Error::write(path, e))?;
     file.write_all(bytes).map_err(|e| Error::write(path, e))?;
     file.as_file().sync_all().map_err(|e| Error::write(path, e))?;
-    readable(file.path());
+    rights(file.path());
     file.persist(path).map_err(|e| Error::write(path, e.error))?;
     sync_dir(&parent);
     Ok(())
@@ -73,6 +77,14 @@ fn readable(path: &Path) {
     }
     #[cfg(not(unix))]
     let _ = path;
+}
+
+/// [`write_atomic`] of a file that only its owner may read.
+///
+/// # Errors
+/// As [`write_atomic`].
+pub fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
+    write(path, bytes, |_| ())
 }
 
 /// Writes pretty JSON with a final newline.

@@ -1,6 +1,6 @@
 //! `peft inspect`: what is in a base, an adapter, a run or a recipe.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 use serde::Serialize;
@@ -14,6 +14,7 @@ use crate::files;
 use crate::hub;
 use crate::recipe::Recipe;
 use crate::run;
+use crate::sign;
 
 /// One row of a listing.
 #[derive(Debug, Clone, Serialize)]
@@ -68,6 +69,41 @@ pub fn inspect(path: &str) -> Result<Inspected> {
         true => Err(Error::input(path, "is neither a base, an adapter, a run nor a recipe")),
         false => Err(Error::input(path, "no such file or directory").hint("name a base, an adapter, a run directory or a recipe")),
     }
+}
+
+/// Computes every digest anew: an adapter's or a run's files are compared with `B3SUMS` where there is one, and with `keys` its
+/// signature is checked; a bundle's adapters with `bundle.json`. Says what was checked.
+///
+/// # Errors
+/// When something has changed, or is not signed by one of the keys.
+pub fn verify(path: &str, keys: &[sign::PublicKey]) -> Result<Vec<String>> {
+    let mut checked = Vec::new();
+    let place = locate(Path::new(path)).unwrap_or_else(|_| PathBuf::from(path));
+    let place = if place.join("recipe.yaml").exists() { place.join("adapter") } else { place };
+    let adapter = place.join("peft.json").exists() || place.join("adapter_config.json").exists();
+    if adapter && (place.join(sign::SUMS).exists() || !keys.is_empty()) {
+        let count = sign::verify(&place, keys)?;
+        let signed =
+            if keys.is_empty() { "; the signature was not checked, which takes --trusted-key" } else { ", signed by a trusted key" };
+        checked.push(format!("{count} files are what {} says{signed}", sign::SUMS));
+    }
+    if adapter {
+        let delta = Delta::read(&place)?;
+        let digests = delta.manifest.as_ref().map_or(0, |m| m.methods.len());
+        checked.push(format!(
+            "{} tensors are finite; {digests} digests in peft.json hold",
+            delta.methods.iter().map(|(_, t)| t.len()).sum::<usize>()
+        ));
+    } else {
+        let adapters = bundled(path)?;
+        for dir in &adapters {
+            if !keys.is_empty() {
+                sign::verify(dir, keys)?;
+            }
+        }
+        checked.push(format!("the weights were read and hashed; {} bundled adapters are what bundle.json says", adapters.len()));
+    }
+    Ok(checked)
 }
 
 /// What checkpoint files are called.

@@ -16,5 +16,6 @@ fn main() -> std::process::ExitCode {
     // first (12 % of a step on two cores). Its size follows this variable; ours is set explicitly.
     // SAFETY: no other thread runs yet.
     unsafe { std::env::set_var("RAYON_NUM_THREADS", "1") };
+    peft::guard::hush();
     peft::cli::main()
 }

@@ -13,13 +13,17 @@ use crate::clip::model::all_finite;
 use crate::data::check_classes;
 use crate::delta::{Adapters, Delta, Manifest, bundled, locate};
 use crate::error::{Error, Result};
+pub use crate::task::Told;
 use crate::task::prompts::{self, Pad, Prompts};
 use crate::task::{Forward, HEAD};
 
 mod scorer;
+mod teller;
 
 use scorer::Classes;
 pub use scorer::{Ranked, Scorer};
+pub use teller::Query;
+use teller::Teller;
 
 /// Images that go through the tower at once.
 const BATCH: usize = 32;
@@ -55,6 +59,7 @@ pub struct Model {
     patches: Patches,
     manifest: Option<Manifest>,
     head: Option<[Tensor; 2]>,
+    teller: Option<Teller>,
     /// The classes that an adapter is bound to.
     bound: Option<Vec<String>>,
     options: DecodeOptions,
@@ -102,6 +107,7 @@ impl Model {
             patches: Patches::none(),
             manifest: None,
             head: None,
+            teller: None,
             bound: None,
             options: DecodeOptions::default(),
             notes,
@@ -136,6 +142,11 @@ impl Model {
         self.bind(dir, &view, delta.manifest.as_ref())?;
         self.patches.extend(view);
         self.adapters.push(adapters);
+        self.teller = Teller::of(&delta, &self.base)?.or(self.teller);
+        if self.teller.is_some() {
+            self.manifest = delta.manifest.or(self.manifest);
+            return Ok(self);
+        }
         let own = |name: &str| delta.own.iter().find(|(n, _)| n == name).map(|(_, t)| t.to_device(self.base.clip.device()));
         if let (Some(weight), Some(bias)) = (own(HEAD[0]), own(HEAD[1])) {
             self.head = Some(self.checked_head(dir, weight?, bias?, delta.manifest.as_ref())?);
@@ -218,7 +229,11 @@ impl Model {
     /// # Errors
     /// When an image cannot be read.
     pub fn embed_images(&self, paths: &[impl AsRef<Path> + Sync]) -> Result<Tensor> {
-        self.embed(paths, |p| decode::open(p.as_ref(), &self.options).and_then(|image| self.base.preprocess.apply(&image)))
+        self.embed(paths, |p| self.pixels_of(p.as_ref()))
+    }
+
+    fn pixels_of(&self, path: &Path) -> Result<Vec<f32>> {
+        decode::open(path, &self.options).and_then(|image| self.base.preprocess.apply(&image))
     }
 
     /// Projected features of images in memory, unnormalised, f32.
@@ -301,6 +316,10 @@ impl Model {
     /// # Errors
     /// When there are no labels, or a head knows others.
     pub fn scorer(&self, labels: &[String], templates: &[String]) -> Result<Scorer> {
+        if self.teller.is_some() {
+            return Err(Error::input("predict", "this adapter does not rank labels: it judges an image with a text")
+                .hint("pass --text or --question, or requests with --jsonl"));
+        }
         let known = self.manifest.as_ref().map(|m| m.classes.clone()).unwrap_or_default();
         let labels = if labels.is_empty() { known.clone() } else { labels.to_vec() };
         if labels.is_empty() {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::model::{Model, Ranked};
+use crate::model::{Model, Query, Ranked, Told};
 
 /// A model and others on its base, each with an adapter of its own, loaded when first asked for.
 ///
@@ -76,21 +76,27 @@ impl Pool {
             };
             let request = &requests[first];
             let model = self.with(request.adapter.as_deref()).map_err(at(first))?;
+            if model.tells() {
+                for (i, told) in members.iter().zip(judged(model, &members, requests)?) {
+                    answers[*i] = Some(Answer::told(&requests[*i], told, options.top));
+                }
+                continue;
+            }
             let labels = request.labels.as_deref().unwrap_or(&options.labels);
             let scorer = model.scorer(labels, &options.templates).map_err(at(first))?;
             for part in members.chunks(BATCH) {
-                let images: Vec<&Path> = part.iter().map(|i| requests[*i].image.as_path()).collect();
+                let images = part.iter().map(|i| requests[*i].image().map_err(at(*i))).collect::<Result<Vec<&Path>>>()?;
                 let features = match model.embed_images(&images) {
                     Ok(features) => features,
                     // Which of them it was.
                     Err(e) => {
-                        return Err(part.iter().find_map(|i| Some(at(*i)(model.embed_images(&[&requests[*i].image]).err()?))).unwrap_or(e));
+                        let own = part.iter().zip(&images).find_map(|(i, image)| Some(at(*i)(model.embed_images(&[image]).err()?)));
+                        return Err(own.unwrap_or(e));
                     }
                 };
                 for (i, mut predictions) in part.iter().zip(scorer.rank(model, &features)?) {
                     predictions.truncate(options.top.unwrap_or(usize::MAX));
-                    let Request { image, adapter, .. } = requests[*i].clone();
-                    answers[*i] = Some(Answer { image, adapter, predictions });
+                    answers[*i] = Some(Answer { predictions, ..Answer::to(&requests[*i]) });
                 }
             }
         }
@@ -98,15 +104,34 @@ impl Pool {
     }
 }
 
+/// What a task says of some requests; where it cannot, of which one.
+fn judged(model: &Model, members: &[usize], requests: &[Request]) -> Result<Vec<Told>> {
+    let queries: Vec<Query> = members.iter().map(|i| requests[*i].query()).collect();
+    model.tell(&queries).map_err(|e| {
+        let one = |(i, query): (&usize, &Query)| Some(on_line(requests[*i].line.max(1), model.tell(std::slice::from_ref(query)).err()?));
+        members.iter().zip(&queries).find_map(one).unwrap_or(e)
+    })
+}
+
 /// Images that go through the tower at once.
 const BATCH: usize = 32;
 
 /// A line of `predict --jsonl`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Request {
-    /// An image file.
-    pub image: PathBuf,
+    /// An image file; only what looks at texts alone can do without.
+    #[serde(default)]
+    pub image: Option<PathBuf>,
+    /// The text that may fit the image.
+    #[serde(default)]
+    pub text: Option<String>,
+    /// What is asked about the image.
+    #[serde(default)]
+    pub question: Option<String>,
+    /// What the answer is to be chosen from.
+    #[serde(default)]
+    pub choices: Vec<String>,
     /// The adapter to put on the base; the command line's when left out.
     #[serde(default)]
     pub adapter: Option<PathBuf>,
@@ -116,6 +141,17 @@ pub struct Request {
     /// Where it stands, counted from 1, for messages.
     #[serde(skip)]
     pub line: usize,
+}
+
+impl Request {
+    fn image(&self) -> Result<&Path> {
+        self.image.as_deref().ok_or_else(|| Error::input("image", "expected a path, found none"))
+    }
+
+    fn query(&self) -> Query {
+        let Self { image, text, question, choices, .. } = self.clone();
+        Query { image, text, question, choices }
+    }
 }
 
 /// What holds where a line says nothing.
@@ -130,15 +166,39 @@ pub struct Defaults {
 }
 
 /// The answer to a [`Request`].
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct Answer {
     /// The image.
-    pub image: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image: Option<PathBuf>,
+    /// The text that was judged.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+    /// What was asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub question: Option<String>,
     /// The adapter that was named.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapter: Option<PathBuf>,
-    /// Most likely first.
+    /// The verdict, the answer, the number, where a task gives one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prediction: Option<String>,
+    /// Most likely first; of numbers there are none.
     pub predictions: Vec<Ranked>,
+}
+
+impl Answer {
+    fn to(request: &Request) -> Self {
+        let Request { image, text, question, adapter, .. } = request.clone();
+        Self { image, text, question, adapter, ..Self::default() }
+    }
+
+    fn told(request: &Request, told: Told, top: Option<usize>) -> Self {
+        let mut predictions: Vec<Ranked> = told.scores.into_iter().map(|(label, probability)| Ranked { label, probability }).collect();
+        predictions.sort_by(|a, b| b.probability.total_cmp(&a.probability));
+        predictions.truncate(top.unwrap_or(usize::MAX));
+        Self { prediction: Some(told.prediction), predictions, ..Self::to(request) }
+    }
 }
 
 /// Requests, one JSON object a line; empty lines are skipped.
@@ -148,12 +208,17 @@ pub struct Answer {
 pub fn requests(place: &str, text: &str) -> Result<Vec<Request>> {
     let lines = text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty());
     let parsed = lines.map(|(i, line)| match serde_json::from_str::<Request>(line) {
+        Ok(request) if request.image.is_none() && request.text.is_none() => {
+            Err(Error::input(format!("{place} line {}", i + 1), "expected an image, found none").hint(LINE))
+        }
         Ok(request) => Ok(Request { line: i + 1, ..request }),
-        Err(e) => Err(Error::input(format!("{place} line {}", i + 1), e)
-            .hint(r#"a line is {"image": PATH, "adapter": DIR, "labels": [..]}; only image has to be there"#)),
+        Err(e) => Err(Error::input(format!("{place} line {}", i + 1), e).hint(LINE)),
     });
     parsed.collect()
 }
+
+const LINE: &str =
+    r#"a line is {"image": PATH, "adapter": DIR, "labels": [..]}, or with "text" or "question" and "choices" for tasks on both"#;
 
 fn on_line(line: usize, mut error: Error) -> Error {
     if let Error::Input(problem) | Error::Fault(problem) = &mut error {

@@ -45,7 +45,7 @@ impl Session {
     /// # Errors
     /// When a file is missing or malformed.
     pub fn open(recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Result<Self> {
-        let mut data = recipe.data.open(recipe.train.seed)?;
+        let mut data = fetched(observer, |progress| recipe.data.local(progress))?.open(recipe.train.seed)?;
         let base = load(&recipe, device, observer)?;
         let options = DecodeOptions { background: recipe.images.background, orient: recipe.images.orient, ..Default::default() };
         let images = Arc::new(Images::new(base.preprocess.clone(), options));
@@ -83,7 +83,7 @@ impl Session {
     /// The model's sites with what methods may want to know of the task.
     fn sites(&self) -> Sites {
         let classes = if self.recipe.task.definition().templates().is_empty() { 0 } else { self.data.classes.len() };
-        self.base.clip.sites().for_task(TaskFacts { classes, examples: self.data.train.len() })
+        self.base.clip.sites().for_task(TaskFacts { classes, examples: self.data.count(Split::Train) })
     }
 
     /// What a bundle brings along goes beneath the recipe's methods.
@@ -92,7 +92,7 @@ impl Session {
         for dir in bundled(spec)? {
             let delta = Delta::read(&dir)?;
             if !delta.own.is_empty() {
-                return Err(Error::input(dir.display(), "is a linear head, which a recipe trains or evaluates by itself")
+                return Err(Error::input(dir.display(), "has weights of a task, which a recipe trains or evaluates by itself")
                     .hint("name the base that the bundle was made of, and the adapter by --adapter or train.init_adapter"));
             }
             let [training, reading] = [delta.apply(&self.base.clip)?, delta.apply(&self.base.clip)?];
@@ -113,27 +113,40 @@ impl Session {
             clip: &self.base.clip,
             tokenizer: &self.base.tokenizer,
             classes: &self.data.classes,
-            train: &self.data.train,
+            train: Some(&self.data),
             fusion: self.recipe.fusion.as_ref(),
             label_smoothing: self.recipe.train.label_smoothing,
             seed: self.recipe.train.seed,
         };
         let manifest = known.and_then(|d| d.manifest.as_ref());
         let parts = match manifest.filter(|m| definition.own_classes() && !m.classes.is_empty()) {
-            Some(m) => TaskParts { classes: &m.classes, train: &[], ..parts },
+            Some(m) => TaskParts { classes: &m.classes, train: None, ..parts },
             None => parts,
         };
-        if self.recipe.train.sampling == Sampling::Balanced && self.data.train.iter().all(|e| e.all_labels().is_empty()) {
-            return Err(Error::input("train.sampling", "balanced draws classes equally, and no example has a class").hint("leave it out"));
-        }
+        self.check_sampling()?;
         let mut task = definition.build(&parts, &mut adapters.params)?;
         if let Some(manifest) = manifest {
             task.set_scalars(&manifest.scalars);
         }
         for split in [Split::Train, Split::Val, Split::Test] {
-            task.check(self.data.split(split))?;
+            self.data.visit(split, &mut |part| task.check(part))?;
         }
         Ok(task)
+    }
+
+    /// Classes can be drawn equally only where it is known which example has which.
+    fn check_sampling(&self) -> Result<()> {
+        let bad =
+            |what: &str, hint: &str| Err(Error::input("train.sampling", format!("balanced draws classes equally, {what}")).hint(hint));
+        match self.recipe.train.sampling {
+            Sampling::Balanced if self.data.stream.is_some() => {
+                bad("which a stream cannot", "data: { parquet: { stream: false } }, or webdataset")
+            }
+            Sampling::Balanced if self.data.train.iter().all(|e| e.all_labels().is_empty()) => {
+                bad("and no example has a class", "leave it out")
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Puts the parts together.
@@ -268,7 +281,7 @@ impl Observer for Logged<'_> {
 pub fn train(recipe: Recipe, existing: Existing, device: &Device, observer: &mut dyn Observer) -> Result<(TrainReport, bool)> {
     // What can be wrong with the recipe comes before anything is written.
     let session = Session::open(recipe, device, observer)?;
-    if session.data.train.is_empty() {
+    if session.data.count(Split::Train) == 0 {
         return Err(Error::input("data", "the training split is empty"));
     }
     let (mut adapters, task) = session.plan()?;
@@ -370,8 +383,8 @@ impl Session {
             step_seconds: state.step_seconds,
             images: state.images,
             peak_rss_mib: peak_rss_mib(),
-            examples: [self.data.train.len(), self.data.val.len(), self.data.test.len()],
-            skipped_images: self.data.skipped,
+            examples: [Split::Train, Split::Val, Split::Test].map(|s| self.data.count(s)),
+            skipped_images: self.data.skipped + state.skipped,
             device: crate::device::name(self.base.clip.device()),
             run: path.to_path_buf(),
         }
@@ -409,7 +422,7 @@ impl Session {
     /// As [`evaluate`].
     pub fn evaluate(&self, options: &EvalOptions, observer: &mut dyn Observer) -> Result<Evaluation> {
         let device = self.base.clip.device();
-        let examples = self.data.split(options.split).len();
+        let examples = self.data.count(options.split);
         if examples == 0 {
             return Err(Error::input("--split", format!("the {} split is empty", options.split)));
         }

@@ -10,6 +10,7 @@ use crate::clip::base::Parts;
 use crate::clip::decode::{self, DecodeOptions};
 use crate::data::{DataConfig, Dataset, Example, Split};
 use crate::error::Result;
+use crate::fetch::fetched;
 use crate::recipe::Recipe;
 use crate::train::{Event, Observer};
 
@@ -32,7 +33,7 @@ const CHUNK: usize = 256;
 /// What a source holds.
 #[derive(Debug, Clone, Serialize)]
 pub struct Survey {
-    /// `folder`, `table`, `coop`, `builtin`.
+    /// The source's key in a recipe: `folder`, `table`, `parquet`, …
     pub kind: &'static str,
     /// Examples of each split.
     pub splits: Counts,
@@ -165,9 +166,11 @@ const SPLITS: [Split; 3] = [Split::Train, Split::Val, Split::Test];
 /// # Errors
 /// When the source is missing or malformed, or the tokeniser cannot be read. Images that cannot be read are part of the result.
 pub fn survey(subject: &Subject, observer: &mut dyn Observer) -> Result<(Survey, Dataset)> {
-    let mut data = subject.data.open(subject.seed)?;
-    if !subject.data.has_own_splits() {
-        let split = subject.data.split.clone().unwrap_or_default();
+    let source = fetched(observer, |progress| subject.data.local(progress))?;
+    // Every image is looked at, and compared with the others.
+    let mut data = DataConfig { skip_bad: true, ..source.listed() }.open(subject.seed)?;
+    if !source.has_own_splits() {
+        let split = source.split.clone().unwrap_or_default();
         let fractions = format!("{}, {}, {} (seed {})", split.train, split.val, split.test, split.seed);
         data.notes.push(format!("the source has no splits of its own; `data.split` divides it: {fractions}"));
     }

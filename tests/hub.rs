@@ -148,19 +148,27 @@ fn resolve(stream: TcpStream, request: &Request, port: u16, shared: &(Mutex<Stat
         let status = if token.is_some() { "403 Forbidden" } else { "401 Unauthorized" };
         return respond(stream, status, &[("X-Error-Code", "GatedRepo"), ("X-Error-Message", "this model is gated")], b"{}", head);
     }
-    let (id, rest) = request.path.trim_start_matches('/').split_once("/resolve/").unwrap();
-    let (revision, file) = rest.split_once('/').unwrap();
+    let path = request.path.trim_start_matches('/');
+    let listed = path.strip_prefix("api/").map(|p| p.split_once("/revision/").unwrap());
+    let (id, rest) = listed.unwrap_or_else(|| path.split_once("/resolve/").unwrap());
+    let (revision, file) = rest.split_once('/').unwrap_or((rest, ""));
     if !state.files.keys().any(|f| f.starts_with(&format!("{id}/"))) {
         return respond(stream, "404 Not Found", &[("X-Error-Code", "RepoNotFound")], b"", head);
     }
     if !["main", "v1", COMMIT].contains(&revision) {
         return respond(stream, "404 Not Found", &[("X-Error-Code", "RevisionNotFound")], b"", head);
     }
+    if listed.is_some() {
+        let names = state.files.keys().filter_map(|f| f.strip_prefix(&format!("{id}/")));
+        let siblings: Vec<_> = names.map(|n| serde_json::json!({"rfilename": n})).collect();
+        let body = serde_json::json!({"id": id, "sha": COMMIT, "siblings": siblings}).to_string();
+        return respond(stream, "200 OK", &[("Content-Type", "application/json")], body.as_bytes(), head);
+    }
     let Some(bytes) = state.files.get(&format!("{id}/{file}")) else {
         return respond(stream, "404 Not Found", &[("X-Error-Code", "EntryNotFound"), ("X-Repo-Commit", COMMIT)], b"", head);
     };
     let sha = hash(bytes);
-    let large = [".safetensors", ".bin", ".pt"].iter().any(|e| file.ends_with(e));
+    let large = [".safetensors", ".bin", ".pt", ".parquet", ".tar"].iter().any(|e| file.ends_with(e));
     if !large {
         return respond(stream, "200 OK", &[("X-Repo-Commit", COMMIT), ("ETag", &format!("\"{}\"", &sha[..40]))], bytes, head);
     }
@@ -387,4 +395,49 @@ fn a_runs_own_adapter_is_never_looked_for_on_the_hub() {
     std::fs::remove_dir_all(w.path("run/adapter")).unwrap();
     assert!(hub.fails(&w, &["eval", "run"], &[], 2).contains("no such adapter"));
     assert!(hub.log().is_empty());
+}
+
+#[test]
+fn datasets_come_from_the_hub_and_stay() {
+    let (w, hub) = world();
+    let sets = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/sets");
+    hub.add("datasets/some/pets", &sets.join("hf"));
+    let data = "  parquet: { path: 'hub:some/pets', text: caption }";
+    let recipe = w.recipe("lora: { rank: 2 }").replace("  folder: { root: data }", data).replace("epochs: 4", "epochs: 1");
+    w.write("pets.yaml", &recipe);
+    hub.json(&w, &["train", "pets.yaml"], &[]);
+    assert!(std::fs::read_to_string(w.path("run/recipe.yaml")).unwrap().contains("hub:some/pets"));
+    let repo = w.path("hf/hub/datasets--some--pets");
+    let test = repo.join("snapshots").join(COMMIT).join("test-00000-of-00001.parquet");
+    assert_eq!(common::read(&test), common::read(&sets.join("hf/test-00000-of-00001.parquet")));
+    let asked = hub.log().len();
+    let found = hub.json(&w, &["data", "hub:some/pets"], &OFFLINE);
+    assert_eq!((hub.log().len(), &found["splits"]["test"]), (asked, &serde_json::json!(6)), "offline asks nobody");
+    // A part of the files, by their names; a draft for them.
+    let part = hub.json(&w, &["data", "hub:some/pets@v1:test-*"], &[]);
+    assert_eq!((part["splits"]["train"].as_u64(), part["splits"]["test"].as_u64()), (Some(0), Some(6)));
+    hub.json(&w, &["new", "--data", "hub:some/pets", "draft.yaml"], &OFFLINE);
+    assert!(std::fs::read_to_string(w.path("draft.yaml")).unwrap().contains("hub:some/pets"));
+
+    // What Python fetched has no list of ours, and may lack files.
+    std::fs::remove_dir_all(repo.join("listings")).unwrap();
+    assert_eq!(hub.json(&w, &["data", "hub:some/pets"], &OFFLINE)["splits"]["test"], 6);
+    std::fs::remove_file(repo.join("snapshots").join(COMMIT).join("train-00001-of-00002.parquet")).unwrap();
+    let message = hub.fails(&w, &["data", "hub:some/pets"], &OFFLINE, 2);
+    assert!(message.contains("1 of the 2 files train-"), "{message}");
+}
+
+#[test]
+fn datasets_that_are_not_there_are_said() {
+    let (w, hub) = world();
+    hub.add("datasets/some/pets", &w.path("data"));
+    assert!(hub.fails(&w, &["data", "hub:some/other"], &[], 2).contains("no such dataset"));
+    assert!(hub.fails(&w, &["data", "hub:some/pets@v9"], &[], 2).contains("no revision `v9`"));
+    assert!(hub.fails(&w, &["data", "hub:some/pets"], &[], 2).contains("refs/convert/parquet"));
+    assert!(hub.fails(&w, &["data", "hub:nothing"], &[], 2).contains("hub:owner/dataset"));
+    let message = hub.fails(&w, &["data", "hub:some/unseen"], &OFFLINE, 2);
+    assert!(message.contains("HF_HUB_OFFLINE is set"), "{message}");
+    hub.set(|s| s.private = true);
+    let message = hub.fails(&w, &["data", "hub:some/pets"], &[], 2);
+    assert!(message.contains("HF_TOKEN") && message.contains("datasets/some/pets"), "{message}");
 }

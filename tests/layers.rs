@@ -5,17 +5,19 @@ use std::path::Path;
 
 /// Each module and what it may import; `session` and `cli` put everything together. What is right about
 /// this table is the direction: nothing below knows of recipes, nothing but `cli` of the command line.
-const TABLE: [(&str, &[&str]); 41] = [
+const TABLE: [(&str, &[&str]); 43] = [
     ("error", &[]),
     ("named", &[]),
+    ("guard", &[]),
     ("builtin", &[]),
     ("report", &[]),
     ("device", &["error"]),
     ("files", &["error"]),
+    ("sign", &["error", "files"]),
     ("hub", &["error", "files"]),
-    ("clip", &["builtin", "error", "files", "hub"]),
-    ("data", &["builtin", "clip", "error", "files"]),
-    ("delta", &["clip", "error", "files", "hub"]),
+    ("clip", &["builtin", "error", "files", "guard", "hub"]),
+    ("data", &["builtin", "clip", "error", "files", "guard", "hub"]),
+    ("delta", &["clip", "error", "files", "hub", "sign"]),
     ("optim", &["error"]),
     ("fusion", &["clip", "error"]),
     ("task", &["clip", "data", "error", "fusion", "named", "report"]),
@@ -38,8 +40,8 @@ const TABLE: [(&str, &[&str]); 41] = [
     ("model", &["clip", "data", "delta", "error", "task"]),
     ("pool", &["error", "model"]),
     ("embed", &["clip", "data", "error", "files", "model"]),
-    ("inspect", &["clip", "delta", "error", "files", "hub", "recipe", "run"]),
-    ("survey", &["clip", "data", "error", "recipe", "train"]),
+    ("inspect", &["clip", "delta", "error", "files", "hub", "recipe", "run", "sign"]),
+    ("survey", &["clip", "data", "error", "fetch", "recipe", "train"]),
     ("sheet", &["clip", "data", "error", "files"]),
     ("runs", &["error", "recipe", "report", "run"]),
     ("draft", &["data", "error", "recipe"]),

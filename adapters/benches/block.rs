@@ -96,10 +96,10 @@ impl Block {
         let [q, k, v] = &self.qkv;
         let (q, k, v) = (q.forward(&h)?, k.forward(&h)?, v.forward(&h)?);
         let shape = AttentionShape { heads: self.size.heads, causal: false, prefix: 0 };
-        let x = (x + self.out.forward(&ops::attention(&q, &k, &v, &shape, None)?)?)?;
+        let x = ops::add(x, &self.out.forward(&ops::attention(&q, &k, &v, &shape, None)?)?)?;
         let h = ops::layer_norm(&x, &self.norms[1].w, &self.norms[1].b, 1e-5)?;
         let h = ops::activation(&self.mlp[0].forward(&h)?, Activation::QuickGelu)?;
-        &x + self.mlp[1].forward(&h)?
+        ops::add(&x, &self.mlp[1].forward(&h)?)
     }
 }
 

@@ -192,7 +192,7 @@ impl Patch for BottleneckPatch {
         let h = ops::activation(&h, self.activation)?;
         let y = ops::linear(&h, &cast(&up.0.weight()?)?, Some(&cast(&up.1)?))?;
         let y = if self.scale == 1.0 { y } else { (y * self.scale)? };
-        branch.output + y
+        ops::add(&branch.output, &y)
     }
 
     fn unfoldable(&self) -> Option<&'static str> {

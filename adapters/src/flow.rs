@@ -58,7 +58,7 @@ impl LinearOut {
         };
         let down = ops::linear(&x, &term.a, None)?;
         let up = (ops::linear(&down, &term.b, None)? * term.scale)?;
-        self.map(|y| y + up)
+        self.map(|y| ops::add(&y, &up))
     }
 
     /// Multiplies the input by `scale` [in], that of a low-rank term too.
@@ -110,7 +110,7 @@ impl LinearOut {
                 (before - ops::linear(&kept, &self.weight, None)?)?
             }
         };
-        self.value = Some((rest + changed)?);
+        self.value = Some(ops::add(&rest, &changed)?);
         Ok(self)
     }
 

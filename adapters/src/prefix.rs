@@ -176,12 +176,8 @@ impl Patch for PrefixPatch {
 
     fn attention(&self, at: SiteId, qkv: Qkv) -> TensorResult<Qkv> {
         let Some(pair) = self.pairs.get(&at) else { return Ok(qkv) };
-        let (batch, dtype) = (qkv.k.dim(0)?, qkv.k.dtype());
-        let (length, dim) = pair.key.dims2()?;
-        let join = |prefix: &Tensor, tokens: &Tensor| {
-            let prefix = prefix.to_dtype(dtype)?.unsqueeze(0)?.broadcast_as((batch, length, dim))?;
-            Tensor::cat(&[&prefix, tokens], 1)
-        };
+        let length = pair.key.dim(0)?;
+        let join = |prefix: &Tensor, tokens: &Tensor| ops::splice(tokens, &prefix.to_dtype(tokens.dtype())?, 0..0);
         Ok(Qkv { k: join(&pair.key, &qkv.k)?, v: join(&pair.value, &qkv.v)?, prefix: qkv.prefix + length, q: qkv.q })
     }
 

@@ -9,6 +9,8 @@ use std::ops::Range;
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, TensorId, Var, bail};
 
+use crate::ops::graph::once;
+
 type Again<'a> = Box<dyn Fn(&Tensor, Range<usize>) -> Result<Tensor> + 'a>;
 
 /// A part that will be computed again.
@@ -94,7 +96,8 @@ impl<'a> Tape<'a> {
         Ok((leaf, extra))
     }
 
-    /// Gradients of a loss through every segment. `take` gets one store after the other; a parameter that several segments
+    /// Gradients of a loss through every segment. The loss's graph cannot be used again: without segments its operations give
+    /// up what they hold as the pass goes by. `take` gets one store after the other; a parameter that several segments
     /// use is in several of them, and the sum is its gradient.
     ///
     /// # Errors
@@ -105,7 +108,8 @@ impl<'a> Tape<'a> {
     {
         let mut segments = self.segments.into_inner();
         let mut pending: HashMap<TensorId, Tensor> = HashMap::new();
-        let store = loss.backward()?;
+        // What lies between segments may be walked through once for each of their groups.
+        let store = if segments.is_empty() { once(|| loss.backward()) } else { loss.backward() }?;
         take(&store)?;
         collect(&segments, store, &mut pending)?;
         // Nothing later can reach the last segment any more; segments whose output went unused have no gradient.

@@ -10,7 +10,7 @@ use crate::flow::Sequence;
 use crate::method::{Fold, Init, Method, Patch, Step};
 use crate::params::{Params, Spec, Start};
 use crate::sites::{SiteId, SiteKind, Sites, Tower, WeightId};
-use crate::{Error, Result, rng};
+use crate::{Error, Result, ops, rng};
 
 /// See [`VptConfig`].
 #[derive(Debug)]
@@ -105,16 +105,14 @@ fn bound(sites: &Sites, dim: usize) -> f64 {
 }
 
 impl VptPatch {
-    /// The tokens for each image, [B, L, D].
-    fn tokens(&self, at: SiteId, prompt: &Tensor, like: &Tensor) -> TensorResult<Tensor> {
-        let (length, dim) = prompt.dims2()?;
-        let shape = (like.dim(0)?, length, dim);
-        let tokens = prompt.to_dtype(like.dtype())?.unsqueeze(0)?.broadcast_as(shape)?;
+    /// What dropout does to the tokens of each image, [B, L, D]; nothing where there is none.
+    fn mask(&self, at: SiteId, length: usize, like: &Tensor) -> TensorResult<Option<Tensor>> {
         if !self.step.training || self.dropout == 0.0 {
-            return Ok(tokens);
+            return Ok(None);
         }
+        let (batch, _, dim) = like.dims3()?;
         let mut rng = rng::rng(self.step.seed, &[rng::name_key("vpt"), self.step.step, at.index() as u64]);
-        tokens * rng::dropout_mask(&mut rng, self.dropout, shape, like.dtype(), like.device())?
+        rng::dropout_mask(&mut rng, self.dropout, (batch, length, dim), like.dtype(), like.device()).map(Some)
     }
 }
 
@@ -127,9 +125,17 @@ impl Patch for VptPatch {
     fn tokens(&self, at: SiteId, sequence: Sequence) -> TensorResult<Sequence> {
         let Some(Prompt { tokens, replaces }) = self.prompts.get(&at) else { return Ok(sequence) };
         let Sequence { x, pool } = sequence;
-        let before = 1 + if *replaces { tokens.dim(0)? } else { 0 };
-        let rest = x.narrow(1, before, x.dim(1)? - before)?;
-        Ok(Sequence { x: Tensor::cat(&[&x.narrow(1, 0, 1)?, &self.tokens(at, tokens, &x)?, &rest], 1)?, pool })
+        let length = tokens.dim(0)?;
+        let gone = 1..1 + if *replaces { length } else { 0 };
+        let tokens = tokens.to_dtype(x.dtype())?;
+        let x = match self.mask(at, length, &x)? {
+            None => ops::splice(&x, &tokens, gone)?,
+            Some(mask) => {
+                let rest = x.narrow(1, gone.end, x.dim(1)? - gone.end)?;
+                Tensor::cat(&[&x.narrow(1, 0, 1)?, &mask.broadcast_mul(&tokens)?, &rest], 1)?
+            }
+        };
+        Ok(Sequence { x, pool })
     }
 
     fn unfoldable(&self) -> Option<&'static str> {

@@ -84,7 +84,7 @@ single, weights = torch.tensor([2, 0, 4, 2, 1, 2, 3]), torch.tensor([0.5, 2.0, 1
 several = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 0, 0], [1, 0, 0, 0, 1], [0, 0, 0, 1, 0], [0, 1, 0, 0, 0]])
 y = several.to(DOUBLE)
 mates = torch.eye(5, dtype=torch.bool)
-mates[1, 3] = mates[3, 1] = mates[0, 4] = True
+mates[1, 3] = mates[3, 1] = mates[0, 4] = mates[4, 0] = True
 classes = torch.tensor([0, 1, 0, 2, 1, 0, 3])
 levels = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]], dtype=DOUBLE)
 targets = torch.tensor([0.3, -1.2, 2.5, 0.0, -0.4, 3.1, -2.2], dtype=DOUBLE)
@@ -103,5 +103,5 @@ goldens = {
     "mse": case(lambda z: F.mse_loss(z, targets), rounded(7)),
     "huber": case(lambda z: F.huber_loss(z, targets, delta=0.7), rounded(7)),
 }
-OUT.write_text(json.dumps(goldens, separators=(",", ":")) + "\n")
+OUT.write_text(",\n".join(f"{json.dumps(k)}:{json.dumps(v, separators=(',', ':'))}" for k, v in goldens.items()).join(("{", "}\n")))
 print(f"{OUT}: {OUT.stat().st_size} bytes")

@@ -1,11 +1,12 @@
 """Methods on transformers' CLIPModel: HF PEFT's where it has the method, small torch counterparts where it has not.
 
 Imported by steps.py and by scripts/reference/losses.py. HF PEFT's prefix tuning does nothing on CLIP and it has no bottleneck
-adapters; `Prefix` (Li & Liang 2021) and `bottleneck` (Houlsby et al. 2019) below name their parameters as `peft` does.
+adapters or visual prompts; `prefix` (Li & Liang 2021), `bottleneck` (Houlsby et al. 2019) and `vpt` (Jia et al. 2022) below name
+their parameters as `peft` does.
 """
 
 import types
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import nn
@@ -85,6 +86,24 @@ def bottleneck(clip, towers="both", last=None, reduction=16):
             branch.register_forward_hook(adapted)
 
 
+def vpt(clip, last=None, length=8):
+    """Learned tokens behind the class token of every block of the image tower (deep): each block forgets those of the one before."""
+    clip.requires_grad_(False)
+    config = clip.config.vision_config
+    bound = (6 / (3 * config.patch_size**2 + config.hidden_size)) ** 0.5
+    for i, path in enumerate(blocks(clip, "vision", last)):
+        block = clip.get_submodule(path)
+        block.prompt = nn.Parameter(torch.empty(length, config.hidden_size).uniform_(-bound, bound))
+        block.register_forward_pre_hook(partial(prompted, skip=1 + (length if i else 0)), with_kwargs=True)
+
+
+def prompted(block, args, kwargs, skip):
+    """The block's input with its own tokens in place of the `skip - 1` behind the class token."""
+    x, *others = args
+    x = torch.cat([x[:, :1], block.prompt.expand(len(x), -1, -1), x[:, skip:]], dim=1)
+    return (x, *others), kwargs
+
+
 def attach(clip, method, rank=8, targets=("q_proj", "k_proj", "v_proj"), towers="both", last=None):
     """Patches `clip` in place, so that only what the method trains requires gradients. Returns HF PEFT's wrapper, if any."""
     clip.train()
@@ -96,6 +115,8 @@ def attach(clip, method, rank=8, targets=("q_proj", "k_proj", "v_proj"), towers=
         prefix(clip, towers, last)
     elif method == "bottleneck":
         bottleneck(clip, towers, last)
+    elif method == "vpt":
+        vpt(clip, last)
     elif method in ("lora", "dora"):
         from peft import LoraConfig, get_peft_model
 

@@ -23,7 +23,7 @@ import time
 
 CLASSES = ["dog", "cat", "heart", "clock", "tree", "house", "car", "boat", "bird", "cup"]
 TEMPLATE = "a photo of a {}."
-TRAINED = ["lora", "full", "dora", "prefix", "bottleneck", "ia3"]
+TRAINED = ["lora", "full", "dora", "prefix", "bottleneck", "ia3", "vpt"]
 
 
 def arguments():

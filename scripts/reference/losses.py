@@ -5,8 +5,8 @@
 
 The environment is that of scripts/peers/requirements.txt. A small random CLIP, 80 PNG images in ten classes that both sides
 resize, crop and normalise, batches of 16 in the folder's order, AdamW at a constant rate. LoRA starts from an adapter that HF
-PEFT saved, prefix and bottleneck from one in the format of README, full fine-tuning from the base. The loss has to change by far
-more than the tolerance, or the case shows nothing.
+PEFT saved, prefix, bottleneck and visual prompts from one in the format of README, full fine-tuning from the base. The loss has
+to change by far more than the tolerance, or the case shows nothing.
 """
 
 import argparse
@@ -48,6 +48,7 @@ CASES = {
     "full": ("full", 1e-4, {}),
     "prefix": ("{prefix: {length: 8}}", 1e-2, {}),
     "bottleneck": ("{bottleneck: {placement: houlsby, reduction: 16}}", 1e-3, {}),
+    "vpt": ("{vpt: {length: 8}}", 1e-2, {}),
 }
 
 
@@ -88,6 +89,7 @@ def save_adapter(out, case, clip):
     tensors = {f"base_model.model.{n}": p.detach().clone() for n, p in clip.named_parameters() if p.requires_grad}
     config = {
         "prefix": {"length": 8}, "bottleneck": {"placement": "houlsby", "reduction": 16, "activation": "relu"},
+        "vpt": {"length": 8, "dropout": 0.0},
     }[case]
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     (out / "adapter_config.json").write_text(json.dumps({"peft_type": case.upper(), "config": config}) + "\n")

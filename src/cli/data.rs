@@ -20,7 +20,7 @@ Examples:
 /// Arguments of `peft data`.
 #[derive(Debug, Args)]
 pub(super) struct DataArgs {
-    /// A directory, a table, builtin:NAME, a recipe or a run directory
+    /// A directory, a table, Parquet files or tars (a glob or a range too), a COCO or VQA file, hub:OWNER/DATASET, builtin:NAME, a recipe or a run
     #[arg(value_name = "PATH")]
     source: String,
     /// Draw a contact sheet: a PNG with up to ten images of each class

@@ -7,12 +7,13 @@ use serde_json::Value;
 
 use super::{BaseOptions, Context};
 use crate::error::Result;
-use crate::inspect::{Inspected, inspect};
+use crate::inspect::{Inspected, inspect, verify};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
   peft inspect builtin:tiny
   peft inspect runs/quickstart/adapter
+  peft inspect runs/quickstart/adapter --verify --trusted-key release.pub
   peft inspect pets.yaml                             the recipe with every default";
 
 /// Arguments of `peft inspect`.
@@ -20,12 +21,19 @@ Examples:
 pub(super) struct InspectArgs {
     /// A base, an adapter, a run directory or a recipe
     path: String,
+    /// Compute every digest anew and compare: an adapter's files with its B3SUMS (and --trusted-key's signature), its weights with
+    /// its peft.json; a base's weights with nothing that was remembered
+    #[arg(long)]
+    verify: bool,
     #[command(flatten)]
     options: BaseOptions,
 }
 
 pub(super) fn run(args: &InspectArgs, context: &Context) -> Result<()> {
-    let found = inspect(&args.options.spec(&args.path)?)?;
+    let mut found = inspect(&args.options.spec(&args.path)?)?;
+    if args.verify {
+        found.facts.insert("verified".into(), verify(&args.path, &context.trusted()?)?.into());
+    }
     context.print(&found, || text(&found))
 }
 

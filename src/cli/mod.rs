@@ -16,6 +16,7 @@ use crate::delta::locate_with;
 use crate::error::{Error, Result};
 use crate::fetch::fetched;
 use crate::model::Model;
+use crate::sign::{PublicKey, public_key};
 
 mod bench;
 mod combine;
@@ -36,6 +37,7 @@ mod predict;
 mod progress;
 mod recipes;
 mod runs;
+mod sign;
 #[cfg(test)]
 mod tests;
 mod train;
@@ -75,6 +77,9 @@ struct Global {
     /// Threads of all pools; all cores when left out
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = GLOBAL)]
     threads: Option<u16>,
+    /// Read only adapters that this key has signed: a .pub file of minisign's or its line; may be repeated
+    #[arg(long = "trusted-key", global = true, value_name = "KEY", help_heading = GLOBAL)]
+    trusted_keys: Vec<String>,
     /// Say nothing but results and errors
     #[arg(long, short, global = true, help_heading = GLOBAL)]
     quiet: bool,
@@ -109,6 +114,9 @@ enum Verb {
     /// Describe a base, an adapter, a run or a recipe
     #[command(after_help = inspect::EXAMPLES)]
     Inspect(inspect::InspectArgs),
+    /// Sign an adapter, or make a key pair
+    #[command(after_help = sign::EXAMPLES)]
+    Sign(sign::SignArgs),
     /// Show what data holds: counts, sizes, captions, duplicates, unreadable files
     #[command(after_help = data::EXAMPLES)]
     Data(data::DataArgs),
@@ -224,6 +232,11 @@ impl Context {
         source
     }
 
+    /// The keys of --trusted-key.
+    fn trusted(&self) -> Result<Vec<PublicKey>> {
+        self.global.trusted_keys.iter().map(|key| public_key(key)).collect()
+    }
+
     /// An adapter's files, fetched with a bar where they have to be.
     fn adapter(&self, name: &Path) -> Result<PathBuf> {
         let mut progress = self.progress();
@@ -313,6 +326,7 @@ fn run(cli: Cli) -> Result<()> {
         .map_err(|e| Error::fault("--threads", e))?;
     let device = crate::device::select(&cli.global.device)?;
     let context = Context { global: cli.global, device };
+    crate::sign::require(context.trusted()?);
     match cli.verb {
         Verb::Train(args) => train::run(args, &context),
         Verb::Eval(args) => eval::run(args, &context),
@@ -322,6 +336,7 @@ fn run(cli: Cli) -> Result<()> {
         Verb::Merge(args) => merge::run(args, &context),
         Verb::Extract(args) => extract::run(args, &context),
         Verb::Compare(args) => compare::run(args, &context),
+        Verb::Sign(args) => sign::run(&args, &context),
         Verb::Inspect(args) => inspect::run(&args, &context),
         Verb::Data(args) => data::run(&args, &context),
         Verb::New(args) => new::run(args, &context),

@@ -79,8 +79,11 @@ pub(super) fn run(mut args: NewArgs, context: &Context) -> Result<()> {
 
 /// Named after the directory or the file.
 fn stem(data: &str) -> String {
-    let name = data.trim_start_matches("builtin:");
-    Path::new(name).file_stem().map_or("recipe".into(), |s| s.to_string_lossy().into_owned())
+    let name = data.trim_start_matches("builtin:").trim_start_matches("hub:");
+    let stem = Path::new(name).file_stem().unwrap_or_default().to_string_lossy();
+    // Of globs, ranges and revisions only what belongs into a file's name.
+    let stem = stem.split(['*', '?', '{', '@']).next().unwrap_or_default().trim_end_matches(['-', '_', '.']);
+    if stem.is_empty() { "recipe".into() } else { stem.to_string() }
 }
 
 /// The questions that matter; what was said on the command line is their default.

@@ -11,12 +11,14 @@ use super::{Context, ModelArgs};
 use crate::embed::read_lines;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::pool::{self, Defaults, Pool};
+use crate::model::Model;
+use crate::pool::{self, Defaults, Pool, Request};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
   peft predict --model builtin:tiny --adapter runs/quickstart/adapter photo.png
   peft predict --model path/to/clip --labels cat,dog --template \"a photo of a {}.\" 'photos/*.jpg'
+  peft predict --model path/to/clip --adapter runs/match/adapter --text \"a red shoe\" photo.png
   peft predict --model path/to/clip --jsonl requests.jsonl > answers.jsonl
   find photos -name '*.png' | peft predict --model path/to/clip --labels labels.txt --json -";
 
@@ -31,6 +33,15 @@ pub(super) struct PredictArgs {
     /// A prompt around the label, such as "a photo of a {}."; may be repeated
     #[arg(long = "template", value_name = "TEXT")]
     templates: Vec<String>,
+    /// A text that may fit the images, for adapters that were trained to match or to regress; may be repeated
+    #[arg(long = "text", value_name = "TEXT", conflicts_with_all = ["labels", "jsonl"])]
+    texts: Vec<String>,
+    /// A question about the images, for adapters that were trained to answer; may be repeated
+    #[arg(long = "question", value_name = "TEXT", conflicts_with_all = ["labels", "jsonl", "texts"])]
+    questions: Vec<String>,
+    /// Answers to choose from: a,b,c or a file with one a line
+    #[arg(long, value_name = "A,B|FILE", requires = "questions")]
+    choices: Option<String>,
     /// Labels to show for each image
     #[arg(long, short = 'k', default_value_t = 5, value_name = "K")]
     top: usize,
@@ -39,7 +50,7 @@ pub(super) struct PredictArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "images")]
     jsonl: Option<PathBuf>,
     /// Image files or glob patterns; `-` reads a list from stdin
-    #[arg(required_unless_present = "jsonl", value_name = "IMAGE")]
+    #[arg(required_unless_present_any = ["jsonl", "texts"], value_name = "IMAGE")]
     images: Vec<String>,
 }
 
@@ -47,9 +58,16 @@ pub(super) fn run(args: &PredictArgs, context: &Context) -> Result<()> {
     if let Some(file) = &args.jsonl {
         return answer(args, file, context);
     }
-    let images = expand(&args.images)?;
+    let images = if args.images.is_empty() { Vec::new() } else { expand(&args.images)? };
+    if !args.texts.is_empty() || !args.questions.is_empty() {
+        return judge(args, images, context);
+    }
     let labels = args.labels.as_deref().map(labels).transpose()?.unwrap_or_default();
     let model = args.model.open(context)?;
+    if model.tells() && labels.is_empty() {
+        // What looks at images alone needs nothing else.
+        return print_told(&requests_of(args, images)?, model, args, context);
+    }
     let ranked = model.predict_with(&images, &labels, &args.templates)?;
     let document: Vec<_> = images
         .iter()
@@ -62,6 +80,49 @@ pub(super) fn run(args: &PredictArgs, context: &Context) -> Result<()> {
             let _ = writeln!(out, "{}", image.display());
             for r in ranked.iter().take(args.top) {
                 let _ = writeln!(out, "  {:>6.2} %  {}", 100.0 * r.probability, r.label);
+            }
+        }
+        out
+    })
+}
+
+/// Every image with every text or question.
+fn requests_of(args: &PredictArgs, images: Vec<PathBuf>) -> Result<Vec<Request>> {
+    let choices = args.choices.as_deref().map(labels).transpose()?.unwrap_or_default();
+    let texts = args.texts.iter().map(|t| Request { text: Some(t.clone()), ..Request::default() });
+    let questions = args.questions.iter().map(|q| Request { question: Some(q.clone()), choices: choices.clone(), ..Request::default() });
+    let mut asked: Vec<Request> = texts.chain(questions).collect();
+    if asked.is_empty() {
+        asked.push(Request::default());
+    }
+    if images.is_empty() {
+        return Ok(asked);
+    }
+    Ok(images.iter().flat_map(|image| asked.iter().map(move |r| Request { image: Some(image.clone()), ..r.clone() })).collect())
+}
+
+fn judge(args: &PredictArgs, images: Vec<PathBuf>, context: &Context) -> Result<()> {
+    print_told(&requests_of(args, images)?, args.model.open(context)?, args, context)
+}
+
+fn print_told(requests: &[Request], model: Model, args: &PredictArgs, context: &Context) -> Result<()> {
+    if !model.tells() {
+        return Err(Error::input("--text", "this adapter ranks labels, and does not judge an image with a text")
+            .hint("pass --labels, or an adapter that was trained to match, answer or regress"));
+    }
+    let answers = Pool::new(model).answer(requests, &Defaults { top: Some(args.top), ..Defaults::default() })?;
+    context.print(&answers, || {
+        let mut out = String::new();
+        for answer in &answers {
+            let image = answer.image.as_ref().map(|p| p.display().to_string());
+            let text = answer.text.as_ref().or(answer.question.as_ref()).map(|t| format!("\"{t}\""));
+            let _ = writeln!(out, "{}", [image, text].into_iter().flatten().collect::<Vec<_>>().join("  "));
+            if answer.predictions.is_empty() {
+                let _ = writeln!(out, "  {}", answer.prediction.as_deref().unwrap_or_default());
+            }
+            for r in &answer.predictions {
+                let mark = if answer.prediction.as_deref() == Some(&r.label) { "*" } else { " " };
+                let _ = writeln!(out, "{mark} {:>6.2} %  {}", 100.0 * r.probability, r.label);
             }
         }
         out

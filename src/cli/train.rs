@@ -77,9 +77,10 @@ pub(super) fn run(args: TrainArgs, context: &Context) -> Result<()> {
 fn check_text(checked: &session::Checked, yaml: &str) -> String {
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let [train, val, test] = checked.examples;
+    let streamed = if checked.streamed { " (streamed)" } else { "" };
     let m = &checked.memory;
     format!(
-        "{yaml}\n# {train} training, {val} validation and {test} test examples; {} classes; {} texts encoded a step\n\
+        "{yaml}\n# {train} training{streamed}, {val} validation and {test} test examples; {} classes; {} texts encoded a step\n\
          # {} of {} parameters are trained, {} steps\n\
          # about {:.0} MiB: {:.0} for the base, {:.0} for what is trained, {:.0} for activations, {:.0} for images and the program\n",
         checked.classes.len(),

@@ -229,7 +229,7 @@ impl Block {
 /// The sum of the residual and a branch, and whether the branch is as the layer gave it. Then no patch has made anything of
 /// it, and a sum's backward pass does not read it.
 fn join(residual: &Tensor, branch: &Tensor, computed: &Tensor) -> TensorResult<(Tensor, bool)> {
-    let sum = (residual + branch)?;
+    let sum = ops::add(residual, branch)?;
     let plain = branch.id() == computed.id();
     if plain {
         ops::release(computed)?;

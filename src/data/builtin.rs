@@ -1,5 +1,7 @@
 //! The icon sets inside the binary.
 
+use peft_adapters::rng;
+use rand::Rng;
 use serde::Deserialize;
 
 use super::{ImageRef, Raw, RawExample, Source, Split};
@@ -7,7 +9,8 @@ use crate::builtin;
 use crate::error::{Error, Result};
 
 /// `builtin: emoji` or `builtin: emoji-flat`: icons with 20 classes. With `-names` behind it: all
-/// icons of the set with their names as texts, every one in the test split, to measure naming.
+/// icons of the set with their names as texts, every one in the test split, to measure naming. With `-questions`: three questions
+/// about each icon with their answers.
 pub(super) struct Builtin(pub(super) String);
 
 #[derive(Deserialize)]
@@ -36,6 +39,9 @@ impl Source for Builtin {
         if let Some(set) = self.0.strip_suffix(NAMES) {
             return names(set);
         }
+        if let Some(set) = self.0.strip_suffix(QUESTIONS) {
+            return questions(Builtin(set.into()).read()?);
+        }
         let (header, bytes) = open(&self.0)?;
         let mut raw = Raw { classes: Some(header.classes.clone()), ..Default::default() };
         // Icons outside the classes have no split: they serve naming, not this task.
@@ -57,6 +63,37 @@ impl Source for Builtin {
 
 const NAMES: &str = "-names";
 
+const QUESTIONS: &str = "-questions";
+
+/// Of each icon what it is, whether it is that, and whether it is something else, drawn by its name. Each question is also its
+/// text, and the answer its class.
+fn questions(icons: Raw) -> Result<Raw> {
+    let kinds = icons.classes.unwrap_or_default();
+    let mut examples = Vec::with_capacity(3 * icons.examples.len());
+    for icon in icons.examples {
+        let Some(own) = kinds.iter().position(|k| Some(k) == icon.label.as_ref()) else { continue };
+        let draw = rng::rng(0, &[rng::name_key("question"), rng::name_key(&icon.id)]).random_range(1..kinds.len().max(2));
+        let other = &kinds[(own + draw) % kinds.len()];
+        let asked = [
+            ("what is this?".to_string(), kinds[own].as_str()),
+            (format!("is this a {}?", kinds[own]), "yes"),
+            (format!("is this a {other}?"), "no"),
+        ];
+        examples.extend(asked.into_iter().enumerate().map(|(i, (question, answer))| RawExample {
+            id: format!("{}?{i}", icon.id),
+            texts: vec![question.clone()],
+            question: Some(question),
+            answers: vec![answer.to_string()],
+            choices: if i == 0 { kinds.clone() } else { vec!["yes".into(), "no".into()] },
+            label: Some(answer.to_string()),
+            // Icons without a group of their own: their questions stay together.
+            group: Some(icon.group.clone().unwrap_or_else(|| icon.id.clone())),
+            ..icon.clone()
+        }));
+    }
+    Ok(Raw { classes: Some(kinds.into_iter().chain(["yes".into(), "no".into()]).collect()), examples, ..Raw::default() })
+}
+
 fn names(set: &str) -> Result<Raw> {
     let (header, bytes) = open(set)?;
     let examples = header.items.into_iter().map(|item| RawExample {
@@ -71,7 +108,13 @@ fn names(set: &str) -> Result<Raw> {
 
 fn open(name: &str) -> Result<(Header, &'static [u8])> {
     let Some(pack) = builtin::pack(name) else {
-        return Err(Error::input("data.builtin", format!("there is no embedded set `{name}`; there are {}", builtin::PACKS.join(", "))));
+        return Err(Error::input(
+            "data.builtin",
+            format!(
+                "there is no embedded set `{name}`; there are {}, each also with -names or -questions behind it",
+                builtin::PACKS.join(", ")
+            ),
+        ));
     };
     let broken = || Error::fault(format!("builtin:{name}"), "the embedded data is broken");
     let end = pack.iter().position(|b| *b == b'\n').ok_or_else(broken)?;

@@ -103,11 +103,18 @@ impl Images {
     }
 
     fn read<T>(&self, example: &Example, decode: impl Fn(&str, &[u8], &DecodeOptions) -> Result<T>) -> Result<T> {
-        let place = match &example.image {
-            ImageRef::File(path) => path.display().to_string(),
-            _ => example.id.clone(),
-        };
-        decode(&place, &example.bytes()?, &self.options)
+        decode(&example.place(), &example.bytes()?, &self.options)
+    }
+
+    /// [`Images::fetch`] of an image whose bytes are here.
+    ///
+    /// # Errors
+    /// When they are no image.
+    pub fn decode(&self, index: usize, place: &str, bytes: &[u8], vary: Option<&Variation<'_>>) -> Result<RgbImage> {
+        match vary.filter(|v| !v.augment.is_none()) {
+            Some(vary) => self.vary(&decode::decode_rgba(place, bytes, &self.options)?, index, vary),
+            None => self.preprocess.resize_crop(&decode::decode(place, bytes, &self.options)?),
+        }
     }
 
     /// Resized and cropped, not yet normalised.
@@ -123,14 +130,18 @@ impl Images {
     /// # Errors
     /// When one cannot be read.
     pub fn digests(&self, examples: &[Example]) -> Result<Vec<blake3::Hash>> {
-        let digest = |e: &Example| Ok(blake3::hash(&e.bytes()?));
+        let digest = |e: &Example| match e.image {
+            ImageRef::Missing => Ok(blake3::hash(b"")),
+            _ => Ok(blake3::hash(&e.bytes()?)),
+        };
         examples.par_iter().map(digest).collect()
     }
 
     /// The indices of unreadable images, each with the reason.
     #[must_use]
     pub fn verify(&self, examples: &[Example]) -> Vec<(usize, Error)> {
-        examples.par_iter().enumerate().filter_map(|(i, e)| self.read(e, decode::decode).err().map(|error| (i, error))).collect()
+        let read = |(i, e): (usize, &Example)| self.read(e, decode::decode).err().map(|error| (i, error));
+        examples.par_iter().enumerate().filter(|(_, e)| e.image != ImageRef::Missing).filter_map(read).collect()
     }
 
     /// One image, resized and cropped, not yet normalised; varied where that is asked for.

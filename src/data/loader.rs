@@ -10,6 +10,7 @@ use rand::seq::SliceRandom;
 use rayon::prelude::*;
 
 use super::images::{Cached, Variation};
+use super::stream::{Feed, Stream, Taken};
 use super::{AugmentConfig, Example, Images};
 use crate::error::{Error, Result};
 
@@ -25,6 +26,8 @@ pub struct Batch {
     pub examples: Vec<Example>,
     /// The epoch, from 0.
     pub epoch: usize,
+    /// Why images were left out of it, where that is allowed.
+    pub skipped: Vec<String>,
 }
 
 /// How many batches there are and which examples each has.
@@ -112,6 +115,8 @@ pub struct LoaderConfig {
     pub augment: AugmentConfig,
     /// The order.
     pub plan: Plan,
+    /// In place of `examples`.
+    pub stream: Option<Arc<Stream>>,
 }
 
 /// A batch that waits: as bytes, a quarter of its size as pixels.
@@ -120,6 +125,7 @@ struct Waiting {
     images: Vec<RgbImage>,
     examples: Vec<Example>,
     epoch: usize,
+    skipped: Vec<String>,
 }
 
 /// Prepares batches on its own thread, ahead of their use.
@@ -137,12 +143,15 @@ impl Loader {
         let (sender, receiver) = sync_channel(AHEAD);
         let images = config.images.clone();
         let thread = std::thread::spawn(move || {
-            let cache = Cached::new(config.examples.len());
-            for at in position..end {
-                let batch = config.batch(at, &cache);
+            let mut send = |batch: Result<Waiting>| {
                 let failed = batch.is_err();
-                if sender.send(batch).is_err() || failed {
-                    return;
+                sender.send(batch).is_ok() && !failed
+            };
+            match &config.stream {
+                Some(stream) => config.flow(stream, position, end, &mut send),
+                None => {
+                    let cache = Cached::new(config.examples.len());
+                    let _ = (position..end).all(|at| send(config.batch(at, &cache)));
                 }
             }
         });
@@ -152,15 +161,15 @@ impl Loader {
     /// The next batch, or nothing at the end.
     ///
     /// # Errors
-    /// When an image cannot be read.
+    /// When an image cannot be read, or a shard.
     pub fn next_batch(&mut self) -> Result<Option<Batch>> {
         let Some(waiting) = self.receiver.as_ref().and_then(|r| r.recv().ok()).transpose()? else { return Ok(None) };
-        let Waiting { images, examples, epoch } = waiting;
+        let Waiting { images, examples, epoch, skipped } = waiting;
         let pixels = pixels(&self.images, images.len(), |i, out| {
             self.images.preprocess().normalise(&images[i], out);
             Ok(())
         })?;
-        Ok(Some(Batch { pixels, examples, epoch }))
+        Ok(Some(Batch { pixels, examples, epoch, skipped }))
     }
 }
 
@@ -181,7 +190,55 @@ impl LoaderConfig {
         let vary = Variation { augment: &self.augment, seed: self.plan.seed, epoch: epoch as u64 };
         let images = indices.par_iter().map(|&i| self.images.fetch(i, &self.examples[i], Some(&vary), cache));
         let examples = indices.iter().map(|&i| self.examples[i].clone()).collect();
-        Ok(Waiting { images: images.collect::<Result<_>>()?, examples, epoch })
+        Ok(Waiting { images: images.collect::<Result<_>>()?, examples, epoch, skipped: Vec::new() })
+    }
+
+    /// Batches of a stream, epoch after epoch, until one cannot be sent.
+    fn flow(&self, stream: &Stream, position: usize, end: usize, send: &mut dyn FnMut(Result<Waiting>) -> bool) {
+        let each = self.plan.per_epoch().max(1);
+        let mut position = position;
+        while position < end {
+            let epoch = position / each;
+            let mut feed = stream.epoch(self.plan.seed, epoch, self.plan.shuffle, (position % each) * self.plan.batch);
+            let last = end.min((epoch + 1) * each);
+            if !(position..last).all(|at| send(self.next(stream, &mut feed, at, epoch))) {
+                return;
+            }
+            position = last;
+        }
+    }
+
+    /// The next batch of a stream. A row whose image cannot be read is left out of it, not replaced: the batches behind
+    /// it stay what they are.
+    fn next(&self, stream: &Stream, feed: &mut Feed<'_>, position: usize, epoch: usize) -> Result<Waiting> {
+        let mut rows = Vec::with_capacity(self.plan.batch);
+        for _ in 0..self.plan.size(position) {
+            rows.push(feed.next_row()?.ok_or_else(|| Error::fault("stream", "ended before the epoch"))?);
+        }
+        let vary = Variation { augment: &self.augment, seed: self.plan.seed, epoch: epoch as u64 };
+        let decode = |row: Taken| {
+            let image = match row.image {
+                Some(bytes) => bytes.and_then(|b| self.images.decode(row.index, &row.example.place(), &b, Some(&vary))),
+                None => self.images.fetch(row.index, &row.example, Some(&vary), &Cached::none()),
+            };
+            (row.example, image)
+        };
+        let decoded: Vec<(Example, Result<RgbImage>)> = rows.into_par_iter().map(decode).collect();
+        let mut waiting = Waiting { images: Vec::new(), examples: Vec::new(), epoch, skipped: Vec::new() };
+        for (example, image) in decoded {
+            match image {
+                Ok(image) => {
+                    waiting.images.push(image);
+                    waiting.examples.push(example);
+                }
+                Err(error) if stream.skips() => waiting.skipped.push(error.to_string()),
+                Err(error) => return Err(error.hint("`data: { skip_bad: true }` leaves such rows out and counts them")),
+            }
+        }
+        match (waiting.examples.is_empty(), waiting.skipped.first()) {
+            (true, Some(first)) => Err(Error::input("data", format!("no image of batch {} can be read; the first: {first}", position + 1))),
+            _ => Ok(waiting),
+        }
     }
 }
 

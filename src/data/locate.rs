@@ -2,8 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{CoopConfig, DataConfig, Draw, FolderConfig, Source, TableConfig, is_split, table};
+use super::paths::{Paths, on_hub};
+use super::{
+    CocoConfig, ColumnNames, CoopConfig, DataConfig, Draw, FolderConfig, ParquetConfig, Source, TableConfig, VqaConfig, VqaFiles,
+    WebDatasetConfig, coco, is_split, table,
+};
 use crate::error::{Error, Result};
+use crate::hub;
 
 /// What columns are called, the default first.
 const IMAGE: [&str; 8] = ["image", "file_name", "path", "image_path", "filename", "filepath", "file", "img"];
@@ -11,8 +16,9 @@ const TEXT: [&str; 5] = ["text", "caption", "description", "title", "prompt"];
 const LABEL: [&str; 6] = ["label", "class", "category", "class_name", "label_name", "target"];
 
 impl DataConfig {
-    /// Finds out what lies at `path`: `builtin:NAME`, a table, a directory with `metadata.csv|jsonl`, one of CoOp's
-    /// benchmarks, one directory a class, or a directory with one table in it.
+    /// Finds out what lies at `path`: `builtin:NAME`, `hub:owner/dataset`, a table, Parquet files or tars (also a glob or a
+    /// brace range), a file of COCO or VQA, a directory with `metadata.csv|jsonl`, one of CoOp's benchmarks, one directory a
+    /// class, or a directory with such files in it.
     ///
     /// # Errors
     /// When it is none of them.
@@ -21,8 +27,14 @@ impl DataConfig {
             return Ok(Self { builtin: Some(name.to_string()), ..Self::default() });
         }
         let place = Path::new(path);
+        if let Some(found) = sharded(path, place)? {
+            return Ok(found);
+        }
         if place.is_file() {
-            return Ok(Self { table: Some(guess(place)?), ..Self::default() });
+            return match place.extension().is_some_and(|e| e.eq_ignore_ascii_case("json")) {
+                true => annotations(&[place.to_path_buf()], path),
+                false => Ok(Self { table: Some(guess(place)?), ..Self::default() }),
+            };
         }
         let entries = std::fs::read_dir(place).map_err(|e| Error::read(place, e))?;
         let files: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(|p| p.is_file()).collect();
@@ -35,13 +47,18 @@ impl DataConfig {
             let coop = CoopConfig { root, split: None, images: None, draw: Draw::default() };
             return Ok(Self { coop: Some(coop), ..Self::default() });
         }
+        let json: Vec<PathBuf> = files.iter().filter(|f| f.extension().is_some_and(|e| e == "json")).cloned().collect();
+        if let Ok(found) = annotations(&json, path) {
+            return Ok(found);
+        }
         let folder = FolderConfig { root };
         let read = folder.read();
         let mut tables = files.iter().filter(|f| is_table(f));
         match (&read, tables.next(), tables.next()) {
             (Err(_), Some(one), None) => Ok(Self { table: Some(guess(one)?), ..Self::default() }),
             (Err(e), ..) => Err(Error::input(path, format!("holds nothing that can be learnt from ({})", without_place(e))).hint(
-                "expected <class>/<image>, <split>/<class>/<image>, metadata.csv or metadata.jsonl, one table, or one of CoOp's benchmarks",
+                "expected <class>/<image>, <split>/<class>/<image>, metadata.csv or metadata.jsonl, one table, Parquet files, tars, \
+                 COCO's captions, VQA's questions, or one of CoOp's benchmarks",
             )),
             _ => Ok(Self { folder: Some(folder), ..Self::default() }),
         }
@@ -50,13 +67,21 @@ impl DataConfig {
     /// Whether the source says itself what is trained on and what is tested.
     #[must_use]
     pub fn has_own_splits(&self) -> bool {
-        self.source().and_then(|s| s.read()).is_ok_and(|raw| raw.examples.iter().any(|e| e.split.is_some()))
+        self.source().is_ok_and(|s| s.has_own_splits())
     }
 
     /// The source's key in a recipe.
     #[must_use]
     pub fn kind(&self) -> &'static str {
-        let given = [("folder", self.folder.is_some()), ("table", self.table.is_some()), ("coop", self.coop.is_some())];
+        let given = [
+            ("folder", self.folder.is_some()),
+            ("table", self.table.is_some()),
+            ("parquet", self.parquet.is_some()),
+            ("webdataset", self.webdataset.is_some()),
+            ("coco", self.coco.is_some()),
+            ("vqa", self.vqa.is_some()),
+            ("coop", self.coop.is_some()),
+        ];
         given.iter().find(|(_, is)| *is).map_or("builtin", |(name, _)| name)
     }
 }
@@ -72,22 +97,93 @@ fn is_table(path: &Path) -> bool {
     path.extension().is_some_and(|e| ["csv", "tsv", "tab", "jsonl", "ndjson"].contains(&e.to_string_lossy().to_ascii_lowercase().as_str()))
 }
 
+/// Parquet files or tars, by their extension: a file, files that a glob or a range names, a directory, a dataset on the hub.
+fn sharded(path: &str, place: &Path) -> Result<Option<DataConfig>> {
+    let parquet = |columns: &[String]| {
+        let path = Paths::One(path.into());
+        let (text, label) = (usual(columns, &TEXT, 1).map(ColumnNames::One), usual(columns, &LABEL, 1));
+        let image = usual(columns, &IMAGE[..4], 2).or_else(|| columns.iter().find(|c| *c == "img").cloned());
+        Some(DataConfig { parquet: Some(ParquetConfig { path, image, text, label, ..Default::default() }), ..Default::default() })
+    };
+    let webdataset = || {
+        let webdataset = WebDatasetConfig { path: Paths::One(path.into()), ..Default::default() };
+        Some(DataConfig { webdataset: Some(webdataset), ..Default::default() })
+    };
+    let ends = |name: &str, e: &str| name.to_ascii_lowercase().ends_with(e);
+    if let Some((id, wanted)) = on_hub(path) {
+        let names = hub::dataset_files(id)?;
+        return match ["parquet", "tar"].map(|e| wanted.unwrap_or_default().ends_with(e) || names.iter().any(|n| ends(n, &format!(".{e}")))) {
+            // Columns are seen once the files are here.
+            [true, _] => Ok(parquet(&[])),
+            [_, true] => Ok(webdataset()),
+            _ => Err(Error::input(path, "holds neither Parquet files nor tars").hint(
+                "the hub keeps a Parquet copy of many datasets under the revision refs/convert/parquet: hub:owner/dataset@refs/convert/parquet",
+            )),
+        };
+    }
+    let pattern = place.is_dir() || place.is_file() || path.contains(['*', '?', '{']);
+    let first = |extension: &str| {
+        Paths::One(path.into()).files("data", &[extension]).ok()?.into_iter().find(|f| ends(&f.to_string_lossy(), &format!(".{extension}")))
+    };
+    if !pattern || (place.is_dir() && table::imagefolder(place).is_ok()) {
+        return Ok(None);
+    }
+    if let Some(file) = first("parquet") {
+        return Ok(parquet(&super::parquet::columns(&file)?));
+    }
+    Ok(first("tar").and_then(|_| webdataset()))
+}
+
+/// COCO's captions or VQA's questions among JSON files; training and validation where both are there.
+fn annotations(files: &[PathBuf], path: &str) -> Result<DataConfig> {
+    let name = |f: &Path| f.file_name().map(|n| n.to_string_lossy().to_lowercase()).unwrap_or_default();
+    let mut kinds = Vec::new();
+    for file in files {
+        kinds.push((file.clone(), coco::kind(file)?));
+    }
+    let of = |wanted: coco::Kind, part: &str| {
+        let mut all = kinds.iter().filter(|(_, kind)| *kind == wanted).map(|(f, _)| f).filter(|f| name(f).contains(part));
+        all.next().cloned()
+    };
+    let pair = |wanted: coco::Kind| {
+        let val = of(wanted, "val").filter(|_| files.len() > 1);
+        (of(wanted, "train").or_else(|| of(wanted, "")), val)
+    };
+    if let (Some(path), val) = pair(coco::Kind::Captions) {
+        let val = val.filter(|v| *v != path);
+        return Ok(DataConfig { coco: Some(CocoConfig { path, val, test: None, images: None }), ..Default::default() });
+    }
+    if let (Some(questions), val) = pair(coco::Kind::Questions) {
+        let answers = |questions: &Path| {
+            let wanted = name(questions).replace("openended_", "").replace("multiplechoice_", "").replace("questions", "annotations");
+            let beside = questions.parent().and_then(|d| std::fs::read_dir(d).ok())?;
+            beside.flatten().map(|e| e.path()).find(|f| name(f) == wanted)
+        };
+        let val = val.filter(|v| *v != questions).map(|q| VqaFiles { annotations: answers(&q), questions: q, images: None });
+        let annotations = answers(&questions);
+        let vqa = VqaConfig { questions, annotations, images: None, pattern: None, val, test: None };
+        return Ok(DataConfig { vqa: Some(vqa), ..Default::default() });
+    }
+    Err(Error::input(path, "is neither COCO's captions ({\"images\", \"annotations\"}) nor VQA's questions ({\"questions\"})"))
+}
+
+/// The column with one of these names, unless it is found by itself, as the first `known` of them are.
+fn usual(columns: &[String], names: &[&str], known: usize) -> Option<String> {
+    let found = names.iter().find_map(|n| columns.iter().position(|c| c.eq_ignore_ascii_case(n)).map(|i| columns[i].clone()));
+    found.filter(|c| !names[..known].contains(&c.as_str()))
+}
+
 /// A table whose columns are named where they are not called by the default name.
 fn guess(path: &Path) -> Result<TableConfig> {
     let columns = table::columns(path)?;
-    let find = |names: &[&str], known: usize| {
-        let found = names.iter().find_map(|n| columns.iter().position(|c| c.eq_ignore_ascii_case(n)).map(|i| columns[i].clone()));
-        found.filter(|c| !names[..known].contains(&c.as_str()))
-    };
+    let find = |names: &[&str], known: usize| usual(&columns, names, known);
     Ok(TableConfig {
         path: path.to_path_buf(),
-        val: None,
-        test: None,
         image: find(&IMAGE, 2),
-        text: find(&TEXT, 1),
+        text: find(&TEXT, 1).map(ColumnNames::One),
         label: find(&LABEL, 1),
         split: find(&["split", "subset"], 1),
-        group: None,
+        ..Default::default()
     })
 }
 
@@ -110,7 +206,7 @@ mod tests {
         assert_eq!(locate("pets").unwrap().kind(), "folder");
         write("hf/train/metadata.jsonl", "{\"file_name\": \"1.png\", \"caption\": \"a cat\"}\n");
         let table = locate("hf").unwrap().table.unwrap();
-        assert_eq!((table.path, table.image, table.text.as_deref()), (at("hf"), None, Some("caption")));
+        assert_eq!((table.path, table.image, table.text), (at("hf"), None, Some(ColumnNames::One("caption".into()))));
         write("coop/split_zhou_DTD.json", "{}");
         assert_eq!(locate("coop").unwrap().kind(), "coop");
         write("one/all.csv", "Filename,Category,subset\n1.png,cat,train\n");

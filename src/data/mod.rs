@@ -11,26 +11,45 @@ use serde::{Deserialize, Serialize};
 
 use crate::clip::decode;
 use crate::error::{Error, Result};
+use crate::hub;
 
 pub mod augment;
 mod builtin;
+mod coco;
+mod columns;
 mod coop;
 mod folder;
 pub mod images;
 pub mod loader;
 mod locate;
+mod parquet;
+mod paths;
+mod shards;
 mod split;
+mod stored;
+pub mod stream;
 mod table;
+mod vqa;
+mod webdataset;
 
 pub use augment::AugmentConfig;
+pub use coco::CocoConfig;
+pub use columns::ColumnNames;
 pub(crate) use coop::is_split;
 pub use coop::{CoopConfig, Draw};
 pub use folder::FolderConfig;
 pub(crate) use folder::is_image;
 pub use images::Images;
 pub use loader::{Batch, Loader, Plan};
+pub use parquet::ParquetConfig;
+pub use paths::Paths;
+pub use shards::{Auto, Streaming};
 pub use split::{Split, SplitConfig};
+pub use stored::Stored;
+pub use stream::Stream;
 pub use table::TableConfig;
+pub use vqa::{VqaConfig, VqaFiles};
+pub use webdataset::{ClassList, WebDatasetConfig};
 
 /// Where examples come from: exactly one source, and how it is divided.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -42,6 +61,18 @@ pub struct DataConfig {
     /// A CSV, TSV or JSONL file, or a directory with `metadata.jsonl` or `metadata.csv`.
     #[serde(default)]
     pub table: Option<TableConfig>,
+    /// Parquet files as Hugging Face `datasets` writes them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parquet: Option<ParquetConfig>,
+    /// Tars as `webdataset` writes them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub webdataset: Option<WebDatasetConfig>,
+    /// COCO's captions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub coco: Option<CocoConfig>,
+    /// Questions and answers of VQA v2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vqa: Option<VqaConfig>,
     /// One of CoOp's few-shot benchmarks in its own layout.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub coop: Option<CoopConfig>,
@@ -54,7 +85,7 @@ pub struct DataConfig {
     /// Training examples for each class, drawn by `train.seed`; all when left out.
     #[serde(default)]
     pub shots: Option<usize>,
-    /// Leave unreadable images out and count them; otherwise all of them are listed in one error.
+    /// Leave unreadable images and rows out and count them; otherwise all of them are listed in one error.
     #[serde(default)]
     pub skip_bad: bool,
 }
@@ -69,6 +100,8 @@ pub enum ImageRef {
     File(PathBuf),
     /// Bytes inside the binary.
     Embedded(&'static [u8]),
+    /// Inside a shard.
+    Stored(Stored),
 }
 
 /// One example.
@@ -111,8 +144,10 @@ pub struct Dataset {
     pub test: Vec<Example>,
     /// What a user should know: classes with fewer shots than asked, a split that was made.
     pub notes: Vec<String>,
-    /// How many unreadable images were left out.
+    /// How many unreadable images and rows were left out.
     pub skipped: usize,
+    /// What is trained on where it is streamed; `train` is empty then.
+    pub stream: Option<Arc<Stream>>,
 }
 
 /// An example as a source gives it: as [`Example`], with the names of classes.
@@ -140,6 +175,8 @@ pub(crate) struct Raw {
     /// What the examples call each class, where that is not its name: ImageNet has two classes `sunglasses`.
     pub(crate) keys: Option<Vec<String>>,
     pub(crate) examples: Vec<RawExample>,
+    /// Rows that cannot be read, each with the reason.
+    pub(crate) bad: Vec<Error>,
 }
 
 /// A place where examples come from.
@@ -148,6 +185,14 @@ pub(crate) trait Source {
     fn place(&self) -> String;
     /// Lists the examples; images are not opened.
     fn read(&self) -> Result<Raw>;
+    /// Opens a source of shards, which divides its rows itself and may stream them.
+    fn open(&self, _config: &DataConfig, _draw: Option<(usize, u64)>) -> Option<Result<Dataset>> {
+        None
+    }
+    /// Whether it says itself what is trained on and what is tested.
+    fn has_own_splits(&self) -> bool {
+        self.read().is_ok_and(|raw| raw.examples.iter().any(|e| e.split.is_some()))
+    }
     /// Lists them with `shots` of each class for training, where the source has its own way of drawing them.
     fn read_few(&self, _shots: usize, _seed: u64) -> Option<Result<Raw>> {
         None
@@ -163,7 +208,18 @@ impl Example {
         match &self.image {
             ImageRef::Embedded(bytes) => Ok(Cow::Borrowed(bytes)),
             ImageRef::File(path) => decode::read_file(path).map(Cow::Owned),
+            ImageRef::Stored(stored) => stored.bytes().map(Cow::Owned),
             ImageRef::Missing => Err(Error::input(&self.id, "has no image")),
+        }
+    }
+
+    /// What its image is called in messages: a path, or shard and row.
+    #[must_use]
+    pub fn place(&self) -> String {
+        match &self.image {
+            ImageRef::File(path) => path.display().to_string(),
+            ImageRef::Stored(stored) => stored.place(),
+            _ => self.id.clone(),
         }
     }
 
@@ -176,20 +232,57 @@ impl Example {
 
 impl DataConfig {
     fn source(&self) -> Result<Box<dyn Source>> {
-        let sources: [Option<Box<dyn Source>>; 4] = [
+        let sources: [Option<Box<dyn Source>>; 8] = [
             self.folder.clone().map(|c| Box::new(c) as Box<dyn Source>),
             self.table.clone().map(|c| Box::new(c) as Box<dyn Source>),
+            self.parquet.clone().map(|c| Box::new(c) as Box<dyn Source>),
+            self.webdataset.clone().map(|c| Box::new(c) as Box<dyn Source>),
+            self.coco.clone().map(|c| Box::new(c) as Box<dyn Source>),
+            self.vqa.clone().map(|c| Box::new(c) as Box<dyn Source>),
             self.coop.clone().map(|c| Box::new(c) as Box<dyn Source>),
             self.builtin.clone().map(|name| Box::new(builtin::Builtin(name)) as Box<dyn Source>),
         ];
         let mut given: Vec<_> = sources.into_iter().flatten().collect();
         match (given.pop(), given.is_empty()) {
             (Some(one), true) => Ok(one),
-            (found, _) => {
-                Err(Error::input("data", format!("expected exactly one source, found {}", given.len() + usize::from(found.is_some())))
-                    .hint("give one of `folder: { root: DIR }`, `table: { path: FILE }`, `coop: { root: DIR }`, `builtin: emoji`"))
+            (found, _) => Err(Error::input(
+                "data",
+                format!("expected exactly one source, found {}", given.len() + usize::from(found.is_some())),
+            )
+            .hint(
+                "give one of `folder: { root: DIR }`, `table: { path: FILE }`, `parquet: { path: FILES }`, `webdataset: { path: FILES }`, \
+                           `coco: { path: FILE }`, `vqa: { questions: FILE }`, `coop: { root: DIR }`, `builtin: emoji`",
+            )),
+        }
+    }
+
+    /// The same data with nothing streamed.
+    #[must_use]
+    pub fn listed(&self) -> Self {
+        let mut listed = self.clone();
+        let never = Some(Streaming::Fixed(false));
+        listed.parquet.iter_mut().for_each(|p| p.stream = never);
+        listed.webdataset.iter_mut().for_each(|w| w.stream = never);
+        listed
+    }
+
+    /// The same data with what lies on the hub fetched; `open` wants it so.
+    ///
+    /// # Errors
+    /// When the hub cannot be reached, refuses, or holds no such files.
+    pub fn local(&self, progress: &mut hub::Progress<'_>) -> Result<Self> {
+        let mut local = self.clone();
+        if let Some(p) = &mut local.parquet {
+            for paths in [Some(&mut p.path), p.val.as_mut(), p.test.as_mut()].into_iter().flatten().filter(|p| p.is_remote()) {
+                *paths = paths.local("data.parquet.path", &["parquet"], progress)?;
             }
         }
+        if let Some(w) = &mut local.webdataset {
+            for paths in [Some(&mut w.path), w.val.as_mut(), w.test.as_mut()].into_iter().flatten().filter(|p| p.is_remote()) {
+                *paths = paths.local("data.webdataset.path", &["tar"], progress)?;
+            }
+        }
+        Ok(local)
     }
 
     /// Reads, divides and samples; `seed` draws the shots.
@@ -202,15 +295,26 @@ impl DataConfig {
         }
         let source = self.source()?;
         let place = source.place();
+        if let Some(data) = source.open(self, self.shots.map(|shots| (shots, seed))) {
+            return data;
+        }
         let own = self.shots.and_then(|shots| source.read_few(shots, seed));
         let draw = self.shots.filter(|_| own.is_none()).map(|shots| (shots, seed));
-        let raw = own.unwrap_or_else(|| source.read())?;
+        let mut raw = own.unwrap_or_else(|| source.read())?;
+        let bad = std::mem::take(&mut raw.bad);
+        if !bad.is_empty() && !self.skip_bad {
+            return Err(unreadable("rows", bad.len(), &bad));
+        }
         if raw.examples.is_empty() {
             return Err(Error::input(place, "there is no image"));
         }
         let (classes, labelled, notes) = classes(&place, raw)?;
         let mut data = split::divide(&place, self, classes, labelled, draw)?;
         data.notes.extend(notes);
+        if let Some(first) = bad.first() {
+            data.skipped += bad.len();
+            data.notes.push(format!("skipped {} rows that cannot be read; the first: {first}", bad.len()));
+        }
         Ok(data)
     }
 }
@@ -238,23 +342,26 @@ fn classes(place: &str, raw: Raw) -> Result<(Vec<String>, Vec<Placed>, Option<St
         (same, _) => same.map(|()| None)?,
     };
     let index: HashMap<&str, u32> = keys.iter().enumerate().map(|(i, n)| (n.as_str(), i as u32)).collect();
-    let mut examples = Vec::with_capacity(raw.examples.len());
-    for e in raw.examples {
-        let find = |name: &String| {
-            index.get(name.as_str()).copied().ok_or_else(|| {
-                Error::input(format!("{place}: {}", e.id), format!("label `{name}` is not among the {} classes", names.len()))
-            })
-        };
-        let label = e.label.as_ref().map(find).transpose()?;
-        let mut labels = e.labels.as_ref().map(|all| all.iter().map(find).collect::<Result<Vec<u32>>>()).transpose()?;
-        if let Some(labels) = &mut labels {
-            labels.sort_unstable();
-            labels.dedup();
-        }
-        let RawExample { id, image, texts, question, value, fits, answers, choices, group, split, .. } = e;
-        examples.push((Example { id, image, texts, question, label, labels, value, fits, answers, choices, group }, split));
-    }
+    let find = |name: &str| index.get(name).copied();
+    let number = |e: RawExample| Ok((e.split, numbered(place, names.len(), e, &find)?));
+    let examples: Vec<(Option<Split>, Example)> = raw.examples.into_iter().map(number).collect::<Result<_>>()?;
+    let examples = examples.into_iter().map(|(split, e)| (e, split)).collect();
     Ok((names, examples, note))
+}
+
+/// An example with the numbers of its classes, of which there are `count`.
+fn numbered(place: &str, count: usize, e: RawExample, find: &dyn Fn(&str) -> Option<u32>) -> Result<Example> {
+    let find = |name: &String| {
+        find(name).ok_or_else(|| Error::input(format!("{place}: {}", e.id), format!("label `{name}` is not among the {count} classes")))
+    };
+    let label = e.label.as_ref().map(find).transpose()?;
+    let mut labels = e.labels.as_ref().map(|all| all.iter().map(find).collect::<Result<Vec<u32>>>()).transpose()?;
+    if let Some(labels) = &mut labels {
+        labels.sort_unstable();
+        labels.dedup();
+    }
+    let RawExample { id, image, texts, question, value, fits, answers, choices, group, .. } = e;
+    Ok(Example { id, image, texts, question, label, labels, value, fits, answers, choices, group })
 }
 
 /// Empty and look-alike names make prompts that nobody can tell apart.
@@ -286,6 +393,37 @@ impl Dataset {
         }
     }
 
+    /// How many examples a split has, streamed ones included.
+    #[must_use]
+    pub fn count(&self, split: Split) -> usize {
+        match &self.stream {
+            Some(stream) if split == Split::Train => stream.len(),
+            _ => self.split(split).len(),
+        }
+    }
+
+    /// Every example of a split without its image, a part at a time; a listed split comes as one.
+    ///
+    /// # Errors
+    /// What `each` returns, or when a shard cannot be read.
+    pub fn visit(&self, split: Split, each: &mut dyn FnMut(&[Example]) -> Result<()>) -> Result<()> {
+        match &self.stream {
+            Some(stream) if split == Split::Train => stream.visit(each),
+            _ => each(self.split(split)),
+        }
+    }
+
+    /// The examples of a split; streamed ones are listed, without their images.
+    ///
+    /// # Errors
+    /// When a shard cannot be read.
+    pub fn listed(&self, split: Split) -> Result<Cow<'_, [Example]>> {
+        match &self.stream {
+            Some(stream) if split == Split::Train => stream.list().map(Cow::Owned),
+            _ => Ok(Cow::Borrowed(self.split(split))),
+        }
+    }
+
     /// Opens every image once, in parallel, and leaves out or lists those that cannot be read.
     ///
     /// # Errors
@@ -294,7 +432,8 @@ impl Dataset {
         const ALL: [Split; 3] = [Split::Train, Split::Val, Split::Test];
         let bad = ALL.map(|split| images.verify(self.split(split)));
         if !skip_bad && bad.iter().any(|b| !b.is_empty()) {
-            return Err(unreadable(&bad.into_iter().flatten().map(|(_, e)| e).collect::<Vec<_>>()));
+            let bad: Vec<Error> = bad.into_iter().flatten().map(|(_, e)| e).collect();
+            return Err(unreadable("images", bad.len(), &bad));
         }
         for (split, bad) in ALL.into_iter().zip(bad).filter(|(_, bad)| !bad.is_empty()) {
             let drop: std::collections::HashSet<usize> = bad.iter().map(|(i, _)| *i).collect();
@@ -316,12 +455,12 @@ impl Dataset {
 }
 
 /// All at once, so that one pass of repair is enough.
-fn unreadable(bad: &[Error]) -> Error {
+fn unreadable(what: &str, count: usize, bad: &[Error]) -> Error {
     const SHOWN: usize = 50;
     let mut lines: Vec<String> = bad.iter().take(SHOWN).map(|e| format!("  {}", e.to_string().replace('\n', " "))).collect();
-    if bad.len() > SHOWN {
-        lines.push(format!("  and {} more", bad.len() - SHOWN));
+    if count > lines.len() {
+        lines.push(format!("  and {} more", count - lines.len()));
     }
-    Error::input("data", format!("{} images cannot be read:\n{}", bad.len(), lines.join("\n")))
+    Error::input("data", format!("{count} {what} cannot be read:\n{}", lines.join("\n")))
         .hint("repair or remove them, or set `data: { skip_bad: true }` to leave them out")
 }

@@ -70,7 +70,7 @@ impl Default for SplitConfig {
 const VAL_FRACTION: f64 = 0.1;
 
 impl SplitConfig {
-    fn check(&self) -> Result<()> {
+    pub(super) fn check(&self) -> Result<()> {
         let parts = [("train", self.train), ("val", self.val), ("test", self.test)];
         if let Some((key, value)) = parts.iter().find(|(_, v)| !(0.0..=1.0).contains(v)) {
             return Err(Error::input(format!("data.split.{key}"), format!("expected a fraction from 0 to 1, found {value}")));
@@ -126,7 +126,7 @@ pub(super) fn divide(
     if let Some((shots, seed)) = draw {
         train = sample(place, &classes, train, shots, seed, &mut notes)?;
     }
-    Ok(Dataset { classes, train, val, test, notes, skipped: 0 })
+    Ok(Dataset { classes, train, val, test, notes, skipped: 0, stream: None })
 }
 
 /// The same file in two splits would be trained on and tested with.

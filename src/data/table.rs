@@ -2,44 +2,30 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
+use super::columns::{At, Row, shown, with_columns};
 use super::{ImageRef, Raw, RawExample, Source, Split};
 use crate::error::{Error, Result};
 use crate::files;
 
-/// One row an example. The format follows the extension: csv, tsv, jsonl.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TableConfig {
-    /// A table, or a directory in HF imagefolder layout (`metadata.jsonl` or `metadata.csv` in it, or in its
-    /// `train`, `val` and `test` directories).
-    pub path: PathBuf,
-    /// A table of its own for validation.
-    #[serde(default)]
-    pub val: Option<PathBuf>,
-    /// A table of its own for testing.
-    #[serde(default)]
-    pub test: Option<PathBuf>,
-    /// Column of image paths, relative to the table; `image` or `file_name` when left out.
-    #[serde(default)]
-    pub image: Option<String>,
-    /// Column of texts: a string, in JSONL also a list of strings. `text` when left out.
-    #[serde(default)]
-    pub text: Option<String>,
-    /// Column of class names. `label` when left out.
-    #[serde(default)]
-    pub label: Option<String>,
-    /// Column that says train, val or test. `split` when left out.
-    #[serde(default)]
-    pub split: Option<String>,
-    /// Column whose equal values stay in one split. `group` when left out.
-    #[serde(default)]
-    pub group: Option<String>,
-}
+/// Longer rows of a JSONL file are refused.
+const MAX_LINE: u64 = 16 << 20;
 
-type Row = Map<String, Value>;
+with_columns! {
+    /// One row an example. The format follows the extension: csv, tsv, jsonl.
+    pub struct TableConfig as "table" {
+        /// A table, or a directory in HF imagefolder layout (`metadata.jsonl` or `metadata.csv` in it, or in its
+        /// `train`, `val` and `test` directories).
+        pub path: PathBuf,
+        /// A table of its own for validation.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub val: Option<PathBuf>,
+        /// A table of its own for testing.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub test: Option<PathBuf>,
+    }
+}
 
 impl Source for TableConfig {
     fn place(&self) -> String {
@@ -49,9 +35,9 @@ impl Source for TableConfig {
     fn read(&self) -> Result<Raw> {
         let mut raw = Raw::default();
         for (path, split) in self.tables()? {
-            let before = raw.examples.len();
+            let before = raw.examples.len() + raw.bad.len();
             self.read_table(&path, split, &mut raw)?;
-            if raw.examples.len() == before {
+            if raw.examples.len() + raw.bad.len() == before {
                 return Err(Error::input(path.display(), "has no rows"));
             }
         }
@@ -73,50 +59,49 @@ impl TableConfig {
     }
 
     fn read_table(&self, path: &Path, split: Option<Split>, raw: &mut Raw) -> Result<()> {
-        let mut each = |line: usize, row: &Row| -> Result<()> {
-            raw.examples.push(self.example(path, line, row, split)?);
-            Ok(())
-        };
-        rows(path, &mut each)
-    }
-
-    fn example(&self, path: &Path, line: usize, row: &Row, split: Option<Split>) -> Result<RawExample> {
-        let place = || format!("{}:{line}", path.display());
-        let column = |key: &str, named: &Option<String>, default: &str| -> Result<Option<Value>> {
-            let name = named.as_deref().unwrap_or(default);
-            match row.get(name).filter(|v| !v.is_null()) {
-                Some(v) => Ok(Some(v.clone())),
-                None if named.is_some() && !row.contains_key(name) => Err(Error::input(place(), format!("there is no column `{name}`"))
-                    .hint(format!("data.table.{key} names it; the columns are {}", row.keys().cloned().collect::<Vec<_>>().join(", ")))),
-                None => Ok(None),
+        let columns = self.columns();
+        let flat = !is_json(path);
+        rows(path, &mut |line, row| {
+            let found = row.and_then(|row| {
+                let place = || format!("{}:{line}", path.display());
+                let at = At { row, place: &place, flat };
+                let image = columns.image(at)?;
+                let mut example = columns.example(at)?;
+                example.split = split.or(example.split);
+                locate(path, line, image, &mut example, at)?;
+                Ok(example)
+            });
+            match found {
+                Ok(example) => raw.examples.push(example),
+                Err(error) => raw.bad.push(error),
             }
-        };
-        let image = match column("image", &self.image, "image")? {
-            None if self.image.is_none() => column("image", &None, "file_name")?,
-            found => found,
-        };
-        let image = image.as_ref().and_then(Value::as_str).map(str::trim).filter(|s| !s.is_empty()).ok_or_else(|| {
-            Error::input(place(), "expected a path in the image column, found none").hint("data.table.image names the column")
-        })?;
-        let text = column("text", &self.text, "text")?;
-        let cell = |v: Option<Value>| v.map(|v| plain(&v)).filter(|s| !s.is_empty());
-        let split = match cell(column("split", &self.split, "split")?) {
-            Some(name) if split.is_none() => {
-                Some(Split::parse(&name).ok_or_else(|| Error::input(place(), format!("split `{name}`: expected train, val or test")))?)
-            }
-            _ => split,
-        };
-        Ok(RawExample {
-            id: image.to_string(),
-            image: ImageRef::File(path.parent().unwrap_or(Path::new(".")).join(image)),
-            texts: texts(text.as_ref())
-                .map_err(|found| Error::input(place(), format!("text: expected a string or a list of strings, found {found}")))?,
-            label: cell(column("label", &self.label, "label")?),
-            group: cell(column("group", &self.group, "group")?),
-            split,
-            ..Default::default()
         })
     }
+}
+
+/// Where the image is, and what the example is called.
+fn locate(path: &Path, line: usize, image: Option<Value>, example: &mut RawExample, at: At<'_>) -> Result<()> {
+    let cell = match &image {
+        Some(Value::String(s)) => Some(s.trim()).filter(|s| !s.is_empty()),
+        Some(other) => return Err(at.wrong("image", "a path", &shown(other)).hint("data.table.image names the column")),
+        None => None,
+    };
+    let file = path.file_name().unwrap_or_default().to_string_lossy();
+    let id = match cell {
+        Some(image) => {
+            example.image = ImageRef::File(path.parent().unwrap_or(Path::new(".")).join(image));
+            image.to_string()
+        }
+        None if example.texts.is_empty() && example.question.is_none() => {
+            return Err(Error::input((at.place)(), "expected a path in the image column, found none, and there is no text either")
+                .hint("data.table.image and data.table.text name the columns"));
+        }
+        None => format!("{file}:{line}"),
+    };
+    if example.id.is_empty() {
+        example.id = id;
+    }
+    Ok(())
 }
 
 /// The `metadata` files of HF's imagefolder.
@@ -144,49 +129,38 @@ pub(super) fn imagefolder(dir: &Path) -> Result<Vec<(PathBuf, Option<Split>)>> {
 
 /// The names of a table's columns: its header, or the keys of its first line.
 pub(super) fn columns(path: &Path) -> Result<Vec<String>> {
-    let mut names = Vec::new();
-    let mut each = |_: usize, row: &Row| -> Result<()> {
-        if names.is_empty() {
-            names = row.keys().cloned().collect();
-        }
-        Ok(())
-    };
-    rows(path, &mut each)?;
-    Ok(names)
+    let (mut names, mut bad) = (Vec::new(), None);
+    rows(path, &mut |_, row| match row {
+        Ok(row) if names.is_empty() => names = row.keys().cloned().collect(),
+        Ok(_) => {}
+        Err(error) => _ = bad.get_or_insert(error),
+    })?;
+    bad.map_or(Ok(names), Err)
 }
 
-/// Reads a table as its extension says.
+fn extension(path: &Path) -> String {
+    path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase()).unwrap_or_default()
+}
+
+fn is_json(path: &Path) -> bool {
+    ["jsonl", "ndjson"].contains(&extension(path).as_str())
+}
+
+/// Reads a table as its extension says; rows that cannot be read are handed on as errors.
 fn rows(path: &Path, each: Each<'_>) -> Result<()> {
-    let extension = path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
-    match extension.as_deref() {
-        Some("csv") => delimited(path, b',', each),
-        Some("tsv" | "tab") => delimited(path, b'\t', each),
-        Some("jsonl" | "ndjson") => json_lines(path, each),
+    match extension(path).as_str() {
+        "csv" => delimited(path, b',', each),
+        "tsv" | "tab" => delimited(path, b'\t', each),
+        "jsonl" | "ndjson" => json_lines(path, each),
         other => {
-            Err(Error::input(path.display(), format!("expected a .csv, .tsv or .jsonl file, found {}", other.unwrap_or("no extension")))
+            let found = if other.is_empty() { "no extension" } else { other };
+            Err(Error::input(path.display(), format!("expected a .csv, .tsv or .jsonl file, found {found}"))
                 .hint("rename the file after its format"))
         }
     }
 }
 
-/// A cell as text; numbers as they are written.
-fn plain(value: &Value) -> String {
-    match value {
-        Value::String(s) => s.trim().to_string(),
-        other => other.to_string(),
-    }
-}
-
-fn texts(value: Option<&Value>) -> std::result::Result<Vec<String>, String> {
-    match value {
-        None => Ok(Vec::new()),
-        Some(Value::String(s)) => Ok(Some(s.trim()).filter(|s| !s.is_empty()).map(str::to_string).into_iter().collect()),
-        Some(Value::Array(items)) => items.iter().map(|i| i.as_str().map(|s| s.trim().to_string()).ok_or_else(|| i.to_string())).collect(),
-        Some(other) => Err(other.to_string()),
-    }
-}
-
-type Each<'a> = &'a mut dyn FnMut(usize, &Row) -> Result<()>;
+type Each<'a> = &'a mut dyn FnMut(usize, Result<&Row>);
 
 fn delimited(path: &Path, delimiter: u8, each: Each<'_>) -> Result<()> {
     let file = files::open(path)?;
@@ -198,25 +172,42 @@ fn delimited(path: &Path, delimiter: u8, each: Each<'_>) -> Result<()> {
     let header: Vec<String> =
         reader.headers().map_err(wrong)?.iter().map(|h| h.trim_start_matches('\u{feff}').trim().to_string()).collect();
     for record in reader.records() {
-        let record = record.map_err(wrong)?;
+        let record = match record {
+            Ok(record) => record,
+            Err(e) if matches!(e.kind(), csv::ErrorKind::Io(_)) => return Err(wrong(e)),
+            Err(e) => {
+                each(0, Err(wrong(e)));
+                continue;
+            }
+        };
         let line = record.position().map_or(0, |p| p.line() as usize);
         let cells = record.iter().map(|c| if c.is_empty() { Value::Null } else { Value::String(c.to_string()) });
-        each(line, &header.iter().cloned().zip(cells).collect())?;
+        each(line, Ok(&header.iter().cloned().zip(cells).collect()));
     }
     Ok(())
 }
 
 fn json_lines(path: &Path, each: Each<'_>) -> Result<()> {
-    use std::io::BufRead;
-    let file = files::open(path)?;
-    for (index, line) in std::io::BufReader::new(file).lines().enumerate() {
-        let line = line.map_err(|e| Error::input(format!("{}:{}", path.display(), index + 1), e))?;
-        if line.trim().is_empty() {
+    use std::io::{BufRead, Read};
+    let mut reader = std::io::BufReader::new(files::open(path)?);
+    let mut line = Vec::new();
+    for number in 1.. {
+        line.clear();
+        let count = reader.by_ref().take(MAX_LINE + 1).read_until(b'\n', &mut line).map_err(|e| Error::read(path, e))?;
+        if count == 0 {
+            break;
+        }
+        let place = || format!("{}:{number}", path.display());
+        if count as u64 > MAX_LINE {
+            return Err(Error::input(place(), format!("the row has more than {MAX_LINE} bytes")));
+        }
+        if line.trim_ascii().is_empty() {
             continue;
         }
-        let row: Row = serde_json::from_str(&line)
-            .map_err(|e| Error::input(format!("{}:{}", path.display(), index + 1), format!("expected a JSON object: {e}")))?;
-        each(index + 1, &row)?;
+        match serde_json::from_slice::<Row>(&line) {
+            Ok(row) => each(number, Ok(&row)),
+            Err(e) => each(number, Err(Error::input(place(), format!("expected a JSON object: {e}")))),
+        }
     }
     Ok(())
 }
@@ -226,29 +217,38 @@ fn json_lines(path: &Path, each: Each<'_>) -> Result<()> {
 mod tests {
     use super::*;
 
-    fn config(path: PathBuf) -> TableConfig {
-        TableConfig { path, val: None, test: None, image: None, text: None, label: None, split: None, group: None }
-    }
-
     fn read(name: &str, content: &str) -> Result<Raw> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(name);
         std::fs::write(&path, content).unwrap();
-        config(path).read()
+        TableConfig { path, ..Default::default() }.read()
     }
 
     #[test]
     fn the_three_formats_read_alike() {
         for (name, text) in [
-            ("a.csv", "image,text,label\na.png,\"a, cat\",cat\n"),
-            ("a.tsv", "image\ttext\tlabel\na.png\ta, cat\tcat\n"),
-            ("a.jsonl", "{\"file_name\":\"a.png\",\"text\":[\"a, cat\"],\"label\":\"cat\"}\n\n"),
+            ("a.csv", "image,text,label,labels,answer,fits\na.png,\"a, cat\",cat,a|b,x|y,1\n"),
+            ("a.tsv", "image\ttext\tlabel\tlabels\tanswer\tfits\na.png\ta, cat\tcat\ta|b\tx|y\tyes\n"),
+            (
+                "a.jsonl",
+                "{\"file_name\":\"a.png\",\"text\":[\"a, cat\"],\"label\":\"cat\",\"labels\":[\"a\",\"b\"],\
+                 \"answer\":[\"x\",\"y\"],\"fits\":true}\n\n",
+            ),
         ] {
             let raw = read(name, text).unwrap();
-            assert_eq!(raw.examples[0].texts, ["a, cat"], "{name}");
-            assert_eq!(raw.examples[0].label.as_deref(), Some("cat"));
-            assert_eq!(raw.examples[0].id, "a.png");
+            let e = &raw.examples[0];
+            assert!(raw.bad.is_empty(), "{name}: {:?}", raw.bad);
+            assert_eq!((e.texts[0].as_str(), e.label.as_deref(), e.id.as_str()), ("a, cat", Some("cat"), "a.png"), "{name}");
+            assert_eq!((e.labels.as_ref().unwrap().len(), e.answers.len(), e.fits), (2, 2, Some(true)), "{name}");
         }
+    }
+
+    #[test]
+    fn a_row_needs_an_image_or_a_text() {
+        let raw = read("a.csv", "image,text\n,a poem\nb.png,\n,\n").unwrap();
+        assert_eq!(raw.examples.iter().map(|e| e.id.as_str()).collect::<Vec<_>>(), ["a.csv:2", "b.png"]);
+        assert_eq!(raw.examples[0].image, ImageRef::Missing);
+        assert!(raw.bad[0].to_string().contains("a.csv:4: expected a path in the image column"), "{}", raw.bad[0]);
     }
 
     #[test]
@@ -259,9 +259,11 @@ mod tests {
             ("a.jsonl", "{\"image\":3}\n", ":1"),
             ("a.csv", "picture\na.png\n", "image column"),
             ("a.csv", "image,split\na.png,rest\n", "split `rest`"),
-            ("a.xlsx", "", "xlsx"),
-            ("a.csv", "image\n", "no rows"),
         ] {
+            let message = read(name, text).unwrap().bad[0].to_string();
+            assert!(message.contains(part), "{text}: {message}");
+        }
+        for (name, text, part) in [("a.xlsx", "", "xlsx"), ("a.csv", "image\n", "no rows")] {
             let message = read(name, text).unwrap_err().to_string();
             assert!(message.contains(part), "{text}: {message}");
         }

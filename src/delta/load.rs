@@ -14,6 +14,7 @@ use crate::clip::model::all_finite;
 use crate::clip::weights::{self, Content};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::sign;
 
 /// The largest adapter file that is read.
 const MAX_BYTES: u64 = 64 << 30;
@@ -41,12 +42,13 @@ impl Delta {
     /// # Errors
     /// When files are missing or malformed.
     pub fn read(dir: &Path) -> Result<Self> {
+        files::recover_dir(dir)?;
+        sign::check_trust(dir)?;
         if dir.is_file() {
             let (config, tensors) = clip_lora::read(dir)?;
             let method = registry::from_adapter_config(&config).map_err(|e| Error::input(dir.display(), e))?;
             return Ok(Self { dir: dir.to_path_buf(), methods: vec![(method, tensors)], own: Vec::new(), manifest: None });
         }
-        files::recover_dir(dir)?;
         if !dir.is_dir() {
             return Err(Error::input(dir.display(), "no such adapter directory")
                 .hint("an adapter is a directory, a .pt of CLIP-LoRA's, or a hub id owner/name"));
@@ -118,6 +120,16 @@ impl Delta {
     pub fn fill(&self, params: &Params) -> Result<()> {
         let tensors: Vec<_> = self.methods.iter().flat_map(|(_, t)| t.clone()).chain(self.own.clone()).collect();
         fill(&self.dir.display().to_string(), &tensors, &params.iter().collect::<Vec<_>>())
+    }
+}
+
+impl Delta {
+    /// Fills the parameters of a task.
+    ///
+    /// # Errors
+    /// When tensors differ.
+    pub fn fill_own(&self, params: &Params) -> Result<()> {
+        fill(&self.dir.join(file::TASK).display().to_string(), &self.own, &params.iter().collect::<Vec<_>>())
     }
 }
 

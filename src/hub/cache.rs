@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use super::Repo;
 use crate::error::{Error, Result};
 
 /// One repository's part of the cache.
@@ -30,12 +31,12 @@ pub(super) fn home() -> Option<PathBuf> {
 }
 
 impl Cache {
-    pub(super) fn from_env(id: &str) -> Result<Self> {
+    pub(super) fn from_env(repo: &Repo) -> Result<Self> {
         let named = ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"].iter().find_map(|name| variable(name)).map(PathBuf::from);
         let root = named.or_else(|| home().map(|home| home.join("hub"))).ok_or_else(|| {
-            Error::input("HF_HOME", "there is no home directory to keep fetched models in").hint("set HF_HOME to a directory")
+            Error::input("HF_HOME", "there is no home directory to keep fetched files in").hint("set HF_HOME to a directory")
         })?;
-        Ok(Self { root, folder: format!("models--{}", id.replace('/', "--")) })
+        Ok(Self { root, folder: format!("{}s--{}", repo.kind.name(), repo.id.replace('/', "--")) })
     }
 
     pub(super) fn root(&self) -> &Path {

@@ -5,6 +5,7 @@
 //! Without the cargo feature `hub` only the cache is looked at.
 
 mod cache;
+mod dataset;
 #[cfg(feature = "hub")]
 mod remote;
 #[cfg(feature = "hub")]
@@ -18,6 +19,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result};
 use cache::Cache;
+pub use dataset::{dataset, dataset_files};
 
 /// How far a file is.
 #[derive(Debug, Clone, Copy)]
@@ -33,15 +35,33 @@ pub struct Transfer<'a> {
 /// Is told of each piece; an error stops the transfer, which goes on there next time.
 pub type Progress<'a> = dyn FnMut(Transfer<'_>) -> Result<()> + 'a;
 
-/// A model repository at a revision: `owner/name` or `owner/name@revision`.
+/// A repository at a revision: `owner/name` or `owner/name@revision`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Repo {
+    kind: Kind,
     id: String,
     revision: String,
 }
 
+/// What a repository holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Kind {
+    Model,
+    Dataset,
+}
+
+impl Kind {
+    /// In messages and, with an s, in the names of directories.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Model => "model",
+            Self::Dataset => "dataset",
+        }
+    }
+}
+
 impl Repo {
-    /// Takes an id apart; nothing where the text is none (a path, for example). open_clip's prefix `hf-hub:` is allowed.
+    /// A model's id, taken apart; nothing where the text is none (a path, for example). open_clip's prefix `hf-hub:` is allowed.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
         let text = text.strip_prefix("hf-hub:").unwrap_or(text);
@@ -52,7 +72,13 @@ impl Repo {
             inside && !part.is_empty() && part.len() <= 96 && !part.starts_with('.') && !part.contains("..")
         };
         let revised = !revision.is_empty() && revision.split('/').all(legal);
-        (legal(owner) && legal(name) && revised).then(|| Self { id: id.to_string(), revision: revision.to_string() })
+        (legal(owner) && legal(name) && revised).then(|| Self { kind: Kind::Model, id: id.to_string(), revision: revision.to_string() })
+    }
+
+    /// A dataset's.
+    #[must_use]
+    pub fn dataset(text: &str) -> Option<Self> {
+        Some(Self { kind: Kind::Dataset, ..Self::parse(text)? })
     }
 }
 
@@ -85,7 +111,7 @@ impl Snapshot {
     /// # Errors
     /// When the environment's settings are malformed, or there is no place for a cache.
     pub fn open(repo: &Repo) -> Result<Self> {
-        let cache = Cache::from_env(&repo.id)?;
+        let cache = Cache::from_env(repo)?;
         let key = (cache.root().to_path_buf(), repo.clone());
         let seen = SEEN.lock().unwrap_or_else(PoisonError::into_inner);
         let known = seen.as_ref().and_then(|s| s.get(&key).cloned());
@@ -210,7 +236,7 @@ impl Snapshot {
         }
         if offline() {
             return error(format!("HF_HUB_OFFLINE is set, and {what} is not in the cache ({})", self.cache.root().display()))
-                .hint("unset HF_HUB_OFFLINE once, or set HF_HOME to where the model was fetched to");
+                .hint("unset HF_HUB_OFFLINE once, or set HF_HOME to where it was fetched to");
         }
         error(format!("the repository holds no {what}"))
     }
@@ -239,7 +265,7 @@ mod tests {
             ("a/b@refs/pr/5", "a/b", "refs/pr/5"),
             ("hf-hub:laion/CLIP-ViT-B-32", "laion/CLIP-ViT-B-32", "main"),
         ] {
-            assert_eq!(Repo::parse(text), Some(Repo { id: id.into(), revision: revision.into() }));
+            assert_eq!(Repo::parse(text), Some(Repo { kind: Kind::Model, id: id.into(), revision: revision.into() }));
         }
         for text in ["model", "./a", "../a", "/a", "a/b/c", "a/", "/b", "a b/c", "a/b@", "a/b@../x", "a/..", "~/b", "a\\b/c"] {
             assert_eq!(Repo::parse(text), None, "{text}");

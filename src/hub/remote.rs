@@ -10,7 +10,7 @@ use ureq::http::Response;
 use ureq::{Agent, Body};
 
 use super::cache::{home, is_commit};
-use super::{Progress, Repo, Transfer};
+use super::{Kind, Progress, Repo, Transfer};
 use crate::error::{Error, Result};
 
 const ENDPOINT: &str = "https://huggingface.co";
@@ -21,6 +21,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// How often a lost connection is opened again where nothing came in between.
 const RETRIES: usize = 3;
 const PAUSE: Duration = Duration::from_millis(50);
+
+/// A list of files has at most so many bytes.
+const MAX_LISTING: u64 = 64 << 20;
 
 const MAX_REDIRECTS: usize = 10;
 const PIECE: usize = 1 << 18;
@@ -45,6 +48,18 @@ pub(super) enum Answer {
     Found(Meta),
     /// There is no such file at this commit.
     Missing(Option<String>),
+}
+
+/// What the API says of a repository.
+#[derive(serde::Deserialize)]
+struct Listing {
+    sha: String,
+    siblings: Vec<Sibling>,
+}
+
+#[derive(serde::Deserialize)]
+struct Sibling {
+    rfilename: String,
 }
 
 pub(super) enum Failure {
@@ -76,7 +91,35 @@ impl Remote {
     }
 
     fn url(&self, revision: &str, file: &str) -> String {
-        format!("{}/{}/resolve/{}/{}", self.endpoint, self.repo.id, encoded(revision, ""), encoded(file, "/"))
+        format!("{}/resolve/{}/{}", self.page(), encoded(revision, ""), encoded(file, "/"))
+    }
+
+    /// The repository's page.
+    fn page(&self) -> String {
+        let kind = if self.repo.kind == Kind::Dataset { "datasets/" } else { "" };
+        format!("{}/{kind}{}", self.endpoint, self.repo.id)
+    }
+
+    /// The commit of a revision and the names of all files, as the hub's API gives them.
+    pub(super) fn list(&self, revision: &str) -> std::result::Result<(String, Vec<String>), Failure> {
+        let url = format!("{}/api/{}s/{}/revision/{}", self.endpoint, self.repo.kind.name(), self.repo.id, encoded(revision, ""));
+        let mut response = self.patient(true, &url)?;
+        let status = response.status().as_u16();
+        match (status, header(&response, "x-error-code")) {
+            (200..=299, _) => {}
+            (_, Some("RepoNotFound")) => return Err(Failure::NotFound("repository")),
+            (_, Some("RevisionNotFound")) => return Err(Failure::NotFound("revision")),
+            _ => return Err(refusal(&response)),
+        }
+        let mut text = Vec::new();
+        let body = response.body_mut().as_reader();
+        body.take(MAX_LISTING).read_to_end(&mut text).map_err(|e| Failure::Unreachable(e.to_string()))?;
+        let found: Listing =
+            serde_json::from_slice(&text).map_err(|e| Failure::Other(format!("the list of files is not understood: {e}")))?;
+        match is_commit(&found.sha) {
+            true => Ok((found.sha, found.siblings.into_iter().map(|s| s.rfilename).collect())),
+            false => Err(Failure::Other(format!("the list of files has no commit but `{}`", found.sha))),
+        }
     }
 
     /// Sends a request and follows redirects: with `elsewhere` wherever they lead, else only within the host.
@@ -104,23 +147,27 @@ impl Remote {
         Err(Failure::Other(format!("redirected more than {MAX_REDIRECTS} times")))
     }
 
-    /// What the hub says of a file. A redirect to where the bytes are says it itself.
-    pub(super) fn head(&self, revision: &str, file: &str) -> std::result::Result<Answer, Failure> {
-        let url = self.url(revision, file);
+    /// Asks again where there is no answer, or one that says to.
+    fn patient(&self, get: bool, url: &str) -> std::result::Result<Response<Body>, Failure> {
         let mut tries = 0;
-        let response = loop {
-            match self.send(false, &url, 0, false) {
+        loop {
+            match self.send(get, url, 0, false) {
                 Err(Failure::Unreachable(_)) if tries < RETRIES => tries += 1,
                 Ok(response) if retryable(response.status().as_u16()) && tries < RETRIES => tries += 1,
-                other => break other?,
+                other => return other,
             }
             pause(tries);
-        };
+        }
+    }
+
+    /// What the hub says of a file. A redirect to where the bytes are says it itself.
+    pub(super) fn head(&self, revision: &str, file: &str) -> std::result::Result<Answer, Failure> {
+        let response = self.patient(false, &self.url(revision, file))?;
         let commit = header(&response, "x-repo-commit").filter(|c| is_commit(c)).map(ToString::to_string);
         let status = response.status().as_u16();
         match (status, header(&response, "x-error-code")) {
             (200..=399, _) => {}
-            (_, Some("RepoNotFound")) => return Err(Failure::NotFound("model")),
+            (_, Some("RepoNotFound")) => return Err(Failure::NotFound("repository")),
             (_, Some("RevisionNotFound")) => return Err(Failure::NotFound("revision")),
             (404, _) => return Ok(Answer::Missing(commit)),
             _ => return Err(refusal(&response)),
@@ -219,7 +266,7 @@ impl Remote {
 
     /// What went wrong and what to do.
     pub(super) fn explain(&self, failure: Failure, file: &str) -> Error {
-        let page = format!("{}/{}", self.endpoint, self.repo.id);
+        let (page, kind) = (self.page(), self.repo.kind.name());
         let who = if self.token.is_some() { "the token" } else { "access without a token" };
         let error = |message: String| Error::input(self.place(file), message);
         match failure {
@@ -228,12 +275,12 @@ impl Remote {
                      proxies; HF_HUB_OFFLINE=1 uses what is in the cache",
             ),
             Failure::Refused(status, said) => error(format!("the hub refuses {who} ({status}{said})"))
-                .hint(format!("set HF_TOKEN to a token that may read this model; a gated model's terms are accepted at {page}")),
+                .hint(format!("set HF_TOKEN to a token that may read this {kind}; a gated {kind}'s terms are accepted at {page}")),
             Failure::NotFound("revision") => {
-                error(format!("the model has no revision `{}`", self.repo.revision)).hint(format!("{page}/tree/main lists them"))
+                error(format!("the {kind} has no revision `{}`", self.repo.revision)).hint(format!("{page}/tree/main lists them"))
             }
-            Failure::NotFound(_) => error(format!("there is no such model at {}, or {who} may not see it", self.endpoint))
-                .hint("check the name; set HF_TOKEN for a private model; a directory is named with a leading ./"),
+            Failure::NotFound(_) => error(format!("there is no such {kind} at {}, or {who} may not see it", self.endpoint))
+                .hint(format!("check the name; set HF_TOKEN for a private {kind}; a directory is named with a leading ./")),
             Failure::Other(why) => Error::fault(self.place(file), why),
         }
     }

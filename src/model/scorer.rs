@@ -93,8 +93,10 @@ impl Scorer {
         })
     }
 
-    /// What the adapter's training fitted to its own classes; 1 for any others.
-    fn temperature(&self, model: &Model) -> f64 {
+    /// What logits are divided by before they become probabilities: fitted on validation for the adapter's own classes, 1 for any
+    /// others.
+    #[must_use]
+    pub fn temperature(&self, model: &Model) -> f64 {
         let own = model.manifest.as_ref().filter(|m| m.classes == self.labels && model.adapters.len() == 1);
         own.and_then(|m| m.scalars.get("temperature")).copied().filter(|t| *t > 0.0).unwrap_or(1.0)
     }

@@ -5,11 +5,12 @@ use peft_adapters::{ClassName, Step};
 
 use super::Session;
 use crate::clip::TextBatch;
+use crate::data::{Dataset, Split};
 use crate::delta::Adapters;
 use crate::error::Result;
 use crate::estimate::{Estimate, Load, estimate};
 use crate::recipe::Recipe;
-use crate::task::Pad;
+use crate::task::{Definition, Pad};
 use crate::train::Observer;
 
 /// What `peft train --check` finds.
@@ -19,6 +20,8 @@ pub struct Checked {
     pub recipe: Recipe,
     /// Examples in train, val and test.
     pub examples: [usize; 3],
+    /// Whether the training rows are streamed.
+    pub streamed: bool,
     /// Class names in label order.
     pub classes: Vec<String>,
     /// Numbers that would be trained.
@@ -50,7 +53,8 @@ pub fn check(recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Re
     let steps = session.trainer(&mut adapters, task)?.total_steps();
     let data = &session.data;
     Ok(Checked {
-        examples: [data.train.len(), data.val.len(), data.test.len()],
+        examples: [Split::Train, Split::Val, Split::Test].map(|s| data.count(s)),
+        streamed: data.stream.is_some(),
         classes: data.classes.clone(),
         trainable_parameters,
         total_parameters,
@@ -80,18 +84,39 @@ impl Session {
             texts,
             tokens: clip.text_trunk(&text.with_names(vec![name]), 0, view)?.x.dim(1)?,
             image_tokens: clip.image_trunk(&blank, 1, view)?.x.dim(1)?,
-            images: self.data.train.len() + self.data.val.len(),
+            images: self.data.count(Split::Train) + self.data.val.len(),
             replaced,
         })
     }
 
     /// Tokens of the longest text, at most `context`.
     fn longest_text(&self, context: usize) -> Result<usize> {
-        let (texts, pad) = self.recipe.task.definition().texts(&self.data.classes, &self.data.train);
+        let definition = self.recipe.task.definition();
+        let (mut texts, pad) = definition.texts(&self.data.classes, &[]);
+        if texts.is_empty() {
+            texts = longest(&self.data, definition)?;
+        }
         if pad == Pad::Max {
             return Ok(context);
         }
         let (ids, _) = self.base.tokenizer.encode_all(&texts)?;
         Ok(ids.iter().map(Vec::len).max().unwrap_or(0))
     }
+}
+
+/// Texts of the training split, one of which is the longest.
+fn longest(data: &Dataset, task: &dyn Definition) -> Result<Vec<String>> {
+    let mut texts = Vec::new();
+    data.visit(Split::Train, &mut |part| {
+        texts.extend(task.texts(&[], part).0);
+        // Of a stream only those that may be the longest are kept: a token has at least a byte, and seldom more than eight.
+        if data.stream.is_some() {
+            let most = texts.iter().map(String::len).max().unwrap_or(0);
+            texts.retain(|t| t.len() * 8 >= most);
+            texts.sort_by_key(|t| std::cmp::Reverse(t.len()));
+            texts.truncate(1024);
+        }
+        Ok(())
+    })?;
+    Ok(texts)
 }

@@ -41,7 +41,14 @@ impl Joint {
         let fusion = config.build(&FusionParts { clip: task.clip, inputs: parts.inputs }, params)?;
         let (width, tokens) = (fusion.width(), fusion.tokens());
         let head = match (width, parts.outputs) {
-            (1, 1) => Linear::starting(params, "head", (1, 1), Start::Constant(1.0))?,
+            (1, 2..) => {
+                return Err(Error::input(
+                    "fusion",
+                    format!("`cosine` gives one number, from which {} classes cannot be told", parts.outputs),
+                )
+                .hint("concat, bilinear, cross_attention or transformer"));
+            }
+            (1, _) => Linear::starting(params, "head", (1, 1), Start::Constant(1.0))?,
             (width, outputs) => Linear::starting(params, "head", (width, outputs), Start::KaimingUniform { fan_in: width })?,
         };
         Ok(Self { inputs: parts.inputs, texts: Texts::new(task.tokenizer, parts.pad, tokens), fusion, head })
@@ -55,8 +62,12 @@ impl Joint {
         }
     }
 
-    pub(super) fn truncated(&self) -> usize {
-        self.texts.truncated
+    /// Texts that were cut.
+    pub(super) fn warnings(&self) -> Vec<String> {
+        match self.texts.truncated {
+            0 => Vec::new(),
+            n => vec![format!("{n} texts were longer than the model's context and were cut")],
+        }
     }
 
     /// Texts through the text tower; where they are not looked at, nothing of the right length.

@@ -113,6 +113,10 @@ impl Definition for MatchConfig {
         &METRICS
     }
 
+    fn tells(&self) -> bool {
+        true
+    }
+
     fn reads_images(&self) -> bool {
         self.inputs.image()
     }
@@ -293,6 +297,13 @@ impl Task for Match {
         Ok(())
     }
 
+    fn check_query(&self, example: &Example) -> Result<()> {
+        match self.config.inputs.text() && example.texts.is_empty() {
+            true => Err(Error::input(&example.id, "has no text to be matched with").hint("--text, or \"text\" in a line of --jsonl")),
+            false => Ok(()),
+        }
+    }
+
     fn needs(&self) -> Needs {
         self.joint.needs()
     }
@@ -404,9 +415,6 @@ impl Task for Match {
     }
 
     fn warnings(&self) -> Vec<String> {
-        match self.joint.truncated() {
-            0 => Vec::new(),
-            n => vec![format!("{n} texts were longer than the model's context and were cut")],
-        }
+        self.joint.warnings()
     }
 }

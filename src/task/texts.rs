@@ -3,13 +3,14 @@
 use std::collections::HashMap;
 
 use candle_core::{DType, Tensor};
-use peft_adapters::rng;
+use peft_adapters::{Patches, Tape, rng};
 use rand::Rng;
+use rayon::prelude::*;
 
 use super::Forward;
 use super::prompts::Pad;
 use crate::clip::tokenizer::Tokenizer;
-use crate::clip::{Encoded, TextBatch, Tokens};
+use crate::clip::{Clip, Encoded, TextBatch, Tokens};
 use crate::data::Example;
 use crate::error::Result;
 
@@ -53,70 +54,90 @@ impl Texts {
     /// N texts → features [N, P], tokens [N, T, D]
     pub(super) fn encode(&mut self, on: &Forward<'_, '_>, texts: &[&str]) -> Result<Encoded> {
         let (unique, rows) = unique(texts);
-        if self.frozen
-            && let Some(found) = self.from_kept(on, &unique)?
-        {
-            return spread(&found, &rows);
+        if !self.frozen {
+            let encoded = self.through(on, &unique)?;
+            self.frozen = on.training() && !encoded.features.track_op();
+            if !self.frozen {
+                return spread(&encoded, &rows);
+            }
         }
-        let encoded = self.through(on, &unique)?;
-        if on.training() && !encoded.features.track_op() {
-            self.frozen = true;
-        }
-        if self.frozen {
-            self.keep(&unique, &encoded)?;
-        }
-        spread(&encoded, &rows)
+        self.complete(on, &unique)?;
+        spread(&self.kept(on, &unique)?, &rows)
     }
 
     fn through(&mut self, on: &Forward<'_, '_>, texts: &[&str]) -> Result<Encoded> {
-        let owned: Vec<String> = texts.iter().map(ToString::to_string).collect();
-        let (ids, truncated) = self.tokenizer.encode_all(&owned)?;
-        self.truncated += truncated;
-        let config = &on.clip.config().text;
-        // One width for all, so that parts can be joined.
-        let longest = ids.iter().map(Vec::len).max().unwrap_or(1);
-        let to = if self.pad == Pad::Max { config.max_position_embeddings } else { longest };
+        let (ids, longest) = self.ids(texts)?;
         let mut parts = Vec::new();
         for ids in ids.chunks(if on.training() { usize::MAX } else { CHUNK }) {
-            let batch = TextBatch::new(ids, Some(to), config, on.clip.device())?;
-            parts.push(match self.tokens {
-                true => on.clip.text_tokens(&batch, on.patches, on.tape)?,
-                false => Encoded::pooled(on.clip.text_features_on(&batch, on.patches, on.tape)?),
-            });
+            parts.push(self.tower((on.clip, on.patches), ids, longest, on.tape)?);
         }
         joined(parts)
     }
 
-    fn keep(&mut self, texts: &[&str], encoded: &Encoded) -> Result<()> {
-        let features = encoded.features.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-        let tokens =
-            encoded.tokens.as_ref().map(|t| Ok::<_, crate::Error>((t.x.to_dtype(DType::F32)?.to_vec3::<f32>()?, &t.pool))).transpose()?;
-        for (i, (text, features)) in texts.iter().zip(features).enumerate() {
-            let tokens = match &tokens {
-                Some((x, pool)) => x[i][..=pool[i] as usize].concat(),
-                None => Vec::new(),
-            };
-            let bytes = 4 * (features.len() + tokens.len());
-            if self.bytes + bytes <= KEEP_BYTES && !self.kept.contains_key(*text) {
-                self.bytes += bytes;
-                self.kept.insert((*text).to_string(), Kept { features, tokens });
-            }
+    /// Token ids, and the largest number of them.
+    fn ids(&mut self, texts: &[&str]) -> Result<(Vec<Vec<u32>>, usize)> {
+        let owned: Vec<String> = texts.iter().map(ToString::to_string).collect();
+        let (ids, truncated) = self.tokenizer.encode_all(&owned)?;
+        self.truncated += truncated;
+        let longest = ids.iter().map(Vec::len).max().unwrap_or(1);
+        Ok((ids, longest))
+    }
+
+    fn tower<'a>(
+        &self,
+        (clip, patches): (&'a Clip, &'a Patches),
+        ids: &[Vec<u32>],
+        longest: usize,
+        tape: Option<&Tape<'a>>,
+    ) -> Result<Encoded> {
+        let config = &clip.config().text;
+        let to = if self.pad == Pad::Max { config.max_position_embeddings } else { longest };
+        let batch = TextBatch::new(ids, Some(to), config, clip.device())?;
+        Ok(match self.tokens {
+            true => clip.text_tokens(&batch, patches, tape)?,
+            false => Encoded::pooled(clip.text_features_on(&batch, patches, tape)?),
+        })
+    }
+
+    /// Encodes what is not kept yet. A text's rounding must not tell in which company it came up first, or a resumed run would
+    /// end in other bits: each goes by itself.
+    fn complete(&mut self, on: &Forward<'_, '_>, texts: &[&str]) -> Result<()> {
+        if self.bytes > KEEP_BYTES {
+            (self.kept, self.bytes) = (HashMap::new(), 0);
         }
+        let new: Vec<&str> = texts.iter().copied().filter(|t| !self.kept.contains_key(*t)).collect();
+        let (ids, _) = self.ids(&new)?;
+        let model = (on.clip, on.patches);
+        let encoded: Vec<Encoded> =
+            ids.into_par_iter().map(|ids| self.tower(model, std::slice::from_ref(&ids), ids.len(), None)).collect::<Result<_>>()?;
+        new.iter().zip(&encoded).try_for_each(|(text, encoded)| self.keep(text, encoded))
+    }
+
+    fn keep(&mut self, text: &str, encoded: &Encoded) -> Result<()> {
+        let features = encoded.features.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let tokens = match &encoded.tokens {
+            Some(Tokens { x, pool }) => {
+                let words = pool.first().map_or(1, |&p| p as usize + 1);
+                x.narrow(1, 0, words)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?
+            }
+            None => Vec::new(),
+        };
+        self.bytes += 4 * (features.len() + tokens.len());
+        self.kept.insert(text.to_string(), Kept { features, tokens });
         Ok(())
     }
 
-    /// All of the texts, if all are kept.
-    fn from_kept(&self, on: &Forward<'_, '_>, texts: &[&str]) -> Result<Option<Encoded>> {
-        let Some(found) = texts.iter().map(|t| self.kept.get(*t)).collect::<Option<Vec<_>>>() else { return Ok(None) };
-        let Some(first) = found.first() else { return Ok(None) };
+    /// Texts that are kept, together.
+    fn kept(&self, on: &Forward<'_, '_>, texts: &[&str]) -> Result<Encoded> {
+        let found: Vec<&Kept> = texts.iter().filter_map(|t| self.kept.get(*t)).collect();
         let (clip, count) = (on.clip, found.len());
         let tensor = |values: Vec<f32>, shape: &[usize]| -> Result<Tensor> {
             Ok(Tensor::from_vec(values, shape, clip.device())?.to_dtype(clip.dtype())?)
         };
-        let width = first.features.len();
+        let width = found.first().map_or(0, |k| k.features.len());
         let features = tensor(found.iter().flat_map(|k| k.features.iter().copied()).collect(), &[count, width])?;
         if !self.tokens {
-            return Ok(Some(Encoded::pooled(features)));
+            return Ok(Encoded::pooled(features));
         }
         let dim = clip.config().text.hidden_size;
         let longest = found.iter().map(|k| k.tokens.len() / dim).max().unwrap_or(1);
@@ -125,7 +146,7 @@ impl Texts {
             row[..kept.tokens.len()].copy_from_slice(&kept.tokens);
         }
         let pool = found.iter().map(|k| (k.tokens.len() / dim) as u32 - 1).collect();
-        Ok(Some(Encoded { features, tokens: Some(Tokens { x: tensor(values, &[count, longest, dim])?, pool }) }))
+        Ok(Encoded { features, tokens: Some(Tokens { x: tensor(values, &[count, longest, dim])?, pool }) })
     }
 }
 

@@ -39,6 +39,9 @@ pub struct State {
     /// Images that steps have seen.
     #[serde(default)]
     pub images: usize,
+    /// Images that a stream left out.
+    #[serde(default)]
+    pub skipped: usize,
 }
 
 /// The best epoch.

@@ -75,7 +75,8 @@ impl Trainer<'_> {
         if !self.adapters.view.iter().skip(beneath).any(Patch::fits) {
             return Ok(());
         }
-        let examples = self.data.split(split);
+        let listed = self.listed(split, observer)?;
+        let examples = &*listed;
         observer.event(Event::Phase("look", Some(examples.len())));
         let features = match split == Split::Train && !self.config.augment.is_none() {
             true => self.views(examples, observer)?,

@@ -1,5 +1,6 @@
 //! The training loop: step, validation, best epoch, checkpoints.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
@@ -34,6 +35,9 @@ pub use step::Stepper;
 
 /// Texts that are judged at once where images are not looked at.
 const TEXTS: usize = 256;
+
+/// Images that were left out are named up to this number.
+const SHOWN: usize = 20;
 
 /// What a run is made of.
 pub struct Trainer<'a> {
@@ -88,7 +92,7 @@ impl<'a> Trainer<'a> {
     #[must_use]
     pub fn plan(&self) -> Plan {
         Plan {
-            examples: self.data.train.len(),
+            examples: self.data.count(Split::Train),
             batch: self.config.batch,
             shuffle: self.config.shuffle,
             drop_last: self.task.drop_last(),
@@ -200,6 +204,12 @@ impl<'a> Trainer<'a> {
             let record = stepper.step(self, run)?;
             run.state.step_seconds += start.elapsed().as_secs_f64();
             run.state.images += record.images;
+            for reason in stepper.take_skipped() {
+                run.state.skipped += 1;
+                if run.state.skipped <= SHOWN {
+                    observer.event(Event::Note(format!("left out: {}", reason.replace('\n', " "))));
+                }
+            }
             observer.event(Event::Step(&record));
             let epoch_done = run.state.step.is_multiple_of(stepper.steps_per_epoch()) || run.state.step == total;
             if epoch_done {
@@ -276,13 +286,13 @@ impl<'a> Trainer<'a> {
     /// # Errors
     /// When an image cannot be read or a tensor operation fails.
     pub fn evaluate(&mut self, split: Split, observer: &mut dyn Observer) -> Result<Evaluation> {
-        let outputs = self.outputs(split, observer)?;
-        let examples = self.data.split(split);
+        let examples = self.listed(split, observer)?;
+        let outputs = self.outputs(split, &examples, observer)?;
         if split == Split::Val {
-            self.task.calibrate(&outputs, examples)?;
+            self.task.calibrate(&outputs, &examples)?;
         }
         let on = Forward::eval(&self.base.clip, &self.adapters.view);
-        self.task.evaluate(&on, &outputs, examples)
+        self.task.evaluate(&on, &outputs, &examples)
     }
 
     /// Chooses what the task chooses on validation, with the parameters as they are.
@@ -295,13 +305,12 @@ impl<'a> Trainer<'a> {
             return Ok(());
         }
         observer.event(Event::Phase("calibrate", Some(examples.len())));
-        let outputs = self.outputs(Split::Val, observer)?;
+        let outputs = self.outputs(Split::Val, examples, observer)?;
         self.task.calibrate(&outputs, examples)
     }
 
     /// What the task says of every example of a split.
-    fn outputs(&mut self, split: Split, observer: &mut dyn Observer) -> Result<Tensor> {
-        let examples = self.data.split(split);
+    fn outputs(&mut self, split: Split, examples: &[Example], observer: &mut dyn Observer) -> Result<Tensor> {
         let (clip, Adapters { view, .. }) = (&self.base.clip, &mut *self.adapters);
         let mut parts = Vec::new();
         match self.task.needs() {
@@ -326,6 +335,19 @@ impl<'a> Trainer<'a> {
             }
         }
         Ok(Tensor::cat(&parts, 0)?)
+    }
+
+    /// Whether image features, once computed, would serve every epoch, or are not wanted.
+    fn can_keep_features(&self) -> bool {
+        self.task.needs() == Needs::Nothing || self.features.kept() && self.config.augment.is_none() && self.config.patch_dropout.is_none()
+    }
+
+    /// The examples of a split, streamed ones as a list; says so where there is something to say.
+    fn listed(&self, split: Split, observer: &mut dyn Observer) -> Result<Cow<'a, [Example]>> {
+        if split == Split::Train && self.data.stream.is_some() {
+            observer.event(Event::Note("the training rows are listed, without their images: their features are computed once".into()));
+        }
+        self.data.listed(split)
     }
 
     fn clip(&self) -> &'a Clip {

@@ -83,6 +83,8 @@ pub struct Stepper {
     accumulate: usize,
     examples: Arc<Vec<Example>>,
     waited: f64,
+    /// Why images were left out, from batches of epoch 0, which sees each image once.
+    skipped: Vec<String>,
 }
 
 impl Stepper {
@@ -94,7 +96,11 @@ impl Stepper {
         let plan = trainer.plan();
         let config = trainer.config;
         let steps_per_epoch = config.steps_per_epoch(plan.per_epoch());
-        let examples = Arc::new(trainer.data.train.clone());
+        let stream = trainer.data.stream.clone().filter(|s| s.is_fixed() || !trainer.can_keep_features());
+        let examples = Arc::new(match &stream {
+            Some(_) => Vec::new(),
+            None => trainer.listed(Split::Train, observer)?.into_owned(),
+        });
         let mut stepper = Self {
             feed: Feed::Bank(Tensor::zeros(0, DType::F32, &candle_core::Device::Cpu)?),
             total,
@@ -103,11 +109,13 @@ impl Stepper {
             examples: examples.clone(),
             plan: plan.clone(),
             waited: 0.0,
+            skipped: Vec::new(),
         };
-        stepper.feed = match constant(trainer, &examples, observer)? {
+        let constant = if stream.is_none() { constant(trainer, &examples, observer)? } else { None };
+        stepper.feed = match constant {
             Some(feed) => feed,
             None => {
-                let loader = LoaderConfig { examples, images: trainer.images.clone(), augment: config.augment.clone(), plan };
+                let loader = LoaderConfig { examples, images: trainer.images.clone(), augment: config.augment.clone(), plan, stream };
                 Feed::Images(Loader::start(loader, stepper.position(done), stepper.position(total)))
             }
         };
@@ -123,6 +131,11 @@ impl Stepper {
     /// Seconds spent waiting for batches since the last call.
     pub fn reset_clock(&mut self) -> f64 {
         std::mem::take(&mut self.waited)
+    }
+
+    /// Why images were left out since the last call.
+    pub fn take_skipped(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.skipped)
     }
 
     /// The first micro-batch of a step, counted from the start of training.
@@ -144,7 +157,10 @@ impl Stepper {
         let (input, indices) = match &mut self.feed {
             Feed::Images(loader) => {
                 let batch = loader.next_batch()?.ok_or_else(|| Error::fault("loader", "ended before the last step"))?;
-                let Batch { pixels, examples, epoch } = batch;
+                let Batch { pixels, examples, epoch, skipped } = batch;
+                if epoch == 0 {
+                    self.skipped.extend(skipped);
+                }
                 return Ok(MicroBatch { input: Input::Pixels(pixels), examples, epoch, position });
             }
             Feed::Bank(bank) => {
@@ -178,7 +194,8 @@ impl Stepper {
         let (mut loss, mut epoch, mut seen) = (0.0, 0, Vec::new());
         for position in positions {
             let batch = self.next(position, trainer)?;
-            let weight = batch.examples.len() as f64 / sizes as f64;
+            // Of what it was meant to have: images that were left out change no other batch's weight.
+            let weight = self.plan.size(position) as f64 / sizes as f64;
             epoch = batch.epoch;
             seen.extend(batch.examples.iter().map(|e| e.id.clone()));
             let value = self.backward(trainer, batch, weight, &mut sums)?;

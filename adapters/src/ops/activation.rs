@@ -1,10 +1,10 @@
 //! Non-linearities, forward and backward in one pass each.
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use candle_core::{Result, Shape, Tensor};
 
 use super::float::Float;
-use super::kernels::{View, by_float, for_rows, fused, result, slice, tensor, uninit};
+use super::graph::{self, Want, apply};
+use super::kernels::{View, for_rows, fused, uninit};
 use super::simd::vectorised;
 use super::{Activation, portable};
 
@@ -13,8 +13,7 @@ pub(super) fn activation(x: &Tensor, act: Activation) -> Result<Tensor> {
     if act == Activation::Identity || !fused([x]) {
         return portable::activation(x, act);
     }
-    let x = x.contiguous()?;
-    if x.track_op() { x.apply_op1(Op(act)) } else { x.apply_op1_no_bwd(&Op(act)) }
+    apply(Op(act), [&x.contiguous()?])
 }
 
 /// A constant.
@@ -146,14 +145,14 @@ vectorised! {
 }
 
 /// The activated values.
-pub(super) fn apply<T: Float>(x: &[T], act: Activation) -> Vec<T> {
+fn activated<T: Float>(x: &[T], act: Activation) -> Vec<T> {
     let mut y = uninit(x.len());
     for_rows(&mut y, 1, |first, y| values(&x[first..first + y.len()], y, act));
     y
 }
 
 /// The gradient of the input.
-pub(super) fn gradient<T: Float>(x: &[T], dy: &[T], act: Activation) -> Vec<T> {
+fn gradient<T: Float>(x: &[T], dy: &[T], act: Activation) -> Vec<T> {
     let mut dx = uninit(x.len());
     for_rows(&mut dx, 1, |first, dx| {
         let range = first..first + dx.len();
@@ -164,25 +163,16 @@ pub(super) fn gradient<T: Float>(x: &[T], dy: &[T], act: Activation) -> Vec<T> {
 
 struct Op(Activation);
 
-impl CustomOp1 for Op {
-    fn name(&self) -> &'static str {
-        "activation"
+impl graph::Op<1> for Op {
+    const NAME: &'static str = "activation";
+
+    fn forward<T: Float>(&self, [x]: &[View<'_>; 1]) -> Result<(Vec<T>, Shape)> {
+        Ok((activated(x.slice()?, self.0), Shape::from(x.dims())))
     }
 
-    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
-        by_float!(s.dtype(), T => {
-            let y = apply::<T>(slice(s, l)?, self.0);
-            Ok(result(y, l.shape()))
-        })
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let dy = dy.contiguous()?;
-        let (xs, dy) = (View::new(x), View::new(&dy));
-        by_float!(x.dtype(), T => {
-            let dx = gradient::<T>(xs.slice()?, dy.slice()?, self.0);
-            Ok(Some(tensor(dx, x)?))
-        })
+    fn backward<T: Float>(&self, [x]: &[View<'_>; 1], dy: &[T], [dx]: [Want<T>; 1]) -> Result<[Option<Vec<T>>; 1]> {
+        let x = x.slice()?;
+        Ok([dx.plus(|| gradient(x, dy, self.0))])
     }
 }
 

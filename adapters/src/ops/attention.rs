@@ -9,11 +9,12 @@ mod tests;
 
 use std::ops::Range;
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
+use candle_core::{Device, Result, Shape, Tensor, bail};
 
 use self::kernels::{backward, forward};
-use super::kernels::{View, by_float, fused, result, slice, tensor};
+use super::float::Float;
+use super::graph::{self, Want, apply};
+use super::kernels::{View, fused};
 use super::{AttentionShape, portable};
 
 /// See [`super::attention`].
@@ -23,8 +24,7 @@ pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, shape: &AttentionSha
     }
     let geometry = Geometry::new(q, k, v, shape)?;
     let op = Op { mask: mask(key_mask, &geometry)?, geometry };
-    let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
-    if q.track_op() || k.track_op() || v.track_op() { q.apply_op3(&k, &v, op) } else { q.apply_op3_no_bwd(&k, &v, &op) }
+    apply(op, [&q.contiguous()?, &k.contiguous()?, &v.contiguous()?])
 }
 
 /// The visible keys, or nothing where all are.
@@ -96,40 +96,20 @@ struct Op {
     mask: Option<Vec<u8>>,
 }
 
-impl CustomOp3 for Op {
-    fn name(&self) -> &'static str {
-        "attention"
+impl graph::Op<3> for Op {
+    const NAME: &'static str = "attention";
+
+    fn forward<T: Float>(&self, [q, k, v]: &[View<'_>; 3]) -> Result<(Vec<T>, Shape)> {
+        let out = forward(&self.geometry, [q.slice::<T>()?, k.slice()?, v.slice()?], self.mask.as_deref());
+        Ok((out, Shape::from(q.dims())))
     }
 
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        by_float!(s1.dtype(), T => {
-            let qkv = [slice::<T>(s1, l1)?, slice(s2, l2)?, slice(s3, l3)?];
-            Ok(result(forward(&self.geometry, qkv, self.mask.as_deref()), l1.shape()))
-        })
-    }
-
-    fn bwd(&self, q: &Tensor, k: &Tensor, v: &Tensor, _: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let dy = dy.contiguous()?;
-        let views = [View::new(q), View::new(k), View::new(v)];
-        let dys = View::new(&dy);
-        let wanted = [q.track_op(), k.track_op(), v.track_op()];
-        by_float!(q.dtype(), T => {
-            let qkv = [views[0].slice::<T>()?, views[1].slice()?, views[2].slice()?];
-            let [dq, dk, dv] = backward(&self.geometry, qkv, dys.slice()?, self.mask.as_deref(), wanted);
-            let some = |values: Vec<T>, like: &Tensor| tensor(values, like);
-            Ok((
-                dq.map(|d| some(d, q)).transpose()?,
-                dk.map(|d| some(d, k)).transpose()?,
-                dv.map(|d| some(d, v)).transpose()?,
-            ))
-        })
+    fn backward<T: Float>(&self, [q, k, v]: &[View<'_>; 3], dy: &[T], want: [Want<T>; 3]) -> Result<[Option<Vec<T>>; 3]> {
+        let qkv = [q.slice::<T>()?, k.slice()?, v.slice()?];
+        let wanted = want.each_ref().map(Want::any);
+        let [dq, dk, dv] = backward(&self.geometry, qkv, dy, self.mask.as_deref(), wanted);
+        let [q, k, v] = want;
+        let added = |want: Want<T>, d: Option<Vec<T>>| want.plus(|| d.unwrap_or_default());
+        Ok([added(q, dq), added(k, dk), added(v, dv)])
     }
 }

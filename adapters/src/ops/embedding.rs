@@ -1,11 +1,11 @@
 //! Rows of a table, whose gradient is scattered back.
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
+use candle_core::{DType, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::float::Float;
-use super::kernels::{View, add, by_float, for_rows, fused, result, slice, tensor, uninit};
+use super::graph::{self, Want, apply};
+use super::kernels::{View, add, for_rows, fused, rows, uninit};
 use super::portable;
 
 /// Gradients of fewer elements are scattered by one thread.
@@ -21,8 +21,7 @@ pub(super) fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     if let Some(id) = op.ids.iter().find(|id| **id as usize >= rows) {
         bail!("id {id} is outside a table of {rows} rows");
     }
-    let table = table.contiguous()?;
-    if table.track_op() { table.apply_op1(op) } else { table.apply_op1_no_bwd(&op) }
+    apply(op, [&table.contiguous()?])
 }
 
 /// The rows of `table` at `ids`.
@@ -36,11 +35,11 @@ fn gather<T: Float>(table: &[T], ids: &[u32], dim: usize) -> Vec<T> {
     out
 }
 
-/// Sums the rows of `dy` by id, each in the order of the ids.
-fn scatter<T: Float>(dy: &[T], ids: &[u32], rows: usize, dim: usize) -> Vec<T> {
-    let mut sums = vec![T::zero(); rows * dim];
-    if dim == 0 || rows == 0 {
-        return sums;
+/// Adds the rows of `dy` to those of `sums` by id, each in the order of the ids.
+fn scatter<T: Float>(dy: &[T], ids: &[u32], sums: &mut [T], dim: usize) {
+    let rows = rows(sums.len(), dim);
+    if rows == 0 {
+        return;
     }
     let run = |first: usize, sums: &mut [T]| {
         for (id, dy) in ids.iter().zip(dy.chunks_exact(dim)) {
@@ -51,13 +50,12 @@ fn scatter<T: Float>(dy: &[T], ids: &[u32], rows: usize, dim: usize) -> Vec<T> {
         }
     };
     if dy.len() < PARALLEL_FROM {
-        run(0, &mut sums);
+        run(0, sums);
     } else {
         let step = rows.div_ceil(4 * rayon::current_num_threads());
         let pieces = sums.par_chunks_mut(step * dim).enumerate();
         pieces.for_each(|(i, sums)| run(i * step, sums));
     }
-    sums
 }
 
 struct Op {
@@ -65,28 +63,26 @@ struct Op {
     dims: Vec<usize>,
 }
 
-impl CustomOp1 for Op {
-    fn name(&self) -> &'static str {
-        "embedding"
-    }
+impl graph::Op<1> for Op {
+    const NAME: &'static str = "embedding";
 
-    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
-        let dim = l.dims()[1];
+    fn forward<T: Float>(&self, [table]: &[View<'_>; 1]) -> Result<(Vec<T>, Shape)> {
+        let dim = table.dims()[1];
         let mut dims = self.dims.clone();
         dims.push(dim);
-        by_float!(s.dtype(), T => {
-            let rows = gather::<T>(slice(s, l)?, &self.ids, dim);
-            Ok(result(rows, dims))
-        })
+        Ok((gather(table.slice()?, &self.ids, dim), Shape::from(dims)))
     }
 
-    fn bwd(&self, table: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let (rows, dim) = table.dims2()?;
-        let dy = dy.contiguous()?;
-        let dy = View::new(&dy);
-        by_float!(table.dtype(), T => {
-            Ok(Some(tensor(scatter::<T>(dy.slice()?, &self.ids, rows, dim), table)?))
-        })
+    fn backward<T: Float>(&self, [table]: &[View<'_>; 1], dy: &[T], [want]: [Want<T>; 1]) -> Result<[Option<Vec<T>>; 1]> {
+        let (rows, dim) = (table.dims()[0], table.dims()[1]);
+        let sums = match want {
+            Want::No => return Ok([None]),
+            Want::Fresh => vec![T::zero(); rows * dim],
+            Want::Onto(sums) => sums,
+        };
+        let mut sums = sums;
+        scatter(dy, &self.ids, &mut sums, dim);
+        Ok([Some(sums)])
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Storage, StorageRef, Tensor, bail};
+use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, StorageRef, Tensor, bail};
 use rayon::prelude::*;
 
 use super::float::Float;
@@ -59,17 +59,17 @@ impl<'a> View<'a> {
         Self { storage, layout }
     }
 
+    /// Of the tensor; also where its memory was released.
+    pub(super) fn dims(&self) -> &[usize] {
+        self.layout.dims()
+    }
+
     pub(super) fn slice<T: Float>(&self) -> Result<&[T]> {
         match &*self.storage {
             Storage::Cpu(storage) => slice(storage, self.layout),
             _ => bail!("fused operations run on the CPU only"),
         }
     }
-}
-
-/// The result of an operation.
-pub(super) fn result<T: Float>(values: Vec<T>, shape: impl Into<Shape>) -> (CpuStorage, Shape) {
-    (T::to_cpu_storage_owned(values), shape.into())
 }
 
 /// A tensor of these values.
@@ -189,22 +189,22 @@ pub(super) fn sum<T: Float>(x: &[T], f: impl Fn(T) -> T) -> T {
     fold(lanes)
 }
 
-/// The sums of both values of `f(x, y)`.
+/// The sums of both values of `f(x, y, w)`.
 #[inline(always)]
-pub(super) fn sum_two<T: Float>(x: &[T], y: &[T], f: impl Fn(T, T) -> (T, T)) -> (T, T) {
+pub(super) fn sum_three<T: Float>(x: &[T], y: &[T], w: &[T], f: impl Fn(T, T, T) -> (T, T)) -> (T, T) {
     let (mut first, mut second) = ([T::zero(); LANES], [T::zero(); LANES]);
-    let mut add = |x: &[T], y: &[T]| {
-        for (((a, b), x), y) in first.iter_mut().zip(&mut second).zip(x).zip(y) {
-            let (u, v) = f(*x, *y);
+    let mut add = |x: &[T], y: &[T], w: &[T]| {
+        for ((((a, b), x), y), w) in first.iter_mut().zip(&mut second).zip(x).zip(y).zip(w) {
+            let (u, v) = f(*x, *y, *w);
             *a += u;
             *b += v;
         }
     };
-    let (mut xs, mut ys) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
-    for (x, y) in (&mut xs).zip(&mut ys) {
-        add(x, y);
+    let (mut xs, mut ys, mut ws) = (x.chunks_exact(LANES), y.chunks_exact(LANES), w.chunks_exact(LANES));
+    for ((x, y), w) in (&mut xs).zip(&mut ys).zip(&mut ws) {
+        add(x, y, w);
     }
-    add(xs.remainder(), ys.remainder());
+    add(xs.remainder(), ys.remainder(), ws.remainder());
     (fold(first), fold(second))
 }
 

@@ -1,11 +1,11 @@
 //! `x Wᵀ + b` with the gradients that somebody asks for.
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use candle_core::{Result, Shape, Tensor, bail};
 
 use super::float::Float;
 use super::gemm::{Mat, MatMut, Old, Threads, gemm};
-use super::kernels::{View, add_rows, by_float, for_rows, fused, result, slice, sum_rows, tensor, uninit};
+use super::graph::{Op, Want, apply};
+use super::kernels::{View, add_rows, for_rows, fused, sum_rows, uninit};
 use super::portable;
 
 /// See [`super::linear`].
@@ -17,12 +17,9 @@ pub(super) fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tenso
     let (x, w) = (x.contiguous()?, w.contiguous()?);
     let b = b.map(Tensor::contiguous).transpose()?;
     match b {
-        Some(b) if b.track_op() => x.apply_op3(&w, &b, Trained { bias: None }),
-        bias if w.track_op() => x.apply_op2(&w, Trained { bias }),
-        bias => {
-            let op = Frozen { weight: w, bias, read: true };
-            if x.track_op() { x.apply_op1(op) } else { x.apply_op1_no_bwd(&op) }
-        }
+        Some(b) if b.track_op() => apply(Trained { bias: None }, [&x, &w, &b]),
+        bias if w.track_op() => apply(Trained { bias }, [&x, &w]),
+        bias => apply(Frozen { weight: w, bias, read: true }, [&x]),
     }
 }
 
@@ -33,7 +30,7 @@ pub(super) fn linear_unread(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Resul
         return linear(x, w, b);
     }
     check(x, w, b)?;
-    x.contiguous()?.apply_op1(Frozen { weight: w.contiguous()?, bias: None, read: false })
+    apply(Frozen { weight: w.contiguous()?, bias: None, read: false }, [&x.contiguous()?])
 }
 
 /// That the shapes fit.
@@ -89,22 +86,22 @@ pub(super) fn product<T: Float>(x: &[T], w: &[T], b: Option<&[T]>, size: Size) -
     y
 }
 
-/// `dy W`, the gradient of the input.
-pub(super) fn input_gradient<T: Float>(dy: &[T], w: &[T], size: Size) -> Vec<T> {
+/// `dy W`, the gradient of the input, if it is wanted.
+pub(super) fn input_gradient<T: Float>(dy: &[T], w: &[T], size: Size, want: Want<T>) -> Option<Vec<T>> {
     let Size { rows, out, input } = size;
-    let mut dx = uninit(rows * input);
+    let (mut dx, old) = want.start(rows * input)?;
     let (dy, w) = (Mat::new(dy, rows, out), Mat::new(w, out, input));
-    gemm(MatMut::new(&mut dx, rows, input), Old::Overwrite, T::one(), dy, w, Threads::All);
-    dx
+    gemm(MatMut::new(&mut dx, rows, input), old, T::one(), dy, w, Threads::All);
+    Some(dx)
 }
 
-/// `dyᵀ x`, the gradient of the weight.
-fn weight_gradient<T: Float>(dy: &[T], x: &[T], size: Size) -> Vec<T> {
+/// `dyᵀ x`, the gradient of the weight, if it is wanted.
+fn weight_gradient<T: Float>(dy: &[T], x: &View<'_>, size: Size, want: Want<T>) -> Result<Option<Vec<T>>> {
     let Size { rows, out, input } = size;
-    let mut dw = uninit(out * input);
-    let (dy, x) = (Mat::new(dy, rows, out), Mat::new(x, rows, input));
-    gemm(MatMut::new(&mut dw, out, input), Old::Overwrite, T::one(), dy.t(), x, Threads::All);
-    dw
+    let Some((mut dw, old)) = want.start(out * input) else { return Ok(None) };
+    let (dy, x) = (Mat::new(dy, rows, out), Mat::new(x.slice()?, rows, input));
+    gemm(MatMut::new(&mut dw, out, input), old, T::one(), dy.t(), x, Threads::All);
+    Ok(Some(dw))
 }
 
 /// The sums of the columns of `dy`, the gradient of the bias.
@@ -113,10 +110,10 @@ fn bias_gradient<T: Float>(dy: &[T], rows: usize, out: usize) -> Vec<T> {
 }
 
 /// The product on its way into a graph.
-fn forward<T: Float>(s: &CpuStorage, l: &Layout, w: &[T], b: Option<&[T]>, out: usize) -> Result<(CpuStorage, Shape)> {
-    let size = Size::new(l.dims(), &[out, l.dims().last().copied().unwrap_or(0)]);
-    let y = product(slice::<T>(s, l)?, w, b, size);
-    Ok(result(y, with_last(l.dims(), out)))
+fn forward<T: Float>(x: &View<'_>, w: &View<'_>, b: Option<&View<'_>>) -> Result<(Vec<T>, Shape)> {
+    let size = Size::new(x.dims(), w.dims());
+    let y = product(x.slice()?, w.slice()?, b.map(View::slice::<T>).transpose()?, size);
+    Ok((y, with_last(x.dims(), size.out)))
 }
 
 /// A weight and a bias without gradients; only the input gets one.
@@ -127,31 +124,20 @@ struct Frozen {
     read: bool,
 }
 
-impl CustomOp1 for Frozen {
-    fn name(&self) -> &'static str {
-        "linear-frozen"
+impl Op<1> for Frozen {
+    const NAME: &'static str = "linear-frozen";
+
+    fn forward<T: Float>(&self, [x]: &[View<'_>; 1]) -> Result<(Vec<T>, Shape)> {
+        if !self.read {
+            let shape = with_last(x.dims(), self.weight.dims()[0]);
+            return Ok((vec![T::zero(); shape.elem_count()], shape));
+        }
+        forward(x, &View::new(&self.weight), self.bias.as_ref().map(View::new).as_ref())
     }
 
-    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (w, b) = (View::new(&self.weight), self.bias.as_ref().map(View::new));
-        by_float!(self.weight.dtype(), T => {
-            if !self.read {
-                let shape = with_last(l.dims(), self.weight.dims()[0]);
-                return Ok(result(vec![T::default(); shape.elem_count()], shape));
-            }
-            let b = b.as_ref().map(View::slice::<T>).transpose()?;
-            forward(s, l, w.slice::<T>()?, b, self.weight.dims()[0])
-        })
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let dy = dy.contiguous()?;
-        let (w, dy) = (View::new(&self.weight), View::new(&dy));
+    fn backward<T: Float>(&self, [x]: &[View<'_>; 1], dy: &[T], [dx]: [Want<T>; 1]) -> Result<[Option<Vec<T>>; 1]> {
         let size = Size::new(x.dims(), self.weight.dims());
-        by_float!(x.dtype(), T => {
-            let dx = input_gradient(dy.slice::<T>()?, w.slice::<T>()?, size);
-            Ok(Some(tensor(dx, x)?))
-        })
+        Ok([input_gradient(dy, View::new(&self.weight).slice()?, size, dx)])
     }
 }
 
@@ -161,63 +147,30 @@ struct Trained {
     bias: Option<Tensor>,
 }
 
-impl Trained {
-    /// The gradients of the input, the weight and the bias, where they are tracked.
-    fn gradients(&self, x: &Tensor, w: &Tensor, b: Option<&Tensor>, dy: &Tensor) -> Result<[Option<Tensor>; 3]> {
-        let dy = dy.contiguous()?;
+impl Op<2> for Trained {
+    const NAME: &'static str = "linear-weight";
+
+    fn forward<T: Float>(&self, [x, w]: &[View<'_>; 2]) -> Result<(Vec<T>, Shape)> {
+        forward(x, w, self.bias.as_ref().map(View::new).as_ref())
+    }
+
+    fn backward<T: Float>(&self, [x, w]: &[View<'_>; 2], dy: &[T], [dx, dw]: [Want<T>; 2]) -> Result<[Option<Vec<T>>; 2]> {
         let size = Size::new(x.dims(), w.dims());
-        let (xs, ws, dys) = (View::new(x), View::new(w), View::new(&dy));
-        by_float!(x.dtype(), T => {
-            let (xs, ws, dys) = (xs.slice::<T>()?, ws.slice::<T>()?, dys.slice::<T>()?);
-            let dx = x.track_op().then(|| tensor(input_gradient(dys, ws, size), x)).transpose()?;
-            let dw = w.track_op().then(|| tensor(weight_gradient(dys, xs, size), w)).transpose()?;
-            let db = b.map(|b| tensor(bias_gradient(dys, size.rows, size.out), b)).transpose()?;
-            Ok([dx, dw, db])
-        })
+        Ok([input_gradient(dy, w.slice()?, size, dx), weight_gradient(dy, x, size, dw)?])
     }
 }
 
-impl CustomOp2 for Trained {
-    fn name(&self) -> &'static str {
-        "linear-weight"
+impl Op<3> for Trained {
+    const NAME: &'static str = "linear";
+
+    fn forward<T: Float>(&self, [x, w, b]: &[View<'_>; 3]) -> Result<(Vec<T>, Shape)> {
+        forward(x, w, Some(b))
     }
 
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
-        let b = self.bias.as_ref().map(View::new);
-        by_float!(s1.dtype(), T => {
-            let b = b.as_ref().map(View::slice::<T>).transpose()?;
-            forward(s1, l1, slice::<T>(s2, l2)?, b, l2.dims()[0])
-        })
-    }
-
-    fn bwd(&self, x: &Tensor, w: &Tensor, _: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let [dx, dw, _] = self.gradients(x, w, None, dy)?;
-        Ok((dx, dw))
-    }
-}
-
-impl CustomOp3 for Trained {
-    fn name(&self) -> &'static str {
-        "linear"
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        by_float!(s1.dtype(), T => {
-            forward(s1, l1, slice::<T>(s2, l2)?, Some(slice(s3, l3)?), l2.dims()[0])
-        })
-    }
-
-    fn bwd(&self, x: &Tensor, w: &Tensor, b: &Tensor, _: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [dx, dw, db] = self.gradients(x, w, Some(b), dy)?;
-        Ok((dx, dw, db))
+    fn backward<T: Float>(&self, [x, w, _]: &[View<'_>; 3], dy: &[T], [dx, dw, db]: [Want<T>; 3]) -> Result<[Option<Vec<T>>; 3]> {
+        let size = Size::new(x.dims(), w.dims());
+        let dx = input_gradient(dy, w.slice()?, size, dx);
+        Ok([dx, weight_gradient(dy, x, size, dw)?, db.plus(|| bias_gradient(dy, size.rows, size.out))])
     }
 }
 

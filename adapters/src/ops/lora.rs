@@ -3,12 +3,12 @@
 //! For many rows `W + s B A` is formed and used like a weight, which costs one product the
 //! size of the weight; for few rows, or with dropout, the update goes through the rank.
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use candle_core::{Result, Shape, Tensor, bail};
 
 use super::float::Float;
 use super::gemm::{Mat, MatMut, Old, Threads, gemm};
-use super::kernels::{View, by_float, for_rows, fused, result, slice, tensor, uninit};
+use super::graph::{self, Want, apply};
+use super::kernels::{View, for_rows, fused, uninit};
 use super::linear::{self, Size, with_last};
 use super::simd::vectorised;
 use super::{LowRank, portable};
@@ -28,8 +28,7 @@ pub(super) fn lora_linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, lora: &
         rank: lora.a.dims()[0],
         scale: lora.scale,
     };
-    let (x, a, b) = (x.contiguous()?, lora.a.contiguous()?, lora.b.contiguous()?);
-    if x.track_op() || a.track_op() || b.track_op() { x.apply_op3(&a, &b, op) } else { x.apply_op3_no_bwd(&a, &b, &op) }
+    apply(op, [&x.contiguous()?, &lora.a.contiguous()?, &lora.b.contiguous()?])
 }
 
 /// That the shapes fit.
@@ -114,17 +113,17 @@ impl<T: Float> Values<'_, T> {
         y
     }
 
-    /// The gradient of the input; `up` is `dy B`.
-    fn input_gradient(&self, dy: &[T], up: &[T]) -> Vec<T> {
-        if self.merges() {
-            return linear::input_gradient(dy, &self.merged(), self.size);
+    /// The gradient of the input, if it is wanted; `up` is `dy B`.
+    fn input_gradient(&self, dy: &[T], up: &[T], want: Want<T>) -> Option<Vec<T>> {
+        if self.merges() && want.any() {
+            return linear::input_gradient(dy, &self.merged(), self.size, want);
         }
         let Size { rows, input, .. } = self.size;
-        let mut dx = linear::input_gradient(dy, self.w, self.size);
+        let mut dx = linear::input_gradient(dy, self.w, self.size, want)?;
         let (up, a) = (Mat::new(up, rows, self.rank), Mat::new(self.a, self.rank, input));
         let Some(mask) = self.mask else {
             gemm(MatMut::new(&mut dx, rows, input), Old::Add, self.scale, up, a, Threads::All);
-            return dx;
+            return Some(dx);
         };
         let mut through = uninit(rows * input);
         gemm(MatMut::new(&mut through, rows, input), Old::Overwrite, self.scale, up, a, Threads::All);
@@ -132,26 +131,25 @@ impl<T: Float> Values<'_, T> {
             let range = first..first + piece.len();
             add_product(&through[range.clone()], &mask[range], piece);
         });
-        dx
+        Some(dx)
     }
 
     /// The gradients of the input, A and B that are wanted.
-    fn backward(&self, dy: &[T], wanted: [bool; 3]) -> [Option<Vec<T>>; 3] {
+    fn backward(&self, dy: &[T], [dx, da, db]: [Want<T>; 3]) -> [Option<Vec<T>>; 3] {
         let Size { rows, out, input } = self.size;
         let mut up = Vec::new();
-        if wanted[1] || (wanted[0] && !self.merges()) {
-            up = linear::input_gradient(dy, self.b, Size { input: self.rank, ..self.size });
+        if da.any() || (dx.any() && !self.merges()) {
+            up = linear::input_gradient(dy, self.b, Size { input: self.rank, ..self.size }, Want::Fresh).unwrap_or_default();
         }
-        let dx = wanted[0].then(|| self.input_gradient(dy, &up));
-        let dropped = if wanted[1] || wanted[2] { self.dropped() } else { None };
+        let dx = self.input_gradient(dy, &up, dx);
+        let dropped = if da.any() || db.any() { self.dropped() } else { None };
         let x = dropped.as_deref().unwrap_or(self.x);
-        let da = wanted[1].then(|| {
-            let mut da = uninit(self.rank * input);
+        let da = da.start(self.rank * input).map(|(mut da, old)| {
             let (up, x) = (Mat::new(&up, rows, self.rank), Mat::new(x, rows, input));
-            gemm(MatMut::new(&mut da, self.rank, input), Old::Overwrite, self.scale, up.t(), x, Threads::All);
+            gemm(MatMut::new(&mut da, self.rank, input), old, self.scale, up.t(), x, Threads::All);
             da
         });
-        let db = wanted[2].then(|| {
+        let db = db.plus(|| {
             let down = self.down(x);
             let mut db = uninit(self.rank * out);
             let (down, dy) = (Mat::new(&down, rows, self.rank), Mat::new(dy, rows, out));
@@ -200,56 +198,33 @@ impl Op {
         Captured { weight: View::new(&self.weight), bias: self.bias.as_ref().map(View::new), mask: self.mask.as_ref().map(View::new) }
     }
 
-    fn values<'a, T: Float>(&self, captured: &'a Captured<'_>, [x, a, b]: [&'a [T]; 3], dims: &[usize]) -> Result<Values<'a, T>> {
+    fn values<'a, T: Float>(&self, captured: &'a Captured<'_>, [x, a, b]: &'a [View<'_>; 3]) -> Result<Values<'a, T>> {
         Ok(Values {
-            x,
+            x: x.slice()?,
             w: captured.weight.slice()?,
-            a,
-            b,
+            a: a.slice()?,
+            b: b.slice()?,
             bias: captured.bias.as_ref().map(View::slice::<T>).transpose()?,
             mask: captured.mask.as_ref().map(View::slice::<T>).transpose()?,
-            size: Size::new(dims, self.weight.dims()),
+            size: Size::new(x.dims(), self.weight.dims()),
             rank: self.rank,
             scale: T::from_f64(self.scale),
         })
     }
 }
 
-impl CustomOp3 for Op {
-    fn name(&self) -> &'static str {
-        "lora-linear"
+impl graph::Op<3> for Op {
+    const NAME: &'static str = "lora-linear";
+
+    fn forward<T: Float>(&self, operands: &[View<'_>; 3]) -> Result<(Vec<T>, Shape)> {
+        let captured = self.captured();
+        let values = self.values::<T>(&captured, operands)?;
+        Ok((values.forward(), with_last(operands[0].dims(), values.size.out)))
     }
 
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
+    fn backward<T: Float>(&self, operands: &[View<'_>; 3], dy: &[T], want: [Want<T>; 3]) -> Result<[Option<Vec<T>>; 3]> {
         let captured = self.captured();
-        by_float!(s1.dtype(), T => {
-            let values = self.values::<T>(&captured, [slice(s1, l1)?, slice(s2, l2)?, slice(s3, l3)?], l1.dims())?;
-            Ok(result(values.forward(), with_last(l1.dims(), values.size.out)))
-        })
-    }
-
-    fn bwd(&self, x: &Tensor, a: &Tensor, b: &Tensor, _: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let dy = dy.contiguous()?;
-        let captured = self.captured();
-        let [xs, as_, bs, dys] = [x, a, b, &dy].map(View::new);
-        let wanted = [x.track_op(), a.track_op(), b.track_op()];
-        by_float!(x.dtype(), T => {
-            let values = self.values::<T>(&captured, [xs.slice()?, as_.slice()?, bs.slice()?], x.dims())?;
-            let [dx, da, db] = values.backward(dys.slice()?, wanted);
-            Ok((
-                dx.map(|d| tensor(d, x)).transpose()?,
-                da.map(|d| tensor(d, a)).transpose()?,
-                db.map(|d| tensor(d, b)).transpose()?,
-            ))
-        })
+        Ok(self.values::<T>(&captured, operands)?.backward(dy, want))
     }
 }
 

@@ -2,18 +2,24 @@
 //!
 //! On CPU in f32 and f64 the fused versions run; everywhere else, and where
 //! [`set_portable`] says so, the compositions of [`portable`](mod@portable) do.
+//!
+//! Gradients between fused operations do not pass through candle's store (`ops/slot.rs` says how and why). Two backward passes
+//! through the same values must therefore not run at the same time.
 
 use std::cell::Cell;
+use std::ops::Range;
 
 use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
 
 mod activation;
+mod add;
 mod attention;
 mod embedding;
 mod float;
 pub mod floor;
 mod gemm;
+pub(crate) mod graph;
 mod kernels;
 mod linear;
 mod lora;
@@ -22,6 +28,8 @@ pub mod portable;
 mod release;
 mod scale;
 mod simd;
+mod slot;
+mod splice;
 #[cfg(test)]
 pub(crate) mod testing;
 
@@ -117,6 +125,14 @@ pub fn lora_linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, lora: &LowRank
     lora::lora_linear(x, w, bias, lora)
 }
 
+/// `a + b`, elementwise.
+///
+/// # Errors
+/// When the shapes differ.
+pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    add::add(a, b)
+}
+
 /// `x ∘ scale + b` over the last dimension.
 ///
 /// # Shapes
@@ -169,6 +185,17 @@ pub fn activation(x: &Tensor, act: Activation) -> Result<Tensor> {
 /// When an id is outside the table.
 pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     embedding::embedding(table, ids)
+}
+
+/// Sequences with `rows` in place of their tokens in `at`, the same rows for each.
+///
+/// # Shapes
+/// `x` [B, T, D], `rows` [L, D] → [B, T - |at| + L, D]
+///
+/// # Errors
+/// When shapes do not fit or the range is outside.
+pub fn splice(x: &Tensor, rows: &Tensor, at: Range<usize>) -> Result<Tensor> {
+    splice::splice(x, rows, at)
 }
 
 /// Gives back the memory of a constant that nobody will read again; nothing happens where other tensors share it.

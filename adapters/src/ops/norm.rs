@@ -1,10 +1,11 @@
 //! Layer norm in two passes over rows that stay in the cache.
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use candle_core::{Result, Shape, Tensor, bail};
 
 use super::float::Float;
-use super::kernels::{View, by_float, for_rows, fused, result, slice, sum, sum_rows, sum_two, tensor, uninit};
+use super::gemm::Old;
+use super::graph::{Op, Want, apply};
+use super::kernels::{View, for_rows, fused, sum, sum_rows, sum_three, uninit};
 use super::portable;
 use super::simd::vectorised;
 
@@ -19,10 +20,9 @@ pub(super) fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result
     }
     let (x, weight, bias) = (x.contiguous()?, w.contiguous()?, b.contiguous()?);
     if weight.track_op() || bias.track_op() {
-        return x.apply_op3(&weight, &bias, Trained { eps });
+        return apply(Trained { eps }, [&x, &weight, &bias]);
     }
-    let op = Frozen { weight, bias, eps };
-    if x.track_op() { x.apply_op1(op) } else { x.apply_op1_no_bwd(&op) }
+    apply(Frozen { weight, bias, eps }, [&x])
 }
 
 /// A row's mean and 1/√(variance + ε).
@@ -46,17 +46,17 @@ vectorised! {
     }
 }
 
-/// The gradient of an input's row.
+/// The gradient of an input's row, written or added.
 #[inline(always)]
-fn input_row<T: Float>(x: &[T], dy: &[T], dx: &mut [T], w: &[T], (mean, scale): (T, T)) {
+fn input_row<T: Float>(x: &[T], dy: &[T], dx: &mut [T], w: &[T], (mean, scale): (T, T), old: Old) {
     let n = T::from_f64(w.len() as f64);
-    for ((dx, dy), w) in dx.iter_mut().zip(dy).zip(w) {
-        *dx = *dy * *w;
-    }
-    let (along, total) = sum_two(dx, x, |g, x| (g * ((x - mean) * scale), g));
+    let (along, total) = sum_three(x, dy, w, |x, dy, w| (dy * w * ((x - mean) * scale), dy * w));
     let (along, total) = (along / n, total / n);
-    for (dx, x) in dx.iter_mut().zip(x) {
-        *dx = scale * (*dx - total - (*x - mean) * scale * along);
+    let gradient = |x: T, dy: T, w: T| scale * (dy * w - total - (x - mean) * scale * along);
+    let rows = dx.iter_mut().zip(x).zip(dy).zip(w);
+    match old {
+        Old::Overwrite => rows.for_each(|(((dx, x), dy), w)| *dx = gradient(*x, *dy, *w)),
+        Old::Add => rows.for_each(|(((dx, x), dy), w)| *dx += gradient(*x, *dy, *w)),
     }
 }
 
@@ -72,12 +72,12 @@ fn parameter_row<T: Float>(x: &[T], dy: &[T], sums: &mut [T], (mean, scale): (T,
 
 vectorised! {
     /// The gradients of rows; of the input where there is `dx`, of the parameters where there are `sums`.
-    fn gradient_rows<T>(x: &[T], dy: &[T], dx: &mut [T], sums: &mut [T], w: &[T], eps: T) {
+    fn gradient_rows<T>(x: &[T], dy: &[T], dx: &mut [T], old: Old, sums: &mut [T], w: &[T], eps: T) {
         let mut dx = dx.chunks_exact_mut(w.len());
         for (x, dy) in x.chunks_exact(w.len()).zip(dy.chunks_exact(w.len())) {
             let moments = moments(x, eps);
             if let Some(dx) = dx.next() {
-                input_row(x, dy, dx, w, moments);
+                input_row(x, dy, dx, w, moments, old);
             }
             if !sums.is_empty() {
                 parameter_row(x, dy, sums, moments);
@@ -87,40 +87,40 @@ vectorised! {
 }
 
 /// The normed rows.
-pub(super) fn norm<T: Float>(x: &[T], w: &[T], b: &[T], eps: f64) -> Vec<T> {
+fn norm<T: Float>(x: &[T], w: &[T], b: &[T], eps: f64) -> Vec<T> {
     let (dim, eps) = (w.len(), T::from_f64(eps));
     let mut y = uninit(x.len());
     for_rows(&mut y, dim, |first, y| norm_rows(&x[first * dim..][..y.len()], y, w, b, eps));
     y
 }
 
-/// The gradient of the input.
-fn input_gradient<T: Float>(x: &[T], dy: &[T], w: &[T], eps: f64) -> Vec<T> {
+/// The gradient of the input, if it is wanted.
+fn input_gradient<T: Float>(x: &[T], dy: &[T], w: &[T], eps: f64, want: Want<T>) -> Option<Vec<T>> {
     let (dim, eps) = (w.len(), T::from_f64(eps));
-    let mut dx = uninit(x.len());
+    let (mut dx, old) = want.start(x.len())?;
     for_rows(&mut dx, dim, |first, dx| {
         let range = first * dim..first * dim + dx.len();
-        gradient_rows(&x[range.clone()], &dy[range], dx, &mut [], w, eps);
+        gradient_rows(&x[range.clone()], &dy[range], dx, old, &mut [], w, eps);
     });
-    dx
+    Some(dx)
 }
 
 /// The gradients of the input, if it is wanted, the weight and the bias.
-fn gradients<T: Float>(x: &[T], dy: &[T], w: &[T], eps: f64, wanted: bool) -> (Option<Vec<T>>, Vec<T>, Vec<T>) {
+fn gradients<T: Float>(x: &[T], dy: &[T], w: &[T], eps: f64, want: Want<T>) -> (Option<Vec<T>>, Vec<T>, Vec<T>) {
     let (dim, eps) = (w.len(), T::from_f64(eps));
-    let mut dx = uninit(if wanted { x.len() } else { 0 });
+    let wanted = want.any();
+    let (mut dx, old) = want.start(x.len()).unwrap_or((Vec::new(), Old::Overwrite));
     let rows = x.len().checked_div(dim).unwrap_or(0);
     let mut dw = sum_rows(rows, 2 * dim, &mut dx, |range, sums, dx| {
         let range = range.start * dim..range.end * dim;
-        gradient_rows(&x[range.clone()], &dy[range], dx, sums, w, eps);
+        gradient_rows(&x[range.clone()], &dy[range], dx, old, sums, w, eps);
     });
     let db = dw.split_off(dim);
     (wanted.then_some(dx), dw, db)
 }
 
-fn forward<T: Float>(s: &CpuStorage, l: &Layout, w: &[T], b: &[T], eps: f64) -> Result<(CpuStorage, Shape)> {
-    let y = norm(slice(s, l)?, w, b, eps);
-    Ok(result(y, l.shape()))
+fn forward<T: Float>(x: &View<'_>, w: &View<'_>, b: &View<'_>, eps: f64) -> Result<(Vec<T>, Shape)> {
+    Ok((norm(x.slice()?, w.slice()?, b.slice()?, eps), Shape::from(x.dims())))
 }
 
 /// A norm whose weight and bias have no gradients.
@@ -130,23 +130,15 @@ struct Frozen {
     eps: f64,
 }
 
-impl CustomOp1 for Frozen {
-    fn name(&self) -> &'static str {
-        "layer-norm-frozen"
+impl Op<1> for Frozen {
+    const NAME: &'static str = "layer-norm-frozen";
+
+    fn forward<T: Float>(&self, [x]: &[View<'_>; 1]) -> Result<(Vec<T>, Shape)> {
+        forward(x, &View::new(&self.weight), &View::new(&self.bias), self.eps)
     }
 
-    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (w, b) = (View::new(&self.weight), View::new(&self.bias));
-        by_float!(s.dtype(), T => forward::<T>(s, l, w.slice()?, b.slice()?, self.eps))
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let dy = dy.contiguous()?;
-        let (w, xs, dy) = (View::new(&self.weight), View::new(x), View::new(&dy));
-        by_float!(x.dtype(), T => {
-            let dx = input_gradient::<T>(xs.slice()?, dy.slice()?, w.slice()?, self.eps);
-            Ok(Some(tensor(dx, x)?))
-        })
+    fn backward<T: Float>(&self, [x]: &[View<'_>; 1], dy: &[T], [dx]: [Want<T>; 1]) -> Result<[Option<Vec<T>>; 1]> {
+        Ok([input_gradient(x.slice()?, dy, View::new(&self.weight).slice()?, self.eps, dx)])
     }
 }
 
@@ -155,34 +147,21 @@ struct Trained {
     eps: f64,
 }
 
-impl CustomOp3 for Trained {
-    fn name(&self) -> &'static str {
-        "layer-norm"
+impl Op<3> for Trained {
+    const NAME: &'static str = "layer-norm";
+
+    fn forward<T: Float>(&self, [x, w, b]: &[View<'_>; 3]) -> Result<(Vec<T>, Shape)> {
+        forward(x, w, b, self.eps)
     }
 
-    fn cpu_fwd(
+    fn backward<T: Float>(
         &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        by_float!(s1.dtype(), T => forward::<T>(s1, l1, slice(s2, l2)?, slice(s3, l3)?, self.eps))
-    }
-
-    fn bwd(&self, x: &Tensor, w: &Tensor, b: &Tensor, _: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let dy = dy.contiguous()?;
-        let (xs, ws, dy) = (View::new(x), View::new(w), View::new(&dy));
-        by_float!(x.dtype(), T => {
-            let (xs, ws, dy) = (xs.slice::<T>()?, ws.slice::<T>()?, dy.slice::<T>()?);
-            let (dx, dw, db) = gradients(xs, dy, ws, self.eps, x.track_op());
-            let dx = dx.map(|d| tensor(d, x)).transpose()?;
-            let dw = w.track_op().then(|| tensor(dw, w)).transpose()?;
-            let db = b.track_op().then(|| tensor(db, b)).transpose()?;
-            Ok((dx, dw, db))
-        })
+        [x, w, _]: &[View<'_>; 3],
+        dy: &[T],
+        [want_x, want_w, want_b]: [Want<T>; 3],
+    ) -> Result<[Option<Vec<T>>; 3]> {
+        let (dx, dw, db) = gradients(x.slice()?, dy, w.slice()?, self.eps, want_x);
+        Ok([dx, want_w.plus(|| dw), want_b.plus(|| db)])
     }
 }
 

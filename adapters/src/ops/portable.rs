@@ -1,5 +1,7 @@
 //! The operations as compositions of candle's own differentiable ones: any device, any float.
 
+use std::ops::Range;
+
 use candle_core::{D, DType, Result, Tensor};
 
 use super::{Activation, AttentionShape, LowRank};
@@ -118,6 +120,13 @@ pub(super) fn activation(x: &Tensor, act: Activation) -> Result<Tensor> {
 /// `(1 + tanh(x / 2)) / 2`, which neither overflows nor loses its gradient.
 fn sigmoid(x: &Tensor) -> Result<Tensor> {
     (x * 0.5)?.tanh()?.affine(0.5, 0.5)
+}
+
+/// See [`super::splice`].
+pub(super) fn splice(x: &Tensor, rows: &Tensor, at: Range<usize>) -> Result<Tensor> {
+    let (batch, len, dim) = x.dims3()?;
+    let rows = rows.unsqueeze(0)?.broadcast_as((batch, rows.dim(0)?, dim))?;
+    Tensor::cat(&[&x.narrow(1, 0, at.start)?, &rows, &x.narrow(1, at.end, len - at.end)?], 1)
 }
 
 /// See [`super::embedding`].

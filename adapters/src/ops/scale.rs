@@ -1,10 +1,10 @@
 //! A factor for each column, and a bias.
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use candle_core::{Result, Shape, Tensor, bail};
 
 use super::float::Float;
-use super::kernels::{View, by_float, for_rows, fused, result, rows, slice, sum_rows, tensor, uninit};
+use super::graph::{self, Want, apply};
+use super::kernels::{View, for_rows, fused, rows, sum_rows, uninit};
 use super::portable;
 use super::simd::vectorised;
 
@@ -17,9 +17,7 @@ pub(super) fn scale(x: &Tensor, scale: &Tensor, b: Option<&Tensor>) -> Result<Te
     if scale.dims() != [dim] || b.is_some_and(|b| b.dims() != [dim]) {
         bail!("a scale {:?} does not fit {:?}", scale.shape(), x.shape());
     }
-    let (x, scale) = (x.contiguous()?, scale.contiguous()?);
-    let op = Op { bias: b.map(Tensor::contiguous).transpose()? };
-    if x.track_op() || scale.track_op() { x.apply_op2(&scale, op) } else { x.apply_op2_no_bwd(&scale, &op) }
+    apply(Op { bias: b.map(Tensor::contiguous).transpose()? }, [&x.contiguous()?, &scale.contiguous()?])
 }
 
 vectorised! {
@@ -69,38 +67,26 @@ struct Op {
     bias: Option<Tensor>,
 }
 
-impl CustomOp2 for Op {
-    fn name(&self) -> &'static str {
-        "scale"
-    }
+impl graph::Op<2> for Op {
+    const NAME: &'static str = "scale";
 
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn forward<T: Float>(&self, [x, scale]: &[View<'_>; 2]) -> Result<(Vec<T>, Shape)> {
         let bias = self.bias.as_ref().map(View::new);
-        by_float!(s1.dtype(), T => {
-            let bias = bias.as_ref().map(View::slice::<T>).transpose()?;
-            Ok(result(forward::<T>(slice(s1, l1)?, slice(s2, l2)?, bias), l1.shape()))
-        })
+        let bias = bias.as_ref().map(View::slice::<T>).transpose()?;
+        Ok((forward(x.slice()?, scale.slice()?, bias), Shape::from(x.dims())))
     }
 
-    fn bwd(&self, x: &Tensor, scale: &Tensor, _: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let dy = dy.contiguous()?;
-        let [xs, scales, dys] = [x, scale, &dy].map(View::new);
-        by_float!(x.dtype(), T => {
-            let (factors, dy) = (scales.slice::<T>()?, dys.slice::<T>()?);
-            let dx = x.track_op().then(|| tensor(forward(dy, factors, None), x)).transpose()?;
-            let ds = match scale.track_op() {
-                false => None,
-                true => {
-                    let (x, dim) = (xs.slice::<T>()?, factors.len());
-                    let sums = sum_rows(rows(x.len(), dim), dim, &mut [], |range, sums, _| {
-                        let range = range.start * dim..range.end * dim;
-                        add_products(&x[range.clone()], &dy[range], sums);
-                    });
-                    Some(tensor(sums, scale)?)
-                }
-            };
-            Ok((dx, ds))
-        })
+    fn backward<T: Float>(&self, [x, scale]: &[View<'_>; 2], dy: &[T], [dx, ds]: [Want<T>; 2]) -> Result<[Option<Vec<T>>; 2]> {
+        let (x, factors) = (x.slice::<T>()?, scale.slice::<T>()?);
+        let dim = factors.len();
+        let dx = dx.plus(|| forward(dy, factors, None));
+        let ds = ds.plus(|| {
+            sum_rows(rows(x.len(), dim), dim, &mut [], |range, sums, _| {
+                let range = range.start * dim..range.end * dim;
+                add_products(&x[range.clone()], &dy[range], sums);
+            })
+        });
+        Ok([dx, ds])
     }
 }
 

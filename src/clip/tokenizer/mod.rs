@@ -168,8 +168,7 @@ fn unencodable(text: &str, error: &impl std::fmt::Display) -> Error {
 /// The crate panics on some definitions that are valid JSON, for example on a `Replace` whose
 /// regular expression matches nothing at all; that, too, is a broken file.
 fn guarded<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(run))
-        .unwrap_or_else(|_| Err("its definition makes the tokenizers library fail".into()))
+    crate::guard::guarded(run).unwrap_or_else(|| Err("its definition makes the tokenizers library fail".into()))
 }
 
 fn check_vocabulary(place: &str, inner: &tokenizers::Tokenizer, config: &TextConfig) -> Result<()> {

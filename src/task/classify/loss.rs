@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use crate::data::Example;
 use crate::error::{Error, Result};
 use crate::task::matching::bce;
-use crate::task::prompts;
+use crate::task::{TaskParts, prompts};
 
 /// What is minimised.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -115,7 +115,8 @@ type Weight = (f64, f64);
 
 impl ClassWeights {
     /// `None` where all count alike.
-    pub(super) fn of(&self, train: &[Example], classes: usize, several: bool) -> Result<Option<Vec<Weight>>> {
+    pub(super) fn of(&self, parts: &TaskParts<'_>, several: bool) -> Result<Option<Vec<Weight>>> {
+        let classes = parts.classes.len();
         match self {
             Self::None => Ok(None),
             Self::Given(all) if all.len() != classes => {
@@ -124,24 +125,31 @@ impl ClassWeights {
             }
             Self::Given(all) => Ok(Some(all.iter().map(|&w| (w, 1.0)).collect())),
             // A trained task is put together again without its examples, and has no loss.
-            Self::Balanced if train.is_empty() => Ok(None),
-            Self::Balanced => Ok(Some(balanced(train, classes, several))),
+            Self::Balanced if parts.train.is_none() => Ok(None),
+            Self::Balanced => {
+                let (mut counts, mut all) = (vec![0; classes], 0);
+                parts.visit(&mut |examples| {
+                    examples.iter().flat_map(Example::all_labels).for_each(|&l| counts[l as usize] += 1);
+                    all += examples.len();
+                    Ok(())
+                })?;
+                Ok(Some(balanced(&counts, all, several)))
+            }
         }
     }
 }
 
-fn balanced(train: &[Example], classes: usize, several: bool) -> Vec<Weight> {
-    let mut counts = vec![0usize; classes];
-    train.iter().flat_map(Example::all_labels).for_each(|&l| counts[l as usize] += 1);
-    let all = train.len() as f64;
+/// Of `counts` among `total` examples.
+pub(super) fn balanced(counts: &[usize], total: usize, several: bool) -> Vec<Weight> {
+    let all = total as f64;
     let present = counts.iter().filter(|n| **n > 0).count().max(1) as f64;
-    let one = |n: usize| match (several, n) {
+    let one = |&n: &usize| match (several, n) {
         (false, 0) => (1.0, 1.0),
         (false, n) => (all / (present * n as f64), 1.0),
-        (true, n) if n == 0 || n == train.len() => (1.0, 1.0),
+        (true, n) if n == 0 || n == total => (1.0, 1.0),
         (true, n) => (all / (2.0 * n as f64), all / (2.0 * (all - n as f64))),
     };
-    counts.into_iter().map(one).collect()
+    counts.iter().map(one).collect()
 }
 
 /// A loss with its weights.

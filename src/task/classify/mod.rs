@@ -177,6 +177,10 @@ impl Definition for ClassifyConfig {
         if self.inputs == Inputs::Image { &self.templates } else { &[] }
     }
 
+    fn tells(&self) -> bool {
+        self.inputs != Inputs::Image || self.several()
+    }
+
     fn reads_images(&self) -> bool {
         self.inputs.image()
     }
@@ -203,7 +207,7 @@ impl Definition for ClassifyConfig {
             return Err(Error::input("task.classify", format!("expected at least two classes, found {count}"))
                 .hint("a classifier chooses; check `data`"));
         }
-        let weights = self.class_weights.of(parts.train, count, self.several())?;
+        let weights = self.class_weights.of(parts, self.several())?;
         Ok(Box::new(Classify {
             source: Source::new(self, parts, params)?,
             judge: Judge::new(parts.classes, self.several(), self.threshold),
@@ -240,11 +244,16 @@ impl Task for Classify {
                 }
                 _ => {}
             }
-            if self.config.inputs.text() && (e.texts.is_empty() || e.texts.iter().any(|t| t.trim().is_empty())) {
-                return Err(lacks("classify", &e.id, "text, or an empty one").hint("data.table.text names the column"));
-            }
+            self.check_query(e)?;
         }
         Ok(())
+    }
+
+    fn check_query(&self, e: &Example) -> Result<()> {
+        match self.config.inputs.text() && (e.texts.is_empty() || e.texts.iter().any(|t| t.trim().is_empty())) {
+            true => Err(lacks("classify", &e.id, "text, or an empty one").hint("data.table.text names the column; --text gives it")),
+            false => Ok(()),
+        }
     }
 
     fn needs(&self) -> Needs {
@@ -300,10 +309,6 @@ impl Task for Classify {
     }
 
     fn warnings(&self) -> Vec<String> {
-        let what = if self.config.inputs == Inputs::Image { "class prompts are" } else { "texts were" };
-        match self.source.truncated() {
-            0 => Vec::new(),
-            n => vec![format!("{n} {what} longer than the model's context and were cut")],
-        }
+        self.source.warnings()
     }
 }

@@ -3,9 +3,8 @@
 
 use candle_core::{Device, Tensor};
 
-use super::loss::Criterion;
-use super::{AsymmetricConfig, ClassWeights, ClassifyConfig, Definition, Loss};
-use crate::data::Example;
+use super::loss::{Criterion, balanced};
+use super::{AsymmetricConfig, ClassifyConfig, Definition, Loss};
 use crate::task::goldens::check;
 
 const SINGLE: [u32; 7] = [2, 0, 4, 2, 1, 2, 3];
@@ -17,7 +16,7 @@ fn single() -> Vec<&'static [u32]> {
 }
 
 fn weighted(loss: Loss) -> Criterion {
-    Criterion { loss, weights: ClassWeights::Given(WEIGHTS.to_vec()).of(&[], 5, true).unwrap() }
+    Criterion { loss, weights: Some(WEIGHTS.map(|w| (w, 1.0)).to_vec()) }
 }
 
 #[test]
@@ -61,17 +60,11 @@ fn the_asymmetric_loss_is_its_authors() {
 /// each column, `classes=[1, 0]`.
 #[test]
 fn balanced_weights_are_scikit_learns() {
-    let one = |label: u32| Example { label: Some(label), ..Example::default() };
-    let train = [0, 0, 0, 1, 3, 3, 0].map(one);
-    let found = ClassWeights::Balanced.of(&train, 4, false).unwrap().unwrap();
+    let found = balanced(&[4, 1, 0, 2], 7, false);
     for (c, expected) in [(0, 0.583_333_333_333_333_4), (1, 2.333_333_333_333_333_5), (3, 1.166_666_666_666_666_7)] {
         assert!((found[c].0 - expected).abs() < 1e-12, "{c} {found:?}");
     }
-    let several = |labels: &[u32]| Example { labels: Some(labels.to_vec()), ..Example::default() };
-    let train = [several(&[0]), several(&[0, 1]), several(&[]), several(&[0]), several(&[0])];
-    let found = ClassWeights::Balanced.of(&train, 3, true).unwrap().unwrap();
-    assert_eq!(found, [(0.625, 2.5), (2.5, 0.625), (1.0, 1.0)]);
-    assert!(ClassWeights::Given(vec![1.0]).of(&train, 3, true).unwrap_err().to_string().contains("each of 3 classes, found 1"));
+    assert_eq!(balanced(&[4, 1, 0], 5, true), [(0.625, 2.5), (2.5, 0.625), (1.0, 1.0)]);
 }
 
 #[test]

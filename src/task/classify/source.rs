@@ -44,11 +44,14 @@ impl Source {
         }
     }
 
-    /// How many texts were cut.
-    pub(super) fn truncated(&self) -> usize {
+    /// Texts that were cut.
+    pub(super) fn warnings(&self) -> Vec<String> {
         match self {
-            Self::Images(images) => images.prompts.truncated,
-            Self::Joint(joint) => joint.truncated(),
+            Self::Joint(joint) => joint.warnings(),
+            Self::Images(images) if images.prompts.truncated == 0 => Vec::new(),
+            Self::Images(images) => {
+                vec![format!("{} class prompts are longer than the model's context and were cut", images.prompts.truncated)]
+            }
         }
     }
 

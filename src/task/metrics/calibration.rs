@@ -34,14 +34,15 @@ fn gap(cases: impl Iterator<Item = (f32, bool)>) -> f64 {
     bins.iter().map(|(confidence, hits)| (confidence - hits).abs()).sum::<f64>() / count.max(1) as f64
 }
 
-/// Temperatures are sought from its inverse to this: a few examples that are all right would ask for 0.
+/// Temperatures are sought from its inverse to this.
 const HOTTEST: f64 = 20.0;
 
 /// Halvings of the interval; its logarithm is 6 wide at first.
 const HALVINGS: usize = 30;
 
 /// The temperature T that minimises the negative log-likelihood of softmax(z/T) (Guo et al. 2017, section 4.2), between 1/20 and
-/// 20. It is convex in 1/T, so its slope changes sign once and is found by bisection; 1 where there are no examples.
+/// 20. It is convex in 1/T, so its slope changes sign once and is found by bisection. 1 where there are no examples, and where it
+/// falls all the way to 1/20: examples that are all right would ask for 0, and say nothing of how sure to be.
 ///
 /// # Shapes
 /// `logits` [N, C], `labels` N of them
@@ -75,10 +76,10 @@ pub fn binary_temperature(logits: &[f32], positive: &[bool]) -> f64 {
 
 /// 1/β where the slope, which grows with β, is 0.
 fn coldest(count: usize, slope: impl Fn(f64) -> f64) -> f64 {
-    if count == 0 {
+    let (mut low, mut high) = (-HOTTEST.ln(), HOTTEST.ln());
+    if count == 0 || slope(HOTTEST) < 0.0 {
         return 1.0;
     }
-    let (mut low, mut high) = (-HOTTEST.ln(), HOTTEST.ln());
     for _ in 0..HALVINGS {
         let middle = f64::midpoint(low, high);
         match slope(middle.exp()) < 0.0 {
@@ -132,11 +133,11 @@ mod tests {
 
     const ERRORS: [f64; 2] = [0.3102415, 0.4766105];
 
-    /// Where every answer is right, colder is always better: the search ends at its bound and not at 0.
+    /// Where every answer is right, colder is always better; where every one is wrong, hotter, up to the bound.
     #[test]
-    fn certainty_ends_at_the_bound() {
+    fn certainty_is_not_fitted() {
         let rows = vec![vec![1.0f32, 0.0], vec![0.0, 1.0]];
-        assert!((temperature(&rows, &[0, 1]) * HOTTEST - 1.0).abs() < 1e-6);
+        assert_eq!(temperature(&rows, &[0, 1]).to_bits(), 1f64.to_bits());
         assert!((temperature(&rows, &[1, 0]) / HOTTEST - 1.0).abs() < 1e-6);
         assert_eq!(temperature(&[], &[]).to_bits(), 1f64.to_bits());
     }

@@ -1,0 +1,395 @@
+//! What a row says about an example: the columns that tables, Parquet files and WebDataset's JSON members share.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::{RawExample, Split};
+use crate::error::{Error, Result};
+
+/// A row by the names of its columns.
+pub(super) type Row = Map<String, Value>;
+
+/// One column, or several: `text: caption`, `text: [title, body]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum ColumnNames {
+    /// One.
+    One(String),
+    /// Several.
+    Many(Vec<String>),
+}
+
+impl ColumnNames {
+    /// All of them.
+    #[must_use]
+    pub fn names(&self) -> &[String] {
+        match self {
+            Self::One(name) => std::slice::from_ref(name),
+            Self::Many(names) => names,
+        }
+    }
+}
+
+/// Stands between the texts of several columns.
+const JOIN: &str = ". ";
+
+/// The configuration of a source of rows: its own fields, and which column holds what.
+macro_rules! with_columns {
+    (
+        $(#[$meta:meta])*
+        pub struct $name:ident as $key:literal {
+            $($(#[$field_meta:meta])* pub $field:ident: $type:ty,)*
+        }
+    ) => {
+        $(#[$meta])*
+        #[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+        #[serde(deny_unknown_fields)]
+        pub struct $name {
+            $($(#[$field_meta])* pub $field: $type,)*
+            /// Column of images. In a table it holds paths relative to the table; a row without one is an example without
+            /// image if it has a text or a question. `image` or `file_name` when left out.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub image: Option<String>,
+            /// Column of texts: a string, or a list of strings each of which fits by itself. Of several columns the
+            /// strings are joined to one text. `text` when left out.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub text: Option<$crate::data::ColumnNames>,
+            /// Stands between the texts of several columns; ". " when left out.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub text_join: Option<String>,
+            /// Column of class names. `label` when left out, unless `labels` is given.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub label: Option<String>,
+            /// Column of several class names: `a|b` or a list. `labels` when left out, unless `label` is given.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub labels: Option<String>,
+            /// Column of questions. `question` when left out.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub question: Option<String>,
+            /// Column of answers: a string, or those of several annotators (a list; `a|b` in CSV and TSV).
+            /// `answer` or `answers` when left out.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub answer: Option<String>,
+            /// Column of answers to choose from: `a|b|c` or a list. `choices` when left out.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub choices: Option<String>,
+            /// Column of finite numbers. `value` when left out.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub value: Option<String>,
+            /// Column that says whether image and text belong together: true, yes, 1 or false, no, 0. `fits` when left out.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub fits: Option<String>,
+            /// Column that says train, val or test. `split` when left out.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub split: Option<String>,
+            /// Column whose equal values stay in one split. `group` when left out.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub group: Option<String>,
+            /// Column of names for predictions and messages; the image's path, or file and row, when left out.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub id: Option<String>,
+        }
+
+        impl $name {
+            fn columns(&self) -> $crate::data::columns::Columns {
+                let Self { image, text, text_join, label, labels, question, answer, choices, value, fits, split, group, id, .. } =
+                    self.clone();
+                $crate::data::columns::Columns {
+                    key: $key, image, text, text_join, label, labels, question, answer, choices, value, fits, split, group, id,
+                }
+            }
+        }
+    };
+}
+pub(super) use with_columns;
+
+/// Which column holds what.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Columns {
+    /// The source's key in a recipe.
+    pub(super) key: &'static str,
+    pub(super) image: Option<String>,
+    pub(super) text: Option<ColumnNames>,
+    pub(super) text_join: Option<String>,
+    pub(super) label: Option<String>,
+    pub(super) labels: Option<String>,
+    pub(super) question: Option<String>,
+    pub(super) answer: Option<String>,
+    pub(super) choices: Option<String>,
+    pub(super) value: Option<String>,
+    pub(super) fits: Option<String>,
+    pub(super) split: Option<String>,
+    pub(super) group: Option<String>,
+    pub(super) id: Option<String>,
+}
+
+/// A row and where it stands.
+#[derive(Clone, Copy)]
+pub(super) struct At<'a> {
+    pub(super) row: &'a Row,
+    /// Names file and row.
+    pub(super) place: &'a dyn Fn() -> String,
+    /// Whether cells are text without lists, so that `a|b` is how answers are told apart.
+    pub(super) flat: bool,
+}
+
+impl Columns {
+    /// The columns that the recipe names, each with the key that does.
+    pub(super) fn named(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        let Self { image, label, labels, question, answer, choices, value, fits, split, group, id, .. } = self;
+        let single = [
+            ("image", image),
+            ("label", label),
+            ("labels", labels),
+            ("question", question),
+            ("answer", answer),
+            ("choices", choices),
+            ("value", value),
+            ("fits", fits),
+            ("split", split),
+            ("group", group),
+            ("id", id),
+        ];
+        let texts = self.text.iter().flat_map(|t| t.names()).map(|name| ("text", name.as_str()));
+        single.into_iter().filter_map(|(key, name)| Some((key, name.as_deref()?))).chain(texts)
+    }
+
+    /// The columns of one class and of several. Where the recipe names one of them, it is the only one.
+    pub(super) fn class_columns(&self) -> [Option<&str>; 2] {
+        let usual = self.label.is_none() && self.labels.is_none();
+        [self.label.as_deref().or(usual.then_some("label")), self.labels.as_deref().or(usual.then_some("labels"))]
+    }
+
+    /// All that a row says but for the image.
+    pub(super) fn example(&self, at: At<'_>) -> Result<RawExample> {
+        let [label, labels] = self.class_columns();
+        let labels = match self.find(at, "labels", &self.labels, labels.as_slice())? {
+            Some((name, value)) => Some(list(&value, true).map_err(|found| at.wrong(&name, "class names as `a|b` or a list", &found))?),
+            // An empty cell says that it belongs to no class.
+            None => labels.is_some_and(|name| at.row.contains_key(name)).then(Vec::new),
+        };
+        let label = self.find(at, "label", &self.label, label.as_slice())?;
+        let label = label.map(|(name, value)| single(&value).map_err(|found| at.wrong(&name, "one class name", &found))).transpose()?;
+        let answers = match self.find(at, "answer", &self.answer, &["answer", "answers"])? {
+            Some((name, value)) => list(&value, at.flat).map_err(|found| at.wrong(&name, "an answer or a list of answers", &found))?,
+            None => Vec::new(),
+        };
+        let choices = match self.find(at, "choices", &self.choices, &["choices"])? {
+            Some((name, value)) => list(&value, true).map_err(|found| at.wrong(&name, "answers as `a|b` or a list", &found))?,
+            None => Vec::new(),
+        };
+        let value = self.find(at, "value", &self.value, &["value"])?;
+        let value = value.map(|(name, v)| number(&v).ok_or_else(|| at.wrong(&name, "a finite number", &shown(&v)))).transpose()?;
+        let fits = self.find(at, "fits", &self.fits, &["fits"])?;
+        let fits = fits.map(|(name, v)| truth(&v).ok_or_else(|| at.wrong(&name, "true or false", &shown(&v)))).transpose()?;
+        let cell = |key: &str, named: &Option<String>, default: &[&str]| -> Result<Option<String>> {
+            let found = self.find(at, key, named, default)?;
+            let one = found.map(|(name, v)| single(&v).map_err(|found| at.wrong(&name, "a text or a number", &found))).transpose()?;
+            Ok(one.filter(|s| !s.is_empty()))
+        };
+        let split = match cell("split", &self.split, &["split"])? {
+            Some(name) => {
+                let split = Split::parse(&name);
+                Some(split.ok_or_else(|| Error::input((at.place)(), format!("split `{name}`: expected train, val or test")))?)
+            }
+            None => None,
+        };
+        Ok(RawExample {
+            id: cell("id", &self.id, &[])?.unwrap_or_default(),
+            texts: self.texts(at)?,
+            question: cell("question", &self.question, &["question"])?,
+            label: label.filter(|s| !s.is_empty()),
+            labels,
+            value,
+            fits,
+            answers,
+            choices,
+            group: cell("group", &self.group, &["group"])?,
+            split,
+            ..Default::default()
+        })
+    }
+
+    /// The image's cell, as it stands there.
+    pub(super) fn image(&self, at: At<'_>) -> Result<Option<Value>> {
+        Ok(self.find(at, "image", &self.image, &["image", "file_name"])?.map(|(_, value)| value))
+    }
+
+    /// A column's name and value in a row; nothing where the cell is empty.
+    fn find(&self, at: At<'_>, key: &str, named: &Option<String>, default: &[&str]) -> Result<Option<(String, Value)>> {
+        let filled = |name: &str| at.row.get(name).filter(|v| !v.is_null()).map(|v| (name.to_string(), v.clone()));
+        let Some(name) = named else { return Ok(default.iter().find_map(|name| filled(name))) };
+        if !at.row.contains_key(name) {
+            let known: Vec<&str> = at.row.keys().map(String::as_str).collect();
+            return Err(Error::input((at.place)(), format!("there is no column `{name}`")).hint(format!(
+                "data.{}.{key} names it; the columns are {}",
+                self.key,
+                known.join(", ")
+            )));
+        }
+        Ok(filled(name))
+    }
+
+    fn texts(&self, at: At<'_>) -> Result<Vec<String>> {
+        let Some(names) = &self.text else {
+            let found = self.find(at, "text", &None, &["text"])?;
+            return found.map_or(Ok(Vec::new()), |(name, v)| texts(&v).map_err(|found| at.wrong(&name, A_TEXT, &found)));
+        };
+        let mut parts = Vec::new();
+        for name in names.names() {
+            let Some((_, value)) = self.find(at, "text", &Some(name.clone()), &[])? else { continue };
+            let found = texts(&value).map_err(|found| at.wrong(name, A_TEXT, &found))?;
+            if names.names().len() > 1 && found.len() > 1 {
+                return Err(at.wrong(name, "one string, since several columns make one text", "a list"));
+            }
+            parts.extend(found);
+        }
+        if names.names().len() > 1 && !parts.is_empty() {
+            parts = vec![parts.join(self.text_join.as_deref().unwrap_or(JOIN))];
+        }
+        Ok(parts)
+    }
+}
+
+const A_TEXT: &str = "a string or a list of strings";
+
+impl At<'_> {
+    pub(super) fn wrong(&self, column: &str, expected: &str, found: &str) -> Error {
+        Error::input((self.place)(), format!("column `{column}`: expected {expected}, found {found}"))
+    }
+}
+
+/// A value in a message.
+pub(super) fn shown(value: &Value) -> String {
+    const LONGEST: usize = 60;
+    let text = match value {
+        Value::Array(_) => return "a list".into(),
+        Value::Object(_) => return "an object".into(),
+        Value::String(s) => format!("`{s}`"),
+        other => other.to_string(),
+    };
+    if text.chars().count() > LONGEST { text.chars().take(LONGEST).chain(['…']).collect() } else { text }
+}
+
+/// A cell as text; numbers as they are written.
+fn single(value: &Value) -> std::result::Result<String, String> {
+    match value {
+        Value::String(s) => Ok(s.trim().to_string()),
+        Value::Number(_) | Value::Bool(_) => Ok(value.to_string()),
+        other => Err(shown(other)),
+    }
+}
+
+/// A list of texts: an array, or a string, which `bars` divide. VQA's annotations hold objects `{answer: …}`.
+fn list(value: &Value, bars: bool) -> std::result::Result<Vec<String>, String> {
+    let parts: Vec<String> = match value {
+        Value::String(s) if bars => s.split('|').map(|s| s.trim().to_string()).collect(),
+        Value::Array(items) => items
+            .iter()
+            .map(|item| match item {
+                Value::Object(o) => o.get("answer").map_or_else(|| Err(shown(item)), single),
+                item => single(item),
+            })
+            .collect::<std::result::Result<_, _>>()?,
+        Value::Object(o) => return o.get("answer").filter(|v| !v.is_object()).map_or_else(|| Err(shown(value)), |v| list(v, bars)),
+        other => vec![single(other)?],
+    };
+    Ok(parts.into_iter().filter(|s| !s.is_empty()).collect())
+}
+
+fn texts(value: &Value) -> std::result::Result<Vec<String>, String> {
+    let one = |v: &Value| v.as_str().map(|s| s.trim().to_string()).ok_or_else(|| shown(v));
+    let all = match value {
+        Value::Array(items) => items.iter().map(one).collect::<std::result::Result<Vec<_>, _>>()?,
+        other => vec![one(other)?],
+    };
+    Ok(all.into_iter().filter(|s| !s.is_empty()).collect())
+}
+
+fn number(value: &Value) -> Option<f64> {
+    let number = match value {
+        Value::String(s) => s.trim().parse().ok(),
+        other => other.as_f64(),
+    };
+    number.filter(|n| n.is_finite())
+}
+
+fn truth(value: &Value) -> Option<bool> {
+    match value {
+        Value::Bool(b) => Some(*b),
+        Value::Number(n) => [(0.0, false), (1.0, true)].iter().find(|(v, _)| n.as_f64() == Some(*v)).map(|(_, b)| *b),
+        Value::String(s) => match s.trim().to_ascii_lowercase().as_str() {
+            "true" | "yes" | "1" => Some(true),
+            "false" | "no" | "0" => Some(false),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn read(columns: &Columns, json: &str, flat: bool) -> Result<RawExample> {
+        let row: Row = serde_json::from_str(json).unwrap();
+        columns.example(At { row: &row, place: &|| "rows:7".into(), flat })
+    }
+
+    #[test]
+    fn each_column_in_each_of_its_forms() {
+        let all = Columns::default();
+        let strings = r#"{"text": " a cat ", "label": 3, "labels": "a | b|", "question": "which?", "answer": "x|y", "choices": "x|y|z",
+            "value": "-1.5e2", "fits": "Yes", "group": 7, "split": "validation"}"#;
+        let e = read(&all, strings, true).unwrap();
+        assert_eq!((e.texts, e.label.as_deref(), e.labels), (vec!["a cat".into()], Some("3"), Some(vec!["a".into(), "b".into()])));
+        assert_eq!((e.question.as_deref(), e.answers, e.choices.len()), (Some("which?"), vec!["x".to_string(), "y".into()], 3));
+        assert_eq!((e.value, e.fits, e.group.as_deref(), e.split), (Some(-150.0), Some(true), Some("7"), Some(Split::Val)));
+        // Where there are lists, a bar in an answer is a bar.
+        assert_eq!(read(&all, r#"{"answer": "x|y"}"#, false).unwrap().answers, ["x|y"]);
+        let lists = r#"{"text": ["a", "b"], "labels": ["a", 2], "answers": [{"answer": "x"}, {"answer": "x"}], "choices": ["u", "v"],
+            "value": 3, "fits": 0}"#;
+        let e = read(&all, lists, false).unwrap();
+        assert_eq!((e.texts.len(), e.labels.unwrap()[1].as_str(), e.answers.len(), e.choices.len()), (2, "2", 2, 2));
+        assert_eq!((e.value, e.fits), (Some(3.0), Some(false)));
+        // No class is something else than nothing said about classes.
+        assert_eq!(read(&all, r#"{"labels": null}"#, false).unwrap().labels, Some(vec![]));
+        assert_eq!(read(&all, "{}", false).unwrap().labels, None);
+    }
+
+    #[test]
+    fn several_columns_make_one_text() {
+        let columns = |join: Option<&str>| Columns {
+            text: Some(ColumnNames::Many(vec!["title".into(), "body".into()])),
+            text_join: join.map(str::to_string),
+            ..Default::default()
+        };
+        assert_eq!(read(&columns(None), r#"{"title": "A", "body": "b"}"#, false).unwrap().texts, ["A. b"]);
+        assert_eq!(read(&columns(Some(" ")), r#"{"title": "A", "body": "b"}"#, false).unwrap().texts, ["A b"]);
+        assert_eq!(read(&columns(None), r#"{"title": null, "body": "b"}"#, false).unwrap().texts, ["b"]);
+        let error = read(&columns(None), r#"{"title": "A"}"#, false).unwrap_err().to_string();
+        assert!(error.contains("no column `body`"), "{error}");
+        assert!(read(&columns(None), r#"{"title": ["A", "B"], "body": "b"}"#, false).unwrap_err().to_string().contains("one string"));
+    }
+
+    #[test]
+    fn a_bad_cell_says_where_and_what() {
+        for (json, column, expected, found) in [
+            (r#"{"value": "high"}"#, "value", "a finite number", "`high`"),
+            (r#"{"value": "inf"}"#, "value", "a finite number", "`inf`"),
+            (r#"{"value": [1]}"#, "value", "a finite number", "a list"),
+            (r#"{"fits": "maybe"}"#, "fits", "true or false", "`maybe`"),
+            (r#"{"fits": 2}"#, "fits", "true or false", "2"),
+            (r#"{"label": ["a"]}"#, "label", "one class name", "a list"),
+            (r#"{"labels": [["a"]]}"#, "labels", "a list", "a list"),
+            (r#"{"text": 3}"#, "text", "a string", "3"),
+            (r#"{"answer": [{"text": "x"}]}"#, "answer", "a list of answers", "an object"),
+            (r#"{"group": {}}"#, "group", "a text or a number", "an object"),
+        ] {
+            let error = read(&Columns::default(), json, false).unwrap_err().to_string();
+            let parts = ["rows:7", &format!("column `{column}`"), expected, &format!("found {found}")].map(str::to_string);
+            assert!(parts.iter().all(|p| error.contains(p.as_str())), "{json}: {error}");
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! Files of a sharded set: a file, a directory, a glob, a brace range, or a list of these.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::Split;
+use crate::error::{Error, Result};
+use crate::hub;
+
+/// One path, or several: `data/train-*.parquet`, `shard-{000000..000012}.tar`, a directory, `hub:owner/dataset@revision`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Paths {
+    /// One.
+    One(String),
+    /// Several.
+    Many(Vec<String>),
+}
+
+impl Default for Paths {
+    fn default() -> Self {
+        Self::Many(Vec::new())
+    }
+}
+
+impl From<&Path> for Paths {
+    fn from(path: &Path) -> Self {
+        Self::One(path.display().to_string())
+    }
+}
+
+impl std::fmt::Display for Paths {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.patterns() {
+            [first, .., last] if self.patterns().len() > 3 => write!(f, "{first}, …, {last}"),
+            few => f.write_str(&few.join(", ")),
+        }
+    }
+}
+
+/// More shards than this are taken for a mistake in a range.
+const MAX_SHARDS: usize = 100_000;
+
+/// An id on the hub, taken out of `hub:owner/dataset@revision:data/train-*.parquet`, and which of its files are meant.
+pub(super) fn on_hub(pattern: &str) -> Option<(&str, Option<&str>)> {
+    let id = pattern.strip_prefix("hub:")?;
+    Some(id.split_once(':').map_or((id, None), |(id, files)| (id, Some(files))))
+}
+
+impl Paths {
+    /// Whether a part of it lies on the hub.
+    pub(super) fn is_remote(&self) -> bool {
+        self.patterns().iter().any(|p| on_hub(p).is_some())
+    }
+
+    /// Fetches what lies on the hub, so that only paths of this machine are left.
+    pub(super) fn local(&self, place: &str, extensions: &[&str], progress: &mut hub::Progress<'_>) -> Result<Self> {
+        let mut paths = Vec::new();
+        for pattern in self.patterns() {
+            let Some((id, wanted)) = on_hub(pattern) else {
+                paths.push(pattern.clone());
+                continue;
+            };
+            let wanted = wanted.map(glob::Pattern::new).transpose();
+            let wanted = wanted.map_err(|e| Error::input(place, format!("`{pattern}` has no pattern behind the id: {e}")))?;
+            let picked = |name: &str| {
+                let known = extensions.iter().any(|e| name.to_ascii_lowercase().ends_with(&format!(".{e}")));
+                known && wanted.as_ref().is_none_or(|w| w.matches(name))
+            };
+            paths.extend(hub::dataset(id, &picked, progress)?.iter().map(|p| p.display().to_string()));
+        }
+        Ok(Self::Many(paths))
+    }
+
+    /// Each as it was written.
+    #[must_use]
+    pub fn patterns(&self) -> &[String] {
+        match self {
+            Self::One(path) => std::slice::from_ref(path),
+            Self::Many(paths) => paths,
+        }
+    }
+
+    /// The files behind them, in the order of a list, sorted within a directory or a glob; `place` is the recipe's key.
+    pub(super) fn files(&self, place: &str, extensions: &[&str]) -> Result<Vec<PathBuf>> {
+        let mut files = Vec::new();
+        for pattern in self.patterns() {
+            if on_hub(pattern).is_some() {
+                return Err(Error::input(place, format!("{pattern} has not been fetched")));
+            }
+            match Path::new(pattern).exists() {
+                true => listed(Path::new(pattern), extensions, &mut files)?,
+                false => {
+                    for path in braces(place, pattern)? {
+                        globbed(place, &path, extensions, &mut files)?;
+                    }
+                }
+            }
+        }
+        match files.len() {
+            0 => Err(Error::input(place, format!("`{self}` names no file ending in {}", extensions.join(", ")))),
+            n if n > MAX_SHARDS => Err(Error::input(place, format!("`{self}` names {n} files, expected at most {MAX_SHARDS}"))),
+            _ => Ok(files),
+        }
+    }
+}
+
+/// A file, or all files below a directory.
+fn listed(path: &Path, extensions: &[&str], files: &mut Vec<PathBuf>) -> Result<()> {
+    if !path.is_dir() {
+        files.push(path.to_path_buf());
+        return Ok(());
+    }
+    let visible = |e: &walkdir::DirEntry| e.depth() == 0 || !e.file_name().to_string_lossy().starts_with(['.', '_']);
+    for entry in walkdir::WalkDir::new(path).follow_links(true).sort_by_file_name().into_iter().filter_entry(visible) {
+        let entry = entry.map_err(|e| Error::input(path.display(), e))?;
+        let name = entry.file_name().to_string_lossy().to_ascii_lowercase();
+        if entry.file_type().is_file() && extensions.iter().any(|e| name.ends_with(&format!(".{e}"))) {
+            files.push(entry.into_path());
+        }
+    }
+    Ok(())
+}
+
+fn globbed(place: &str, pattern: &str, extensions: &[&str], files: &mut Vec<PathBuf>) -> Result<()> {
+    let path = Path::new(pattern);
+    if path.exists() || !pattern.contains(['*', '?', '[']) {
+        return match path.exists() {
+            true => listed(path, extensions, files),
+            false => Err(Error::input(path.display(), "no such file or directory").hint(format!("{place} names it"))),
+        };
+    }
+    let found = glob::glob(pattern).map_err(|e| Error::input(place, format!("`{pattern}` is no pattern: {e}")))?;
+    let before = files.len();
+    // glob sorts.
+    for path in found {
+        listed(&path.map_err(|e| Error::read(e.path(), std::io::Error::other(e.to_string())))?, extensions, files)?;
+    }
+    match files.len() == before {
+        true => Err(Error::input(place, format!("`{pattern}` names no file"))),
+        false => Ok(()),
+    }
+}
+
+/// `{000..012}` counts, with the zeros of its ends and a step where `{0..9..3}` has one; `{a,b}` lists; several multiply.
+fn braces(place: &str, pattern: &str) -> Result<Vec<String>> {
+    let Some((start, end)) = pattern.find('{').and_then(|s| Some((s, s + pattern[s..].find('}')?))) else {
+        return Ok(vec![pattern.to_string()]);
+    };
+    let (head, inner, tail) = (&pattern[..start], &pattern[start + 1..end], &pattern[end + 1..]);
+    let parts = match range(inner) {
+        Some(parts) => parts,
+        None if inner.contains(',') => inner.split(',').map(str::to_string).collect(),
+        None => return Err(Error::input(place, format!("`{{{inner}}}` is neither a range as {{000..012}} nor a list as {{a,b}}"))),
+    };
+    let rests = braces(place, tail)?;
+    if parts.len().saturating_mul(rests.len()) > MAX_SHARDS {
+        return Err(Error::input(place, format!("`{pattern}` names more than {MAX_SHARDS} files")));
+    }
+    Ok(parts.iter().flat_map(|part| rests.iter().map(move |rest| format!("{head}{part}{rest}"))).collect())
+}
+
+fn range(inner: &str) -> Option<Vec<String>> {
+    let mut ends = inner.split("..");
+    let (from, to) = (ends.next()?, ends.next()?);
+    let step: u64 = ends.next().map_or(Some(1), |s| s.parse().ok()).filter(|s| *s > 0)?;
+    let digits = |s: &str| !s.is_empty() && s.len() < 19 && s.bytes().all(|b| b.is_ascii_digit());
+    if ends.next().is_some() || !digits(from) || !digits(to) {
+        return None;
+    }
+    let padded = [from, to].iter().any(|s| s.len() > 1 && s.starts_with('0'));
+    let width = if padded { from.len().max(to.len()) } else { 0 };
+    let (a, b): (u64, u64) = (from.parse().ok()?, to.parse().ok()?);
+    let count = (a.abs_diff(b) / step).min(MAX_SHARDS as u64);
+    let at = |i: u64| if a <= b { a + i * step } else { a - i * step };
+    Some((0..=count).map(|i| format!("{:0width$}", at(i))).collect())
+}
+
+/// The deepest directory that holds all files.
+pub(super) fn common(files: &[PathBuf]) -> PathBuf {
+    let mut root = files.first().and_then(|f| f.parent()).map(Path::to_path_buf).unwrap_or_default();
+    while !files.iter().all(|f| f.starts_with(&root)) {
+        if !root.pop() {
+            break;
+        }
+    }
+    root
+}
+
+/// The split that a file's name or its directories say, as the hub reads them: `train-00000-of-00003.parquet`, `test/0.tar`.
+pub(super) fn split_of(file: &Path, root: &Path) -> Option<Split> {
+    let inner = file.strip_prefix(root).unwrap_or(file);
+    let words = |part: &std::ffi::OsStr| {
+        let text = part.to_string_lossy();
+        text.split(|c: char| !c.is_ascii_alphabetic()).find_map(Split::parse)
+    };
+    // The root itself may be the split's directory.
+    let own = root.file_name().filter(|_| inner.components().count() == 1);
+    inner.iter().rev().chain(own).find_map(words)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn braces_count_and_list() {
+        let expand = |p: &str| braces("p", p).unwrap();
+        assert_eq!(expand("s-{008..011}.tar"), ["s-008.tar", "s-009.tar", "s-010.tar", "s-011.tar"]);
+        assert_eq!(expand("{9..11}"), ["9", "10", "11"]);
+        assert_eq!(expand("{0..6..3}"), ["0", "3", "6"]);
+        assert_eq!(expand("{2..0}"), ["2", "1", "0"]);
+        assert_eq!(expand("{a,b}{1..2}"), ["a1", "a2", "b1", "b2"]);
+        assert_eq!(expand("plain"), ["plain"]);
+        assert!(braces("p", "{x}").unwrap_err().to_string().contains("neither a range"));
+        assert!(braces("p", "{0..99999999}").unwrap_err().to_string().contains("more than"));
+    }
+
+    #[test]
+    fn names_say_the_split() {
+        for (name, split) in [
+            ("d/train-00000-of-00003.parquet", Some(Split::Train)),
+            ("d/validation-00000-of-00001.parquet", Some(Split::Val)),
+            ("d/test/0000.parquet", Some(Split::Test)),
+            ("d/valid_01.tar", Some(Split::Val)),
+            ("d/latest-1.tar", None),
+            ("d/shard-000000.tar", None),
+        ] {
+            assert_eq!(split_of(Path::new(name), Path::new("d")), split, "{name}");
+        }
+        assert_eq!(split_of(Path::new("x/test/0.tar"), Path::new("x/test")), Some(Split::Test));
+    }
+
+    #[test]
+    fn files_come_sorted_from_directories_and_globs() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["b.tar", "a.tar", "sub/c.tar", ".hidden/x.tar", "notes.txt"] {
+            std::fs::create_dir_all(dir.path().join(name).parent().unwrap()).unwrap();
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        let names = |p: &str| -> Vec<String> {
+            let files = Paths::One(dir.path().join(p).display().to_string()).files("data.webdataset.path", &["tar"]).unwrap();
+            files.iter().map(|f| f.strip_prefix(dir.path()).unwrap().display().to_string()).collect()
+        };
+        assert_eq!(names(""), ["a.tar", "b.tar", "sub/c.tar"]);
+        assert_eq!(names("*.tar"), ["a.tar", "b.tar"]);
+        assert_eq!(names("{b,a}.tar"), ["b.tar", "a.tar"]);
+        let missing = Paths::One(dir.path().join("{a,z}.tar").display().to_string()).files("data.webdataset.path", &["tar"]);
+        assert!(missing.unwrap_err().to_string().contains("z.tar"));
+        let nothing = Paths::One(dir.path().display().to_string()).files("data.parquet.path", &["parquet"]);
+        assert!(nothing.unwrap_err().to_string().contains("names no file"));
+    }
+}

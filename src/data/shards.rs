@@ -1,0 +1,404 @@
+//! Rows in shards: what Parquet files and tars have in common. A set is walked once when it is opened, without its images,
+//! to find classes, numbers and broken rows; small sets are then listed, large training splits streamed.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::columns::{At, Columns, Row};
+use super::stored::{Address, Store, Stored};
+use super::stream::Stream;
+use super::{DataConfig, Dataset, Example, ImageRef, Raw, RawExample, Split, SplitConfig, classes, split, unreadable};
+use crate::error::{Error, Result};
+
+/// Training splits with more rows than this are streamed unless told otherwise.
+const LISTED: usize = 20_000;
+/// Of so many broken rows the reasons are kept.
+const KEPT: usize = 50;
+
+/// Whether the training split is streamed: `true`, `false`, or `auto` (the default), which streams more than 20 000 rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Streaming {
+    /// Always, or never.
+    Fixed(bool),
+    /// As the number of rows says.
+    Named(Auto),
+}
+
+impl Default for Streaming {
+    fn default() -> Self {
+        Self::Named(Auto::Auto)
+    }
+}
+
+/// `auto`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Auto {
+    /// As the number of rows says.
+    Auto,
+}
+
+/// How a set of shards is streamed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct StreamOptions {
+    pub(super) streaming: Streaming,
+    /// Rows that are shuffled at a time.
+    pub(super) rows: usize,
+    /// Bytes that they may have.
+    pub(super) bytes: u64,
+}
+
+/// Rows that are shuffled at a time, unless told otherwise.
+const BUFFER: usize = 10_000;
+/// Their images have at most so many MiB, unless told otherwise.
+const BUFFER_MIB: usize = 256;
+
+impl StreamOptions {
+    pub(super) fn new(place: &str, streaming: Option<Streaming>, rows: Option<usize>, mib: Option<usize>) -> Result<Self> {
+        for (key, value) in [("buffer", rows), ("buffer_mib", mib)] {
+            if value == Some(0) {
+                return Err(Error::input(format!("data.{place}.{key}"), "expected at least 1, found 0"));
+            }
+        }
+        Ok(Self { streaming: streaming.unwrap_or_default(), rows: rows.unwrap_or(BUFFER), bytes: (mib.unwrap_or(BUFFER_MIB) as u64) << 20 })
+    }
+}
+
+/// One file of rows.
+#[derive(Debug)]
+pub(super) struct Shard {
+    /// Its name in identifiers, relative to what all shards have in common.
+    pub(super) name: String,
+    /// What its name says.
+    pub(super) split: Option<Split>,
+    /// Bytes of a row, the image included, on average.
+    pub(super) row_bytes: u64,
+}
+
+/// A set of shards.
+pub(super) trait Shards: Store {
+    fn place(&self) -> String;
+    fn columns(&self) -> &Columns;
+    fn shards(&self) -> &[Shard];
+    /// Class names in order, where the set fixes them.
+    fn classes(&self) -> Option<Vec<String>>;
+    fn options(&self) -> StreamOptions;
+    /// A shard from its first row on.
+    fn rows(&self, shard: usize) -> Result<Box<dyn Rows>>;
+}
+
+/// The rows of a shard, one after another.
+pub(super) trait Rows {
+    /// The next row without its image. A broken row is an error, and reading goes on behind it where that can be.
+    fn next(&mut self) -> Option<Result<Found>>;
+    /// The image of the row that `next` gave last.
+    fn image(&mut self) -> Result<Vec<u8>>;
+}
+
+/// A row without its image.
+#[derive(Debug)]
+pub(super) struct Found {
+    /// From 0, in the shard.
+    pub(super) number: u64,
+    /// Its name in the shard.
+    pub(super) key: String,
+    /// Columns and cells.
+    pub(super) cells: Row,
+    pub(super) image: Place,
+}
+
+/// Where a row's image is.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    None,
+    File(std::path::PathBuf),
+    Part([u64; 2]),
+}
+
+/// Which split a row belongs to.
+#[derive(Debug, Clone, Default)]
+struct Division {
+    /// Fractions, where the set has no splits of its own.
+    fractions: Option<SplitConfig>,
+    /// Whether a part of train becomes the validation split.
+    carve: bool,
+    seed: u64,
+}
+
+/// Where there is no validation split, this much of train becomes one.
+const CARVED: f64 = 0.1;
+
+impl Division {
+    fn split(&self, own: Option<Split>, key: &str) -> Split {
+        let split = match (&self.fractions, own) {
+            (None, own) => own.unwrap_or(Split::Train),
+            (Some(parts), _) => match fraction("split", self.seed, key) {
+                at if at < parts.test => Split::Test,
+                at if at < parts.test + parts.val => Split::Val,
+                _ => Split::Train,
+            },
+        };
+        match split {
+            Split::Train if self.carve && fraction("carve", self.seed, key) < CARVED => Split::Val,
+            split => split,
+        }
+    }
+}
+
+/// A number from 0 to 1 that depends on the key alone, so that rows can be divided without being listed.
+fn fraction(what: &str, seed: u64, key: &str) -> f64 {
+    let hash = blake3::hash(format!("{what} {seed} {key}").as_bytes());
+    let bytes = hash.as_bytes().first_chunk::<8>().copied().unwrap_or_default();
+    (u64::from_le_bytes(bytes) >> 11) as f64 / (1u64 << 53) as f64
+}
+
+/// A set of shards and how it is divided.
+#[derive(Debug, Clone)]
+pub(super) struct Reading {
+    pub(super) shards: Arc<dyn Shards>,
+    store: Arc<dyn Store>,
+    division: Division,
+}
+
+/// What [`Reading::next`] gives.
+pub(super) enum Next {
+    /// An example; its split is set.
+    Row(Box<RawExample>),
+    Bad(Error),
+    End,
+}
+
+impl Reading {
+    fn new<S: Shards + 'static>(shards: Arc<S>) -> Self {
+        Self { store: shards.clone(), shards, division: Division::default() }
+    }
+
+    /// Whether names of shards, or a column, say what is trained on and what is tested.
+    fn has_own_splits(&self) -> bool {
+        let shards = self.shards.shards();
+        let column = self.shards.columns().split.as_deref().unwrap_or("split");
+        let says = |found: Found| found.cells.get(column).is_some_and(|v| !v.is_null());
+        let first = (0..shards.len()).find_map(|s| self.shards.rows(s).ok()?.next()?.ok());
+        shards.iter().any(|s| s.split.is_some()) || first.is_some_and(says)
+    }
+
+    /// The next row of a shard.
+    pub(super) fn next(&self, shard: usize, rows: &mut dyn Rows) -> Next {
+        match rows.next() {
+            None => Next::End,
+            Some(found) => match found.and_then(|found| self.example(shard, found)) {
+                Ok(example) => Next::Row(Box::new(example)),
+                Err(error) => Next::Bad(error),
+            },
+        }
+    }
+
+    fn example(&self, shard: usize, found: Found) -> Result<RawExample> {
+        let Shard { name, split, .. } = &self.shards.shards()[shard];
+        let address = Address { shard: shard as u32, row: found.number, part: [0; 2] };
+        let place = || self.store.row_place(address);
+        let at = At { row: &found.cells, place: &place, flat: false };
+        let mut example = self.shards.columns().example(at)?;
+        example.image = match found.image {
+            Place::Part(part) => ImageRef::Stored(Stored::new(self.store.clone(), Address { part, ..address })),
+            Place::File(path) => ImageRef::File(path),
+            Place::None if example.texts.is_empty() && example.question.is_none() => {
+                return Err(Error::input(place(), "has neither an image nor a text"));
+            }
+            Place::None => ImageRef::Missing,
+        };
+        let key = example.group.as_deref().unwrap_or(&found.key);
+        example.split = Some(self.division.split(example.split.or(*split), key));
+        if example.id.is_empty() {
+            example.id = format!("{name}:{}", found.key);
+        }
+        Ok(example)
+    }
+
+    /// Every row of every shard, without images.
+    pub(super) fn scan(&self, each: &mut dyn FnMut(usize, Result<RawExample>) -> Result<()>) -> Result<()> {
+        for shard in 0..self.shards.shards().len() {
+            let mut rows = match self.shards.rows(shard) {
+                Ok(rows) => rows,
+                Err(error) => {
+                    each(shard, Err(error))?;
+                    continue;
+                }
+            };
+            loop {
+                match self.next(shard, &mut *rows) {
+                    Next::Row(example) => each(shard, Ok(*example))?,
+                    Next::Bad(error) => each(shard, Err(error))?,
+                    Next::End => break,
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What one walk over all rows finds.
+#[derive(Default)]
+struct Walk {
+    /// Rows of each shard that are trained on.
+    train: Vec<usize>,
+    listed: Vec<RawExample>,
+    held_out: Vec<RawExample>,
+    streamed: bool,
+    names: BTreeSet<String>,
+    bad: Vec<Error>,
+    bad_count: usize,
+}
+
+fn walk(reading: &Reading, streaming: Streaming) -> Result<Walk> {
+    let shards = reading.shards.shards().len();
+    let mut walk = Walk { train: vec![0; shards], streamed: streaming == Streaming::Fixed(true), ..Default::default() };
+    let fixed = reading.shards.classes().is_some();
+    reading.scan(&mut |shard, row| {
+        let example = match row {
+            Ok(example) => example,
+            Err(error) => {
+                walk.bad_count += 1;
+                if walk.bad.len() < KEPT {
+                    walk.bad.push(error);
+                }
+                return Ok(());
+            }
+        };
+        if !fixed {
+            for name in example.label.iter().chain(example.labels.iter().flatten()) {
+                if !walk.names.contains(name) {
+                    walk.names.insert(name.clone());
+                }
+            }
+        }
+        if example.split != Some(Split::Train) {
+            walk.held_out.push(example);
+            return Ok(());
+        }
+        walk.train[shard] += 1;
+        if !walk.streamed {
+            walk.listed.push(example);
+        }
+        if streaming == Streaming::default() && walk.listed.len() > LISTED {
+            walk.streamed = true;
+            walk.listed = Vec::new();
+        }
+        Ok(())
+    })?;
+    Ok(walk)
+}
+
+/// Every row of a set, undivided.
+pub(super) fn list<S: Shards + 'static>(shards: Arc<S>) -> Result<Raw> {
+    let mut raw = Raw { classes: shards.classes(), ..Default::default() };
+    Reading::new(shards).scan(&mut |_, row| {
+        match row {
+            Ok(example) => raw.examples.push(example),
+            Err(error) => raw.bad.push(error),
+        }
+        Ok(())
+    })?;
+    Ok(raw)
+}
+
+/// Whether a set says itself what is trained on and what is tested.
+pub(super) fn own_splits<S: Shards + 'static>(shards: Arc<S>) -> bool {
+    Reading::new(shards).has_own_splits()
+}
+
+/// Opens a set of shards: lists what is evaluated, lists or streams what is trained on.
+pub(super) fn open<S: Shards + 'static>(config: &DataConfig, shards: Arc<S>, draw: Option<(usize, u64)>) -> Result<Dataset> {
+    let mut reading = Reading::new(shards);
+    let place = reading.shards.place();
+    let own = reading.has_own_splits();
+    if own && config.split.is_some() {
+        return Err(Error::input("data.split", format!("{place} has splits of its own")).hint("leave `split` out"));
+    }
+    let fractions = config.split.clone().unwrap_or_default();
+    fractions.check()?;
+    reading.division = Division { seed: fractions.seed, carve: false, fractions: (!own).then_some(fractions) };
+    let mut notes = Vec::new();
+    let mut options = reading.shards.options();
+    if draw.is_some() && options.streaming != Streaming::Fixed(false) {
+        if options.streaming == Streaming::Fixed(true) {
+            notes.push("`shots` are drawn from a list, so the training split is not streamed".into());
+        }
+        options.streaming = Streaming::Fixed(false);
+    }
+    let mut walk = match walk(&reading, options.streaming)? {
+        found if found.held_out.iter().any(|e| e.split == Some(Split::Val)) => found,
+        _ => {
+            reading.division.carve = true;
+            walk(&reading, options.streaming)?
+        }
+    };
+    if walk.bad_count > 0 && !config.skip_bad {
+        return Err(unreadable("rows", walk.bad_count, &walk.bad));
+    }
+    if let Some(first) = walk.bad.first() {
+        notes.push(format!("skipped {} rows that cannot be read; the first: {first}", walk.bad_count));
+    }
+    let total: usize = walk.train.iter().sum();
+    if total + walk.held_out.len() == 0 {
+        return Err(Error::input(place, "there is no row"));
+    }
+    if reading.division.carve {
+        let count = walk.held_out.iter().filter(|e| e.split == Some(Split::Val)).count();
+        notes.push(format!("no validation split: {count} of the training examples serve as one (seed {})", reading.division.seed));
+    }
+    let names = reading.shards.classes().unwrap_or_else(|| ordered(std::mem::take(&mut walk.names)));
+    let mut examples = std::mem::take(&mut walk.listed);
+    examples.append(&mut walk.held_out);
+    let raw = Raw { classes: Some(names), examples, ..Default::default() };
+    let (classes, placed, note) = classes(&place, raw)?;
+    let plain = DataConfig { split: None, ..config.clone() };
+    let mut data = split::divide(&place, &plain, classes, placed, draw)?;
+    (data.skipped, data.notes) = (walk.bad_count, [notes, data.notes, note.into_iter().collect()].concat());
+    if walk.streamed {
+        let stream = Stream::new(reading, walk.train, &data.classes, options, config.skip_bad);
+        check_groups(&place, &data, &stream)?;
+        data.notes.push(format!("{total} training rows are streamed through a buffer of {}", stream.buffer()));
+        data.stream = Some(Arc::new(stream));
+    }
+    Ok(data)
+}
+
+/// Numbers in their order, anything else by the alphabet.
+fn ordered(names: BTreeSet<String>) -> Vec<String> {
+    let mut names: Vec<String> = names.into_iter().collect();
+    if names.iter().all(|n| n.parse::<u64>().is_ok()) {
+        names.sort_by_key(|n| n.parse::<u64>().unwrap_or(0));
+    }
+    names
+}
+
+/// A group may not be trained on and evaluated. Only what is evaluated is in memory.
+fn check_groups(place: &str, data: &Dataset, stream: &Stream) -> Result<()> {
+    let mut groups: HashMap<&str, Split> = HashMap::new();
+    for split in [Split::Val, Split::Test] {
+        groups.extend(data.split(split).iter().filter_map(|e| Some((e.group.as_deref()?, split))));
+    }
+    if groups.is_empty() || stream.divides() {
+        return Ok(());
+    }
+    stream.visit(&mut |chunk: &[Example]| {
+        for group in chunk.iter().filter_map(|e| e.group.as_deref()) {
+            if let Some(split) = groups.get(group) {
+                return Err(Error::input(place, format!("group `{group}` is in train and in {split}")));
+            }
+        }
+        Ok(())
+    })
+}
+
+impl Reading {
+    /// Whether splits follow from keys, so that no group can be in two.
+    pub(super) fn divides(&self) -> bool {
+        self.division.fractions.is_some()
+    }
+}

@@ -1,0 +1,403 @@
+//! Tars as `webdataset` writes them: members that share a key are one example, in whatever order the tar has them.
+//! Nothing is ever unpacked to disk.
+
+use std::collections::HashMap;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use super::columns::{Columns, Row, with_columns};
+use super::parquet::files;
+use super::paths::{Paths, common, split_of};
+use super::shards::{Found, Place, Rows, Shard, Shards, StreamOptions, Streaming};
+use super::stored::{Address, Shared, Store};
+use super::{DataConfig, Dataset, Raw, Source, check_classes, shards};
+use crate::clip::decode;
+use crate::error::{Error, Result};
+use crate::files as disk;
+
+/// Larger images are refused, as image files are.
+const MAX_IMAGE: u64 = 256 << 20;
+/// Larger `.txt`, `.cls` and `.json` members are refused.
+const MAX_TEXT: u64 = 16 << 20;
+
+/// Class names: a list, or a JSON file with one (or with an object `{"0": "cat", …}`).
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(untagged)]
+pub enum ClassList {
+    /// The names in order.
+    Names(Vec<String>),
+    /// A file.
+    File(PathBuf),
+}
+
+with_columns! {
+    /// Tar shards. Of the members of a key, an image is the image, `.txt` the text, `.cls` the class (a number or a name), and
+    /// what stands in `.json` are columns; a member `caption.txt` is the column `caption`.
+    pub struct WebDatasetConfig as "webdataset" {
+        /// Files, directories, globs, brace ranges such as `shard-{000000..000012}.tar`. Names such as `train-000.tar` and
+        /// `val-000.tar` say the split.
+        pub path: Paths,
+        /// Shards of their own for validation.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub val: Option<Paths>,
+        /// Shards of their own for testing.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub test: Option<Paths>,
+        /// Names for the numbers in `.cls`, in order: a list, or a JSON file with one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub classes: Option<ClassList>,
+        /// Whether the training split is streamed: `true`, `false`, or `auto`, which streams more than 20 000 rows.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub stream: Option<Streaming>,
+        /// Rows that are shuffled at a time where it is streamed; 10 000 when left out.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub buffer: Option<usize>,
+        /// Fewer where their images would have more than so many MiB; 256 when left out.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub buffer_mib: Option<usize>,
+    }
+}
+
+/// A set of tars.
+#[derive(Debug)]
+struct TarSet {
+    place: String,
+    columns: Columns,
+    classes: Option<Arc<Vec<String>>>,
+    options: StreamOptions,
+    shards: Vec<Shard>,
+    paths: Vec<PathBuf>,
+}
+
+impl ClassList {
+    fn names(&self) -> Result<Vec<String>> {
+        let path = match self {
+            Self::Names(names) => return Ok(names.clone()),
+            Self::File(path) => path,
+        };
+        let wrong = |found: &str| {
+            Error::input(path.display(), format!("expected a JSON list of class names or an object {{\"0\": \"cat\", …}}, found {found}"))
+        };
+        let value = serde_json::from_slice(&disk::read(path, MAX_TEXT)?).map_err(|e| wrong(&format!("no JSON: {e}")))?;
+        let names: Option<Vec<String>> = match &value {
+            Value::Array(names) => names.iter().map(|n| n.as_str().map(str::to_string)).collect(),
+            Value::Object(names) => (0..names.len()).map(|i| Some(names.get(&i.to_string())?.as_str()?.to_string())).collect(),
+            _ => None,
+        };
+        names.ok_or_else(|| wrong("something else"))
+    }
+}
+
+impl WebDatasetConfig {
+    fn set(&self) -> Result<TarSet> {
+        let paths = files(&self.path, self.val.as_ref(), self.test.as_ref(), "webdataset", &["tar"])?;
+        if let Some((path, _)) =
+            paths.iter().find(|(p, _)| [".gz", ".tgz", ".zst", ".bz2"].iter().any(|e| p.to_string_lossy().ends_with(e)))
+        {
+            return Err(Error::input(path.display(), "is compressed, so that nothing can be found in its middle")
+                .hint("unpack the compression (`gunzip`); images in a tar are compressed anyway"));
+        }
+        let classes = self.classes.as_ref().map(ClassList::names).transpose()?;
+        if let Some(names) = &classes {
+            check_classes("data.webdataset.classes", names)?;
+        }
+        let root = common(&paths.iter().map(|(p, _)| p.clone()).collect::<Vec<_>>());
+        let shards = paths.iter().map(|(path, split)| Shard {
+            name: path.strip_prefix(&root).unwrap_or(path).display().to_string(),
+            split: split.or_else(|| split_of(path, &root)),
+            row_bytes: largest(path),
+        });
+        Ok(TarSet {
+            place: self.path.to_string(),
+            columns: self.columns(),
+            classes: classes.map(Arc::new),
+            options: StreamOptions::new("webdataset", self.stream, self.buffer, self.buffer_mib)?,
+            shards: shards.collect(),
+            paths: paths.into_iter().map(|(path, _)| path).collect(),
+        })
+    }
+}
+
+/// How many members are looked at to find out how large rows are.
+const LOOKED: usize = 64;
+
+/// The mean size of the first images; 0 where there is none.
+fn largest(path: &Path) -> u64 {
+    let Ok(mut rows) = TarRows::open(path, None, None) else { return 0 };
+    let sizes: Vec<u64> = std::iter::from_fn(|| rows.next())
+        .take(LOOKED)
+        .filter_map(|row| match row.ok()?.image {
+            Place::Part([_, size]) => Some(size),
+            _ => None,
+        })
+        .collect();
+    sizes.iter().sum::<u64>() / sizes.len().max(1) as u64
+}
+
+impl Source for WebDatasetConfig {
+    fn place(&self) -> String {
+        self.path.to_string()
+    }
+
+    fn read(&self) -> Result<Raw> {
+        shards::list(Arc::new(self.set()?))
+    }
+
+    fn open(&self, config: &DataConfig, draw: Option<(usize, u64)>) -> Option<Result<Dataset>> {
+        Some(self.set().and_then(|set| shards::open(config, Arc::new(set), draw)))
+    }
+
+    fn has_own_splits(&self) -> bool {
+        self.set().is_ok_and(|set| shards::own_splits(Arc::new(set)))
+    }
+}
+
+impl Store for TarSet {
+    fn bytes(&self, at: Address) -> Result<Vec<u8>> {
+        let path = self.path(at.shard as usize)?;
+        member(&Shared::new(disk::open(path)?), at.part).map_err(|e| Error::input(self.row_place(at), e))
+    }
+
+    fn row_place(&self, at: Address) -> String {
+        let path = self.paths.get(at.shard as usize).map(|p| p.display().to_string()).unwrap_or_default();
+        format!("{path}: row {}", at.row)
+    }
+}
+
+impl TarSet {
+    fn path(&self, shard: usize) -> Result<&PathBuf> {
+        self.paths.get(shard).ok_or_else(|| Error::fault(&self.place, format!("there is no shard {shard}")))
+    }
+}
+
+impl Shards for TarSet {
+    fn place(&self) -> String {
+        self.place.clone()
+    }
+
+    fn columns(&self) -> &Columns {
+        &self.columns
+    }
+
+    fn shards(&self) -> &[Shard] {
+        &self.shards
+    }
+
+    fn classes(&self) -> Option<Vec<String>> {
+        self.classes.as_deref().cloned()
+    }
+
+    fn options(&self) -> StreamOptions {
+        self.options
+    }
+
+    fn rows(&self, shard: usize) -> Result<Box<dyn Rows>> {
+        Ok(Box::new(TarRows::open(self.path(shard)?, self.columns.image.clone(), self.classes.clone())?))
+    }
+}
+
+/// Reads a member's bytes; its end was compared with the file's.
+fn member(file: &Shared, [offset, size]: [u64; 2]) -> std::result::Result<Vec<u8>, String> {
+    if size > MAX_IMAGE {
+        return Err(format!("the image has {size} bytes, expected at most {MAX_IMAGE}"));
+    }
+    let mut bytes = vec![0; size as usize];
+    file.from(offset).read_exact(&mut bytes).map_err(|e| format!("cannot be read: {e}"))?;
+    Ok(bytes)
+}
+
+/// A member of a tar.
+#[derive(Debug)]
+struct Member {
+    key: String,
+    /// All behind the first dot, in lower case.
+    extension: String,
+    offset: u64,
+    size: u64,
+}
+
+/// The part of a name before the first dot of its last component, and the part behind it, as webdataset's
+/// `base_plus_ext` has it; nothing where there is no dot, or it comes first.
+fn key_and_extension(name: &str) -> Option<(&str, &str)> {
+    let base = name.rfind('/').map_or(0, |i| i + 1);
+    let dot = name[base..].find('.').filter(|d| *d > 0)? + base;
+    Some((&name[..dot], &name[dot + 1..]))
+}
+
+/// Goes through a tar.
+struct TarRows {
+    path: PathBuf,
+    file: Shared,
+    len: u64,
+    /// Where the next header is.
+    at: u64,
+    pending: Option<Member>,
+    number: u64,
+    image: Option<String>,
+    classes: Option<Arc<Vec<String>>>,
+    last: Option<[u64; 2]>,
+    done: bool,
+}
+
+impl TarRows {
+    fn open(path: &Path, image: Option<String>, classes: Option<Arc<Vec<String>>>) -> Result<Self> {
+        let file = Shared::new(disk::open(path)?);
+        let len = file.len().map_err(|e| Error::read(path, e))?;
+        let path = path.to_path_buf();
+        Ok(Self { path, file, len, at: 0, pending: None, number: 0, image, classes, last: None, done: false })
+    }
+
+    /// The next member that belongs to an example.
+    fn member(&mut self) -> Result<Option<Member>> {
+        loop {
+            let start = self.at;
+            if start >= self.len {
+                return Ok(None);
+            }
+            let mut archive = tar::Archive::new(self.file.window(start));
+            let broken =
+                |e: std::io::Error| Error::input(format!("{}: byte {start}", self.path.display()), format!("is broken or no tar: {e}"));
+            let mut entries = archive.entries_with_seek().map_err(broken)?;
+            let Some(entry) = entries.next().transpose().map_err(broken)? else { return Ok(None) };
+            let kind = entry.header().entry_type();
+            let (offset, size) = (start + entry.raw_file_position(), entry.size());
+            let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
+            // Links, directories and devices have no content, whatever size they state.
+            let hollow =
+                kind.is_hard_link() || kind.is_symlink() || kind.is_dir() || kind.is_character_special() || kind.is_block_special();
+            let end = offset.checked_add(if hollow || kind.is_fifo() { 0 } else { size }).filter(|end| *end <= self.len);
+            let Some(end) = end else {
+                return Err(Error::input(
+                    format!("{}: {name}", self.path.display()),
+                    format!("is cut off: the member has {size} bytes from {offset} on, the file ends at {}", self.len),
+                ));
+            };
+            // Members are padded to blocks.
+            self.at = end.next_multiple_of(512);
+            let outside = name.starts_with('/') || name.split('/').any(|part| part == "..");
+            let Some((key, extension)) = key_and_extension(&name).filter(|_| kind.is_file() && !outside) else { continue };
+            return Ok(Some(Member { key: key.into(), extension: extension.to_ascii_lowercase(), offset, size }));
+        }
+    }
+
+    /// The members of the next key.
+    fn group(&mut self) -> Result<Option<Vec<Member>>> {
+        let Some(first) = self.pending.take().map_or_else(|| self.member(), |m| Ok(Some(m)))? else { return Ok(None) };
+        let mut members = vec![first];
+        loop {
+            match self.member()? {
+                Some(member) if member.key == members[0].key => members.push(member),
+                other => {
+                    self.pending = other;
+                    return Ok(Some(members));
+                }
+            }
+        }
+    }
+
+    fn found(&mut self, members: &[Member]) -> Result<Found> {
+        let number = self.number;
+        let key = members.first().map(|m| m.key.clone()).unwrap_or_default();
+        let place = |extension: &str| format!("{}: row {number} ({key}.{extension})", self.path.display());
+        let mut seen: HashMap<&str, &Member> = HashMap::new();
+        for member in members {
+            if seen.insert(&member.extension, member).is_some() {
+                return Err(Error::input(place(&member.extension), "occurs twice"));
+            }
+        }
+        let mut cells = Row::new();
+        // Members of their own say more than what stands in the JSON.
+        let json = members.iter().filter(|m| m.extension == "json");
+        for member in json.chain(members.iter().filter(|m| m.extension != "json")) {
+            let (column, kind) = match member.extension.rsplit_once('.') {
+                Some((column, kind)) => (column, kind),
+                None => ("", member.extension.as_str()),
+            };
+            if !["txt", "cls", "json"].contains(&kind) {
+                continue;
+            }
+            let wrong = |what: String| Error::input(place(&member.extension), what);
+            if member.size > MAX_TEXT {
+                return Err(wrong(format!("has {} bytes, expected at most {MAX_TEXT}", member.size)));
+            }
+            let bytes = self::member(&self.file, [member.offset, member.size]).map_err(wrong)?;
+            let text = String::from_utf8(bytes).map_err(|_| wrong("is not UTF-8 text".into()))?;
+            match (column, kind) {
+                ("", "txt") => _ = cells.insert("text".into(), text.into()),
+                (column, "txt") => _ = cells.insert(column.into(), text.into()),
+                (column, "cls") => {
+                    let column = if column.is_empty() { "label" } else { column };
+                    cells.insert(column.into(), self.class(text.trim()).map_err(wrong)?);
+                }
+                (column, _) => match (column, serde_json::from_str(&text).map_err(|e| wrong(format!("expected JSON: {e}")))?) {
+                    ("", Value::Object(object)) => cells.extend(object),
+                    ("", _) => return Err(wrong("expected a JSON object".into())),
+                    (column, value) => _ = cells.insert(column.into(), value),
+                },
+            }
+        }
+        let wanted = self.image.as_deref();
+        let is_image = |m: &&Member| wanted.map_or(decode::EXTENSIONS.contains(&m.extension.as_str()), |w| m.extension == w);
+        let image = members.iter().find(is_image).map(|m| [m.offset, m.size]);
+        self.last = image;
+        Ok(Found { number, key: key.clone(), cells, image: image.map_or(Place::None, Place::Part) })
+    }
+
+    fn class(&self, text: &str) -> std::result::Result<Value, String> {
+        let Some(names) = self.classes.as_deref() else { return Ok(text.into()) };
+        match text.parse::<usize>() {
+            Ok(i) => {
+                names.get(i).map(|n| n.as_str().into()).ok_or_else(|| format!("expected a class from 0 to {}, found {i}", names.len() - 1))
+            }
+            Err(_) if names.iter().any(|n| n == text) => Ok(text.into()),
+            Err(_) => Err(format!("expected one of the {} classes or its number, found `{text}`", names.len())),
+        }
+    }
+}
+
+impl Rows for TarRows {
+    fn next(&mut self) -> Option<Result<Found>> {
+        if self.done {
+            return None;
+        }
+        let members = match self.group() {
+            Ok(members) => members?,
+            Err(error) => {
+                // Behind a broken header nothing can be found, and the row before it is not complete.
+                self.done = true;
+                return Some(Err(error));
+            }
+        };
+        let found = self.found(&members);
+        self.number += 1;
+        Some(found)
+    }
+
+    fn image(&mut self) -> Result<Vec<u8>> {
+        let place = || format!("{}: row {}", self.path.display(), self.number.saturating_sub(1));
+        let part = self.last.ok_or_else(|| Error::input(place(), "has no image"))?;
+        member(&self.file, part).map_err(|e| Error::input(place(), e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_end_at_the_first_dot_of_the_last_component() {
+        for (name, expected) in [
+            ("0001.jpg", Some(("0001", "jpg"))),
+            ("0001.seg.png", Some(("0001", "seg.png"))),
+            ("a.b/0001.jpg", Some(("a.b/0001", "jpg"))),
+            ("dir/.hidden", None),
+            ("plain", None),
+            ("./0001.txt", Some(("./0001", "txt"))),
+        ] {
+            assert_eq!(key_and_extension(name), expected, "{name}");
+        }
+    }
+}

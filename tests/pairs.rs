@@ -1,0 +1,183 @@
+//! Tasks that look at an image and a text: sets that neither input alone solves, through the real binary.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::World;
+use serde_json::{Value, json};
+
+const COLOURS: [&str; 3] = ["red", "green", "blue"];
+
+/// Every image with every colour's name; a pair fits where they are the same.
+fn pairs(world: &World) {
+    let mut rows = String::new();
+    for (c, colour) in COLOURS.iter().enumerate() {
+        for i in 0..10 {
+            for (t, text) in COLOURS.iter().enumerate() {
+                // As many that fit as do not: of those that do not, one of two.
+                if c == t || (c + t + i) % 2 == 0 {
+                    let split = ["train", "train", "train", "train", "train", "train", "val", "val", "test", "test"][i];
+                    let row = json!({ "image": format!("data/{colour}/{i}.png"), "id": format!("{colour}{i}"), "text": text,
+                        "fits": c == t, "split": split });
+                    rows.push_str(&format!("{row}\n"));
+                }
+            }
+        }
+    }
+    world.write("pairs.jsonl", &rows);
+}
+
+fn recipe(world: &World, data: &str, task: &str, rest: &str) {
+    let text = format!(
+        "model: base\nmethod: none\ndata: {{ table: {{ {data} }} }}\ntask: {{ {task} }}\n{rest}\n\
+         train: {{ epochs: 60, batch: 16, lr: 2.0e-2, seed: 3, early_stopping: {{ patience: 60 }} }}\noutput: run\n"
+    );
+    world.write("pairs.yaml", &text);
+}
+
+fn metric(report: &Value, name: &str) -> f64 {
+    report["after"][name].as_f64().unwrap()
+}
+
+#[test]
+fn a_text_fits_an_image_and_neither_alone_tells() {
+    let world = World::new();
+    pairs(&world);
+    for (fusion, inputs, solved) in [
+        ("concat: { hidden: 32 }", "both", true),
+        ("bilinear: { rank: 32 }", "both", true),
+        ("cross_attention: { dim: 16, heads: 2 }", "both", true),
+        ("transformer: { dim: 16, heads: 2, layers: 1 }", "both", true),
+        ("concat: { hidden: 32 }", "image", false),
+        ("concat: { hidden: 32 }", "text", false),
+    ] {
+        recipe(&world, "path: pairs.jsonl", &format!("match: {{ inputs: {inputs} }}"), &format!("fusion: {{ {fusion} }}"));
+        let report = world.json(&["train", "pairs.yaml", "--force"]);
+        let auc = metric(&report, "roc_auc");
+        assert!(if solved { auc > 0.95 } else { (0.3..=0.7).contains(&auc) }, "{fusion} {inputs}: {auc}");
+    }
+}
+
+#[test]
+fn a_verdict_follows_the_threshold_that_was_stored() {
+    let world = World::new();
+    pairs(&world);
+    recipe(&world, "path: pairs.jsonl", "match: {}", "fusion: { concat: { hidden: 32 } }");
+    let report = world.json(&["train", "pairs.yaml"]);
+    let stored: Value = serde_json::from_slice(&std::fs::read(world.path("run/adapter/peft.json")).unwrap()).unwrap();
+    let threshold = stored["scalars"]["threshold"].as_f64().unwrap();
+    assert_eq!(stored["classes"], json!(["does not fit", "fits"]));
+    // What was evaluated is evaluated again alike, and what is predicted one by one is the same.
+    let again = world.json(&["eval", "run"]);
+    assert_eq!(again["f1"], report["after"]["f1"]);
+    let lines = std::fs::read_to_string(world.path("run/predictions.jsonl")).unwrap();
+    let first: Value = serde_json::from_str(lines.lines().next().unwrap()).unwrap();
+    assert!((first["scores"][1].as_f64().unwrap() >= threshold) == (first["prediction"] == "fits"), "{first} {threshold}");
+    let predict = ["predict", "--model", "base", "--adapter", "run/adapter", "--text", "red", "--text", "blue", "data/red/9.png"];
+    let told = world.json(&predict);
+    assert_eq!((&told[0]["prediction"], &told[1]["prediction"]), (&json!("fits"), &json!("does not fit")), "{told}");
+    // A bundle carries the task, and judges alike.
+    world.json(&["merge", "--model", "base", "--adapter", "run/adapter", "--bundle", "--output", "bundle"]);
+    let from_bundle = world.json(&["predict", "--model", "bundle", "--text", "red", "--text", "blue", "data/red/9.png"]);
+    assert_eq!(told, from_bundle);
+    world.json(&["inspect", "run/adapter"]);
+    let page = std::fs::read_to_string(world.path("run/report.html")).unwrap();
+    assert!(page.contains("does not fit"));
+}
+
+#[test]
+fn negatives_are_drawn_or_the_hardest() {
+    let world = World::new();
+    let rows: String = (0..30)
+        .map(|i| {
+            let colour = COLOURS[i % 3];
+            let split = ["train", "train", "train", "val", "test"][i / 6];
+            format!("{}\n", json!({ "image": format!("data/{colour}/{}.png", i / 3), "text": colour, "split": split }))
+        })
+        .collect();
+    world.write("pairs.jsonl", &rows);
+    for negatives in ["random: { count: 2 }", "hardest: {}"] {
+        recipe(&world, "path: pairs.jsonl", &format!("match: {{ negatives: {{ {negatives} }}, gamma: 1 }}"), "fusion: concat");
+        let report = world.json(&["train", "pairs.yaml", "--force"]);
+        assert!(metric(&report, "roc_auc") > 0.95, "{negatives}: {report}");
+        // Six test images, each with its own text and one or two others; equal captions are no negatives.
+        assert_eq!(report["after"]["examples"], if negatives.starts_with("random") { 18 } else { 12 }, "{report}");
+    }
+    recipe(&world, "path: pairs.jsonl", "match: {}", "");
+    assert!(world.fails(&["train", "pairs.yaml", "--force"], 2).contains("negatives: random"));
+}
+
+/// A question for each image: which of two colours it has; the right one stands first or second.
+fn questions(world: &World) {
+    let mut rows = String::new();
+    for (c, colour) in COLOURS.iter().enumerate() {
+        for i in 0..10 {
+            let split = ["train", "train", "train", "train", "train", "train", "val", "val", "test", "test"][i];
+            for (question, answer) in [("is it red?", if c == 0 { "yes" } else { "no" }), ("what colour?", colour)] {
+                let row = json!({ "image": format!("data/{colour}/{i}.png"), "question": question, "answer": [answer, answer, "The sky."],
+                    "choices": ["red", "green", "blue", "yes", "no"], "split": split, "group": format!("{colour}{i}") });
+                rows.push_str(&format!("{row}\n"));
+            }
+        }
+    }
+    world.write("pairs.jsonl", &rows);
+}
+
+#[test]
+fn questions_are_answered_from_image_and_question() {
+    let world = World::new();
+    questions(&world);
+    for (task, fusion, inputs, least, most) in [
+        ("loss: bce", "concat: { hidden: 32 }", "both", 0.95, 1.0),
+        ("loss: softmax", "transformer: { dim: 16, heads: 2, layers: 1 }", "both", 0.95, 1.0),
+        ("choose: given", "concat: { hidden: 32 }", "both", 0.95, 1.0),
+        ("loss: bce", "concat: { hidden: 32 }", "image", 0.0, 0.6),
+        ("loss: bce", "concat: { hidden: 32 }", "text", 0.0, 0.7),
+    ] {
+        recipe(&world, "path: pairs.jsonl", &format!("answer: {{ inputs: {inputs}, {task} }}"), &format!("fusion: {{ {fusion} }}"));
+        let report = world.json(&["train", "pairs.yaml", "--force"]);
+        let accuracy = metric(&report, "accuracy");
+        assert!((least..=most).contains(&accuracy), "{task} {inputs}: {accuracy}");
+        if inputs == "both" {
+            // Two of three annotators say so.
+            assert!((metric(&report, "vqa_accuracy") - 2.0 / 3.0 * accuracy).abs() < 0.02, "{report}");
+        }
+    }
+}
+
+#[test]
+fn known_answers_travel_with_the_adapter() {
+    let world = World::new();
+    questions(&world);
+    recipe(&world, "path: pairs.jsonl", "answer: { answers: 5 }", "fusion: { concat: { hidden: 32 } }");
+    let report = world.json(&["train", "pairs.yaml"]);
+    let stored: Value = serde_json::from_slice(&std::fs::read(world.path("run/adapter/peft.json")).unwrap()).unwrap();
+    let kept: Vec<&str> = stored["classes"].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect();
+    assert!(kept.contains(&"sky") && !kept.contains(&"The sky.") && kept.len() == 5, "{kept:?}");
+    assert_eq!(world.json(&["eval", "run"])["accuracy"], report["after"]["accuracy"]);
+    let lines = r#"{"image": "data/blue/9.png", "question": "what colour?"}
+{"image": "data/green/8.png", "question": "is it red?"}"#;
+    world.write("ask.jsonl", lines);
+    let out = world.peft(&["predict", "--model", "base", "--adapter", "run/adapter", "--jsonl", "ask.jsonl"]);
+    let said: Vec<Value> = String::from_utf8(out.stdout).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!((&said[0]["prediction"], &said[1]["prediction"]), (&json!("blue"), &json!("no")), "{said:?}");
+    let message = world.fails(&["predict", "--model", "base", "--adapter", "run/adapter", "data/red/8.png"], 2);
+    assert!(message.contains("question"), "{message}");
+}
+
+#[test]
+fn weights_of_a_fusion_load_strictly() {
+    let world = World::new();
+    pairs(&world);
+    recipe(&world, "path: pairs.jsonl", "match: {}", "fusion: { bilinear: { rank: 4 } }");
+    world.json(&["train", "pairs.yaml", "--set", "train.epochs=1"]);
+    let path = world.path("run/adapter/task.safetensors");
+    let mut tensors: Vec<_> = candle_core::safetensors::load(&path, &candle_core::Device::Cpu).unwrap().into_iter().collect();
+    tensors.retain(|(name, _)| name != "fusion.image.bias");
+    tensors.push(("fusion.other".into(), tensors[0].1.clone()));
+    peft::clip::weights::save(&path, &tensors).unwrap();
+    for command in [&["eval", "run"][..], &["predict", "--model", "base", "--adapter", "run/adapter", "--text", "red", "data/red/9.png"]] {
+        let message = world.fails(command, 2);
+        assert!(message.contains("missing: fusion.image.bias") && message.contains("unexpected: fusion.other"), "{message}");
+    }
+}
