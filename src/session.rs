@@ -286,12 +286,13 @@ pub fn train(recipe: Recipe, existing: Existing, device: &Device, observer: &mut
     }
     let (mut adapters, task) = session.plan()?;
     tell(&adapters, observer);
+    session.discard_replaced(&adapters)?;
+    let mut trainer = session.trainer(&mut adapters, task)?;
+    trainer.adapters.check_steps(trainer.total_steps())?;
     let run = match RunDir::open(&session.recipe, existing)? {
         Opened::Finished(report) => return Ok((*report, true)),
         Opened::Open(run) => run,
     };
-    session.discard_replaced(&adapters)?;
-    let mut trainer = session.trainer(&mut adapters, task)?;
     let mut state = trainer.begin()?;
     if existing == Existing::Resume {
         trainer.resume(&mut state, &run.checkpoint())?;

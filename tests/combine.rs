@@ -13,6 +13,7 @@ use peft::clip::{Clip, ClipConfig, weights};
 use peft::combine::{How, Joined, join, seeded};
 use peft::delta::Delta;
 use peft::error::Result;
+use peft_adapters::MethodConfig;
 use serde_json::{Value, json};
 
 fn data(name: &str) -> PathBuf {
@@ -93,8 +94,11 @@ fn every_mode_gives_hf_pefts_adapter() {
             let off = max(&(&ours[tensor] - expected).unwrap()) / max(expected);
             assert!(off < if cut { 1e-5 } else { 1e-6 }, "{name}: {tensor} is off by {off}");
         }
-        let peft_adapters::MethodConfig::Lora(config) = &joined.adapters.methods[0] else { panic!("{name}") };
-        assert_eq!((json!(config.rank), config.alpha), (case["r"].clone(), config.rank as f64), "{name}");
+        match &joined.adapters.methods[0] {
+            MethodConfig::Lora(c) => assert_eq!((json!(c.rank), c.alpha), (case["r"].clone(), c.rank as f64), "{name}"),
+            MethodConfig::Ia3(_) => assert!(name.starts_with("ia3") && case["r"].is_null(), "{name}"),
+            other => panic!("{name}: {}", other.name()),
+        }
     }
 }
 
@@ -107,6 +111,31 @@ fn what_hf_peft_refuses_is_refused() {
         assert!(error.to_string().contains("equal ranks") && error.to_string().contains("svd"), "{name}: {error}");
         assert_eq!(error.exit_code(), 2);
     }
+}
+
+/// One method's factors mean nothing to another, nor an input's to an output.
+#[test]
+fn ia3_combines_with_ia3_by_linear() {
+    let (clip, weights) = (base(), json!({ "i": 0.5, "j": 0.5 }));
+    let refusal = |weights: &Value, mode: &str| {
+        let case = json!({ "weights": weights, "combination_type": mode });
+        join(&clip, &adapters(&case), &how(&case), &seeded(0, 1.0)).unwrap_err()
+    };
+    for (weights, mode, expected) in [(&weights, "svd", "--combine linear"), (&json!({ "a": 0.5, "i": 0.5 }), "linear", "IA³ with IA³")] {
+        let error = refusal(weights, mode);
+        assert!(error.to_string().contains(expected), "{error}");
+        assert_eq!(error.exit_code(), 2);
+    }
+    let mut all = adapters(&json!({ "weights": weights }));
+    let own = r"vision_model\.encoder\.layers\.0\.mlp\.fc2";
+    let of = |feedforward: Value| serde_json::from_value(json!({ "ia3": { "targets": own, "feedforward": feedforward } })).unwrap();
+    let name = "base_model.model.vision_model.encoder.layers.0.mlp.fc2.ia3_l".to_string();
+    let (hidden, width) = (clip.config().vision.intermediate_size, clip.config().vision.hidden_size);
+    let factors = |shape: (usize, usize)| Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap();
+    all[0].0.methods = vec![(of(json!(["fc2"])), vec![(name.clone(), factors((1, hidden)))])];
+    all[1].0.methods = vec![(of(json!([])), vec![(name, factors((width, 1)))])];
+    let error = join(&clip, &all, &how(&json!({ "combination_type": "linear" })), &seeded(0, 1.0)).unwrap_err();
+    assert!(error.to_string().contains("scales inputs where another"), "{error}");
 }
 
 #[test]
@@ -136,7 +165,7 @@ fn a_combined_adapter_is_an_adapter() {
     assert!(less["energy"].as_f64().unwrap() < 0.999, "{less}");
     merge(&["--output", "merged"]);
     let features = |args: &[&str]| {
-        let out = format!("features{}.safetensors", args.concat());
+        let out = format!("features{}.safetensors", args.concat().replace('/', "-"));
         w.json(&[&["embed", "--images", "data/red", "--output", &out], args].concat());
         candle_core::safetensors::load(w.path(&out), &Device::Cpu).unwrap()["image_embeds"].clone()
     };
@@ -162,5 +191,9 @@ fn a_combined_adapter_is_an_adapter() {
     w.json(&["train", "recipe.yaml", "--output", "i", "--set", "method=ia3"]);
     let ia3 = ["merge", "--model", "base", "--adapter", "i/adapter", "--adapter", "a/adapter", "--combine", "cat", "--output", "x"];
     assert!(w.fails(&ia3, 2).contains("expected a LoRA, found ia3"));
+    let halves = ["--adapter", "i/adapter=0.5", "--adapter", "i/adapter=0.5", "--combine", "linear", "--output", "halves"];
+    assert!(w.json(&[&["merge", "--model", "base"], &halves[..]].concat())["rank"].is_null());
+    let [same, expected] = ["halves", "i/adapter"].map(|adapter| features(&["--model", "base", "--adapter", adapter]));
+    assert!(max(&(same - &expected).unwrap()) < 1e-6);
     assert!(!w.path("x").exists());
 }

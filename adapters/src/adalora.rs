@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use candle_core::{Result as TensorResult, Tensor, bail};
+use candle_core::{Result as TensorResult, Tensor};
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -366,10 +366,21 @@ impl Patch for AdaloraPatch {
         sum.map(|s| s * (self.orthogonality / count as f64)).transpose()
     }
 
-    fn after_backward(&mut self, step: usize, total: usize, grads: &Grads) -> TensorResult<()> {
-        if !self.allocator.fits(total) {
-            bail!("adalora: tinit and tfinal leave no step of {total} in which ranks could be taken away; lower them or train longer");
+    fn check_steps(&self, total: usize) -> Result<()> {
+        let Schedule { tinit, tfinal, .. } = *self.allocator.schedule();
+        match tinit.saturating_add(tfinal) < total {
+            true => Ok(()),
+            false => Err(Error::config(
+                "tinit, tfinal",
+                format!(
+                    "expected a sum below the {total} optimiser steps of the run, so that ranks can be taken away in between, \
+                     found {tinit} + {tfinal}; lower them or train longer"
+                ),
+            )),
         }
+    }
+
+    fn after_backward(&mut self, step: usize, total: usize, grads: &Grads) -> TensorResult<()> {
         for t in &self.triplets {
             let name = |part: &str| format!("base_model.model.{}.lora_{part}", t.path);
             self.allocator.see(step, total, [(name("A"), &t.a), (name("B"), &t.b), (name("E"), &t.e)], grads)?;

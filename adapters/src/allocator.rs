@@ -46,10 +46,10 @@ impl Allocator {
         Self { schedule, seen: HashMap::new(), masks: HashMap::new() }
     }
 
-    /// Whether `total` steps leave one for allocation.
+    /// When and how fast ranks go.
     #[must_use]
-    pub fn fits(&self, total: usize) -> bool {
-        self.schedule.tinit + self.schedule.tfinal < total
+    pub fn schedule(&self) -> &Schedule {
+        &self.schedule
     }
 
     /// Eq. 8–10: sensitivity |w·∂L/∂w| and its deviation, both smoothed.
@@ -57,7 +57,7 @@ impl Allocator {
     /// # Errors
     /// When a tensor operation fails.
     pub fn see(&mut self, step: usize, total: usize, parts: [(String, &Tensor); 3], grads: &Grads) -> Result<()> {
-        if step + self.schedule.tfinal >= total {
+        if step.saturating_add(self.schedule.tfinal) >= total {
             return Ok(());
         }
         let Schedule { beta1, beta2, .. } = self.schedule;
@@ -82,7 +82,7 @@ impl Allocator {
         if step <= tinit {
             return (at_first, false);
         }
-        if step + tfinal > total {
+        if step.saturating_add(tfinal) > total {
             return (at_last, true);
         }
         let left = 1.0 - (step - tinit) as f64 / (total - tfinal - tinit) as f64;
@@ -95,7 +95,7 @@ impl Allocator {
     /// # Errors
     /// When a tensor operation fails.
     pub fn allocate(&mut self, step: usize, total: usize, layers: &[(String, &Tensor)]) -> Result<()> {
-        if step + self.schedule.tfinal <= total {
+        if step.saturating_add(self.schedule.tfinal) <= total {
             let at_first = layers.iter().map(|(_, e)| e.elem_count()).sum();
             let (budget, due) = self.budget(step, total, at_first, layers.len());
             // What was masked grows again until the next allocation.

@@ -230,6 +230,14 @@ pub trait Patch: Send + Sync {
         Ok(None)
     }
 
+    /// Before anything is trained: whether `total` optimiser steps suffice (AdaLoRA's schedule).
+    ///
+    /// # Errors
+    /// When they do not.
+    fn check_steps(&self, _total: usize) -> Result<()> {
+        Ok(())
+    }
+
     /// After each optimiser step, counted from 1; AdaLoRA allocates ranks here.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
     python scripts/reference/combine.py
 
-Writes three LoRA of different targets, scales and ranks on the base of hf_peft.py, and for each case `<case>.safetensors`: the
+Writes LoRA of different targets, scales and ranks and IA3 of different targets on the base of hf_peft.py, and for each case `<case>.safetensors`: the
 combined tensors and, where values are dropped at random, HF PEFT's own masks (`mask.<tensor>.<adapter>`, u8). `cases.json` says
 what was asked for. Whole adapters that HF PEFT refuses to combine are listed there too, with its words.
 """
@@ -14,7 +14,7 @@ import warnings
 import peft.utils.merge_utils as merge_utils
 import torch
 from hf_peft import OUT, base, save, shake
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import model as lora_model
 from safetensors.torch import save_file
 
@@ -26,6 +26,12 @@ ADAPTERS = {
     "b": LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=["q_proj", "fc1", "patch_embedding"]),
     "c": LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "fc1", "token_embedding"], alpha_pattern={"fc1": 2}),
     "d": LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "fc1"], rank_pattern={"fc1": 3}),
+    "i": IA3Config(target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]),
+    "j": IA3Config(target_modules=["v_proj", "q_proj", "fc2"], feedforward_modules=["fc2"]),
+    "k": IA3Config(
+        target_modules=["vision_model.encoder.layers.0.mlp.fc1", "text_model.encoder.layers.1.mlp.fc2"],
+        feedforward_modules=["text_model.encoder.layers.1.mlp.fc2"],
+    ),
 }
 THREE = dict(a=0.7, b=0.3, c=0.5)
 CASES = {
@@ -45,6 +51,9 @@ CASES = {
     "magnitude_prune_svd": dict(weights=THREE, density=0.4),
     "dare_linear_svd": dict(weights=THREE, density=0.5),
     "dare_ties_svd": dict(weights=dict(a=1.0, d=2.0), density=0.6),
+    "ia3": dict(combination_type="linear", weights=dict(i=0.7, j=0.5)),
+    "ia3_paths": dict(combination_type="linear", weights=dict(i=0.6, k=-0.4)),
+    "ia3_one": dict(combination_type="linear", weights=dict(j=0.6)),
 }
 REFUSED = {
     "ranks": dict(combination_type="linear", weights=dict(a=1.0, d=1.0)),
@@ -117,11 +126,14 @@ def combine(name, case):
     model = loaded(names)
     case.setdefault("combination_type", name)
     torch.manual_seed(7)
-    run = lambda: model.base_model.add_weighted_adapter(names, list(weights.values()), "combined", **case)
+    ia3 = isinstance(ADAPTERS[names[0]], IA3Config)
+    # It knows one way, and names none.
+    options = {} if ia3 else case
+    run = lambda: model.base_model.add_weighted_adapter(names, list(weights.values()), "combined", **options)
     masks = recorded(model, names, run)
     tensors = get_peft_model_state_dict(model, adapter_name="combined", save_embedding_layers=False)
     save_file({n: t.contiguous() for n, t in (tensors | masks).items()}, DATA / f"{name}.safetensors")
-    return case | {"weights": weights, "r": model.peft_config["combined"].r}
+    return case | {"weights": weights} | ({} if ia3 else {"r": model.peft_config["combined"].r})
 
 
 def refused(case):

@@ -12,7 +12,7 @@ use crate::error::Result;
 #[derive(Debug, Args)]
 pub(super) struct CombineArgs {
     /// Make one LoRA of several in place of a model: --output is then an adapter. The modes are those of HF PEFT's
-    /// add_weighted_adapter: cat is the exact sum, of a higher rank; svd cuts it to a rank
+    /// add_weighted_adapter: cat is the exact sum, of a higher rank; svd cuts it to a rank. IA³ combines by linear
     #[arg(long, value_enum, value_name = "MODE", conflicts_with_all = ["bundle", "classifier", "to", "dtype"])]
     combine: Option<Mode>,
     /// With ties, dare and magnitude_prune: the share of entries that stay, above 0 and at most 1
@@ -86,13 +86,8 @@ impl CombineArgs {
         done.notes.iter().for_each(|note| context.say(&format!("note: {note}")));
         context.print(&done, || {
             let energy = done.energy.map(|e| format!(", {:.2} % of the energy kept", 100.0 * e)).unwrap_or_default();
-            format!(
-                "{}: LoRA of rank {} on {} modules{energy}, {} bytes\n",
-                done.output.display(),
-                done.rank,
-                done.modules,
-                done.adapter_bytes
-            )
+            let kind = done.rank.map_or_else(|| "IA³".into(), |rank| format!("LoRA of rank {rank}"));
+            format!("{}: {kind} on {} modules{energy}, {} bytes\n", done.output.display(), done.modules, done.adapter_bytes)
         })
     }
 }

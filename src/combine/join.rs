@@ -10,7 +10,7 @@ use peft_adapters::{MethodConfig, Site, SiteId, SiteKind, linalg};
 use rayon::prelude::*;
 
 use super::arithmetic::Task;
-use super::{Combine, How, Masks, lora};
+use super::{Combine, How, Masks, factors, lora};
 use crate::clip::Clip;
 use crate::delta::{Adapters, Delta};
 use crate::error::{Error, Result};
@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 /// One adapter made of several, planned for a model.
 #[derive(Debug)]
 pub struct Joined {
-    /// A LoRA whose scale is 1 everywhere.
+    /// A LoRA whose scale is 1 everywhere, or an IA³.
     pub adapters: Adapters,
     /// How many modules it changes.
     pub modules: usize,
@@ -40,13 +40,20 @@ struct Pair {
     kept: Option<(f64, f64)>,
 }
 
-/// HF PEFT's `add_weighted_adapter`: adapters with their weights as one LoRA of scale 1. Modules that some adapters leave alone
-/// get what the others say. One adapter alone is scaled, whatever the mode.
+/// HF PEFT's `add_weighted_adapter`: adapters with their weights as one LoRA of scale 1, or IA³ as one IA³. Modules that some
+/// adapters leave alone get what the others say. One LoRA alone is scaled, whatever the mode.
 ///
 /// # Errors
-/// When an adapter is no plain LoRA or holds more than low-rank factors, ranks do not fit the mode, or a tensor does not fit.
+/// When an adapter is no plain LoRA (or not all are IA³) or holds more than its factors, ranks do not fit the mode, or a tensor
+/// does not fit.
 pub fn join(clip: &Clip, all: &[(Delta, f64)], how: &How, masks: &Masks<'_>) -> Result<Joined> {
     how.check()?;
+    if let Some((_, weight)) = all.iter().find(|(_, w)| !w.is_finite()) {
+        return Err(Error::input("--adapter", format!("expected a finite weight, found {weight}")));
+    }
+    if let Some(ia3) = factors::all_ia3(all) {
+        return factors::sum(clip, &ia3, how.combine);
+    }
     let updates = all.iter().map(|(delta, weight)| read(clip, delta, *weight)).collect::<Result<Vec<_>>>()?;
     let Some(first) = updates.first() else {
         return Err(Error::input("--combine", "expected at least one --adapter"));
@@ -73,10 +80,7 @@ pub fn join(clip: &Clip, all: &[(Delta, f64)], how: &How, masks: &Masks<'_>) -> 
 /// The factors of a plain LoRA, which has to fit the model in every way.
 fn read<'a>(clip: &Clip, delta: &'a Delta, weight: f64) -> Result<Update<'a>> {
     let place = delta.dir.display();
-    let fold = "fold such adapters with `peft merge`, which takes weights too";
-    if !weight.is_finite() {
-        return Err(Error::input("--adapter", format!("expected a finite weight, found {weight}")));
-    }
+    let fold = "LoRA combines with LoRA, and IA³ with IA³; fold others with `peft merge`, which takes weights too";
     if let Some((name, _)) = delta.own.first() {
         return Err(Error::input(place, format!("has a task head ({name}), which cannot be combined")));
     }

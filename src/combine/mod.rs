@@ -1,4 +1,4 @@
-//! Several LoRA as one, weighted: HF PEFT's `add_weighted_adapter`.
+//! Several LoRA, or several IA³, as one, weighted: HF PEFT's `add_weighted_adapter`.
 
 use std::path::PathBuf;
 
@@ -13,6 +13,7 @@ use crate::delta::{self, BaseRef, Delta, Manifest, locate};
 use crate::error::{Error, Result};
 
 mod arithmetic;
+mod factors;
 mod join;
 
 pub use arithmetic::MajoritySign;
@@ -23,7 +24,7 @@ pub use join::{Joined, join};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Combine {
-    /// A and B each added, weighted by √|w·s|. Equal ranks; cross terms B₁A₂ come in.
+    /// A and B each added, weighted by √|w·s|. Equal ranks; cross terms B₁A₂ come in. The one mode for IA³: Σ w·l.
     Linear,
     /// Factors side by side: exactly Σ w·s·BA, of the sum of the ranks.
     Cat,
@@ -154,8 +155,9 @@ pub struct Combined {
     pub output: PathBuf,
     /// The mode.
     pub combine: Combine,
-    /// The new adapter's rank; some modules may have less.
-    pub rank: usize,
+    /// The new adapter's rank; some modules may have less. Nothing for IA³.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rank: Option<usize>,
     /// How many modules it changes.
     pub modules: usize,
     /// The share of Σσ² that a decomposition has kept; nothing where none was made.
@@ -170,7 +172,7 @@ pub struct Combined {
 /// `peft merge --combine`: writes a new adapter directory.
 ///
 /// # Errors
-/// When an adapter is no plain LoRA, does not fit the base, or cannot be combined with the others in this mode.
+/// When an adapter is neither plain LoRA nor IA³, does not fit the base, or cannot be combined with the others in this mode.
 pub fn combine(options: &CombineOptions) -> Result<Combined> {
     delta::check_output(&options.output, options.force)?;
     let inside = |dir: &PathBuf| dir.canonicalize().ok().zip(options.output.canonicalize().ok()).is_some_and(|(a, b)| a == b);
@@ -189,7 +191,7 @@ pub fn combine(options: &CombineOptions) -> Result<Combined> {
     notes.extend_from_slice(joined.adapters.params.notes());
     let manifest = manifest(&base, options, &all);
     let adapter_bytes = delta::save(&options.output, &joined.adapters, base.clip.sites(), &manifest)?;
-    let rank = joined.adapters.methods.first().and_then(lora).map_or(0, |c| c.rank);
+    let rank = joined.adapters.methods.first().and_then(lora).map(|c| c.rank);
     Ok(Combined {
         output: options.output.clone(),
         combine: options.how.combine,

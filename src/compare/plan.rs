@@ -26,6 +26,8 @@ pub(super) struct PlannedGroup {
 #[derive(Debug)]
 pub(super) struct PlannedRow {
     pub(super) method: String,
+    /// The recipe that it comes from; nothing of finished runs.
+    source: String,
     pub(super) options: serde_json::Value,
     /// One where nothing is searched.
     pub(super) trials: Vec<PlannedTrial>,
@@ -164,6 +166,7 @@ pub(super) fn plan(options: &CompareOptions) -> Result<Vec<PlannedGroup>> {
         }
     }
     name(&mut groups);
+    groups.iter_mut().for_each(|g| tell_apart(&mut g.rows));
     Ok(groups)
 }
 
@@ -199,7 +202,7 @@ fn row(recipe: &Recipe, name: &str, several: bool, options: &CompareOptions) -> 
         });
         PlannedTrial { lr, runs: runs.collect() }
     });
-    Ok(PlannedRow { method: name.to_string(), options: json!(methods), trials: trials.collect() })
+    Ok(PlannedRow { method: name.to_string(), source: recipe.name.clone(), options: json!(methods), trials: trials.collect() })
 }
 
 /// Rows go to the group with the same base, data, task and budget.
@@ -207,14 +210,7 @@ fn join(groups: &mut Vec<PlannedGroup>, recipe: Recipe, rows: Vec<PlannedRow>, o
     let budget = budget(&recipe, options.limit);
     match groups.iter_mut().find(|g| comparable(&g.recipe, &recipe) && g.budget == budget) {
         None => groups.push(PlannedGroup { name: recipe.name.clone(), recipe, budget, rows }),
-        Some(group) => {
-            for mut row in rows {
-                if group.rows.iter().any(|r| r.method == row.method) {
-                    row.method = format!("{} ({})", row.method, recipe.name);
-                }
-                group.rows.push(row);
-            }
-        }
+        Some(group) => group.rows.extend(rows),
     }
 }
 
@@ -234,6 +230,14 @@ fn budget(recipe: &Recipe, limit: Option<Limit>) -> Budget {
         (_, None) => (Unit::Epochs, recipe.train.epochs() as f64),
     };
     Budget { unit, amount, early_stopping }
+}
+
+/// Of rows with the same methods, those keep the bare name whose recipe is called so, whatever the order of the recipes.
+fn tell_apart(rows: &mut [PlannedRow]) {
+    let names: Vec<String> = rows.iter().map(|r| r.method.clone()).collect();
+    for row in rows.iter_mut().filter(|r| r.source != r.method && names.iter().filter(|n| **n == r.method).count() > 1) {
+        row.method = format!("{} ({})", row.method, row.source);
+    }
 }
 
 /// Groups of one recipe are told apart by their shots.
@@ -274,7 +278,7 @@ pub(super) fn of_runs(dirs: &[PathBuf]) -> Result<Vec<PlannedGroup>> {
             None => {
                 let method = free_name(&label(&recipe.method), &groups[at].rows, lr, dir);
                 let trials = vec![PlannedTrial { lr, runs: vec![run] }];
-                groups[at].rows.push(PlannedRow { method, options: json!(recipe.method), trials });
+                groups[at].rows.push(PlannedRow { method, source: String::new(), options: json!(recipe.method), trials });
                 rows.push((at, same));
             }
         }
@@ -324,6 +328,33 @@ mod tests {
         assert!(options("probe").2 && options("probe").0 == json!([]));
         assert_eq!(options("lora+bottleneck").0.as_array().unwrap().len(), 2);
         assert!(resolve(&r, "lorra").unwrap_err().to_string().contains("did you mean `lora`"));
+    }
+
+    #[test]
+    fn recipes_with_the_same_method_are_told_apart() {
+        let named = |name: &str| Recipe { name: name.into(), ..recipe("") };
+        let rows = |names: &[&str]| {
+            let options = CompareOptions {
+                recipes: names.iter().map(|n| named(n)).collect(),
+                runs: Vec::new(),
+                methods: Vec::new(),
+                reference: "full".into(),
+                seeds: 1,
+                shots: Vec::new(),
+                search: 0,
+                limit: None,
+                output: "out".into(),
+                force: false,
+                jobs: 1,
+                threads: 1,
+                memory: None,
+            };
+            let groups = plan(&options).unwrap();
+            groups.into_iter().flat_map(|g| g.rows).map(|r| r.method).collect::<Vec<_>>()
+        };
+        assert_eq!(rows(&["small", "lora"]), ["lora (small)", "lora"]);
+        assert_eq!(rows(&["lora", "small", "wide"]), ["lora", "lora (small)", "lora (wide)"]);
+        assert_eq!(rows(&["small"]), ["lora"]);
     }
 
     /// Whatever joins the registry can be compared without more ado.

@@ -87,6 +87,15 @@ impl Adapters {
         self.own_from() < self.params.len()
     }
 
+    /// Whether each method can do with `total` optimiser steps.
+    ///
+    /// # Errors
+    /// When one cannot.
+    pub fn check_steps(&self, total: usize) -> Result<()> {
+        let own = self.patches.iter().skip(self.beneath);
+        self.methods.iter().zip(own).try_for_each(|(method, patch)| patch.check_steps(total).map_err(|e| named(method, e)))
+    }
+
     /// Where a task's own parameters begin.
     fn own_from(&self) -> usize {
         self.ranges.last().map_or(0, |r| r.end)

@@ -51,6 +51,7 @@ pub fn check(recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Re
     let load = session.load(&mut adapters, texts)?;
     let memory = estimate(session.base.clip.config(), &adapters, &session.recipe.train, load);
     let steps = session.trainer(&mut adapters, task)?.total_steps();
+    adapters.check_steps(steps)?;
     let data = &session.data;
     Ok(Checked {
         examples: [Split::Train, Split::Val, Split::Test].map(|s| data.count(s)),
