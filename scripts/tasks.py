@@ -22,20 +22,29 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PEFT = ROOT / "target/release/peft"
 RUNS = ROOT / "runs/tasks-table"
 
-# recipe: (metric, {row: what is set}); `zero-shot` is evaluated and not trained.
+# recipe: (metric, {row: what is set}); `zero-shot` is evaluated and not trained, `whole` is the recipe as it is.
 TASKS = {
-    "match": ("accuracy", ["task.match.{}", "fusion=cosine"]),
-    "answer": ("accuracy", ["task.answer.{}", "task={answer: {choose: given}}", "fusion=cosine"]),
+    "match": ("accuracy", {
+        "image only": ["task.match.inputs=image"], "text only": ["task.match.inputs=text"],
+        "zero-shot": ["method=none", "fusion=cosine"], "fusion alone": ["method=none"],
+    }),
+    "classify-both": ("accuracy", {
+        "image only": ["task={classify: {inputs: image, head: linear}}", "fusion=null"], "text only": ["task.classify.inputs=text"],
+        "zero-shot": ["method=none", "task={classify: {templates: ['an icon of a {}']}}", "fusion=null"], "fusion alone": ["method=none"],
+    }),
+    "answer": ("accuracy", {
+        "image only": ["task.answer.inputs=image"], "text only": ["task.answer.inputs=text"],
+        "zero-shot": ["method=none", "task={answer: {choose: given}}", "fusion=cosine"], "fusion alone": ["method=none"],
+    }),
+    "retrieve": ("recall_mean", {"zero-shot": ["method=none"]}),
+    "retrieve-images": ("mean_average_precision", {"zero-shot": ["method=none"]}),
+    "regress": ("mae", {"fusion alone": ["method=none"]}),
 }
+ROWS = ["image only", "text only", "zero-shot", "fusion alone", "whole"]
 
 
 def rows(recipe):
-    _, (key, *zero_shot) = TASKS[recipe]
-    yield "image only", [key.format("inputs=image")]
-    yield "text only", [key.format("inputs=text")]
-    yield "zero-shot", ["method=none", *zero_shot]
-    yield "fusion alone", ["method=none"]
-    yield "LoRA + fusion", []
+    return [(row, TASKS[recipe][1].get(row, [])) for row in ROWS if row == "whole" or row in TASKS[recipe][1]]
 
 
 def peft(*arguments):
@@ -54,18 +63,25 @@ def measure(job):
         return {"recipe": recipe, "row": row, "seed": seed, "test": found}
     run = RUNS / f"{recipe}-{row.replace(' ', '-')}-{seed}"
     summary = peft("train", path, *sets, "--output", run, "--resume")
-    labels = [json.loads(line)["label"] for line in (run / "predictions.jsonl").read_text().splitlines()]
+    labels = [json.loads(line).get("label") for line in (run / "predictions.jsonl").read_text().splitlines()]
     print(recipe, row, seed, summary["after"], file=sys.stderr)
     return {
         "recipe": recipe, "row": row, "seed": seed, "test": summary["after"], "seconds": summary["seconds"],
         "parameters": summary["trainable_parameters"], "bytes": summary["adapter_bytes"],
-        "majority": max(collections.Counter(labels).values()) / len(labels),
+        "majority": constant(labels) if TASKS[recipe][0] == "mae" else max(collections.Counter(labels).values()) / len(labels),
     }
 
 
-def spread(values):
-    sd = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{100 * statistics.mean(values):.1f} ± {100 * sd:.1f}"
+def spread(values, metric):
+    scale = 1 if metric == "mae" else 100
+    sd = f" ± {scale * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{scale * statistics.mean(values):.1f}{sd}"
+
+
+def constant(labels):
+    """The error of the best single number."""
+    numbers = sorted(map(float, labels))
+    return statistics.mean(abs(n - statistics.median(numbers)) for n in numbers)
 
 
 def main():
@@ -86,17 +102,17 @@ def main():
     for f in found:
         f["test"].pop("classification", None)
     out.write_text(json.dumps(kept + found, indent=1) + "\n")
-    print("| task | metric | majority | image only | text only | zero-shot, frozen | fusion alone | LoRA + fusion | seconds |")
+    print("| recipe | metric | always the same | image only | text only | frozen, zero-shot | fusion and head alone | as it is, LoRA | seconds |")
     print("|---|---|---|---|---|---|---|---|---|")
     for recipe in recipes:
         metric = TASKS[recipe][0]
         own = [f for f in found if f["recipe"] == recipe]
-        cells = [spread([f["test"][metric] for f in own if f["row"] == row]) for row, _ in rows(recipe)]
-        cells[2] = cells[2].split(" ")[0]
-        whole = [f for f in own if f["row"] == "LoRA + fusion"]
-        majority = 100 * statistics.mean(f["majority"] for f in whole)
-        seconds = statistics.median(f["seconds"] for f in whole)
-        print(f"| `{recipe}` | {metric}, % | {majority:.1f} | {' | '.join(cells)} | {seconds:.0f} |")
+        at = lambda row: [f for f in own if f["row"] == row]
+        cells = [spread([f["test"][metric] for f in at(row)], metric) if at(row) else "" for row in ROWS]
+        same = "" if recipe.startswith("retrieve") else spread([at("whole")[0]["majority"]], metric)
+        seconds = statistics.median(f["seconds"] for f in at("whole"))
+        unit = metric if metric == "mae" else f"{metric}, %"
+        print(f"| `{recipe}` | {unit} | {same} | {' | '.join(cells)} | {seconds:.0f} |")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ pub struct Written {
 }
 
 /// Writes `weight` [C, P] f32: normalised class features, or a linear head's weights with its `bias` [C]. Then
-/// logits = logit_scale · x/‖x‖ · weightᵀ + bias for an image feature x. The metadata holds `classes` (a JSON list), `logit_scale`
+/// logits = logit_scale · x/‖x‖ · weightᵀ + bias for an image feature x, a temperature that was fitted included. The metadata holds `classes` (a JSON list), `logit_scale`
 /// and `templates`.
 ///
 /// # Errors
@@ -57,15 +57,17 @@ pub fn classifier(model: &Model, options: &ClassifierOptions) -> Result<Written>
             .hint("pass --bundle to keep base and adapter together"));
     };
     let notes = notes(model, &weight, bias.is_some())?;
+    // Whoever applies the matrix knows no temperature.
+    let temperature = scorer.temperature(model);
     let scale = match bias {
         Some(_) => 1.0,
-        None => f64::from(model.base().clip.logit_scale(model.patches())?.to_dtype(DType::F32)?.to_scalar::<f32>()?),
+        None => f64::from(model.base().clip.logit_scale(model.patches())?.to_dtype(DType::F32)?.to_scalar::<f32>()?) / temperature,
     };
-    let weight = if bias.is_some() { weight } else { unit_rows(&weight)? };
+    let weight = if bias.is_some() { (weight / temperature)? } else { unit_rows(&weight)? };
     let dim = weight.dim(1)?;
     let mut tensors = vec![("weight".to_string(), on_cpu(&weight)?)];
     if let Some(bias) = bias {
-        tensors.push(("bias".into(), on_cpu(&bias)?));
+        tensors.push(("bias".into(), on_cpu(&(bias / temperature)?)?));
     }
     let json = |list: &[String]| serde_json::to_string(list).map_err(|e| Error::fault("metadata", e));
     let metadata = HashMap::from([

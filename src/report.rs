@@ -42,8 +42,12 @@ pub struct Prediction {
 pub struct Classification {
     /// In label order.
     pub classes: Vec<ClassRow>,
-    /// Rows: true class; columns: predicted class.
+    /// Rows: true class; columns: predicted class. Empty where an example may have several classes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub confusion: Vec<Vec<usize>>,
+    /// Means over classes and examples where an example may have several classes; empty otherwise, as they follow from `confusion`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub averages: Vec<ClassRow>,
 }
 
 /// One class.
@@ -145,7 +149,7 @@ impl TrainReport {
 /// Whether less of a metric is better.
 #[must_use]
 pub fn lower_is_better(metric: &str) -> bool {
-    ["loss", "calibration_error", "mae", "rmse"].contains(&metric) || metric.ends_with("median_rank")
+    ["loss", "mae", "rmse"].contains(&metric) || metric.starts_with("calibration_error") || metric.ends_with("median_rank")
 }
 
 /// Whether a metric is a share, and reads well in per cent.
@@ -165,6 +169,32 @@ impl Evaluation {
     }
 }
 
+/// True positives, true and predicted ones.
+#[derive(Debug, Clone, Copy, Default)]
+struct Counts(usize, usize, usize);
+
+impl Counts {
+    fn of(pairs: impl Iterator<Item = (bool, bool)>) -> Self {
+        let one = |sum: Self, (t, p): (bool, bool)| Self(sum.0 + usize::from(t && p), sum.1 + usize::from(t), sum.2 + usize::from(p));
+        pairs.fold(Self::default(), one)
+    }
+
+    fn row(self, name: &str) -> ClassRow {
+        let Self(hits, support, guessed) = self;
+        let ratio = |a: usize, b: usize| if b == 0 { 0.0 } else { a as f64 / b as f64 };
+        let f1 = ratio(2 * hits, support + guessed);
+        ClassRow { name: name.into(), precision: ratio(hits, guessed), recall: ratio(hits, support), f1, support }
+    }
+}
+
+/// Weighted means; the support is all of theirs.
+fn mean(name: &str, rows: &[ClassRow], weight: impl Fn(&ClassRow) -> f64) -> ClassRow {
+    let total: f64 = rows.iter().map(&weight).sum();
+    let of = |pick: fn(&ClassRow) -> f64| if total == 0.0 { 0.0 } else { rows.iter().map(|r| weight(r) * pick(r)).sum::<f64>() / total };
+    let support = rows.iter().map(|r| r.support).sum();
+    ClassRow { name: name.into(), precision: of(|r| r.precision), recall: of(|r| r.recall), f1: of(|r| r.f1), support }
+}
+
 impl Classification {
     /// From true and predicted labels.
     #[must_use]
@@ -173,16 +203,33 @@ impl Classification {
         for (&t, &p) in labels.iter().zip(predicted) {
             confusion[t as usize][p as usize] += 1;
         }
-        let ratio = |a: usize, b: usize| if b == 0 { 0.0 } else { a as f64 / b as f64 };
         let row = |(i, name): (usize, &String)| {
-            let hits = confusion[i][i];
-            let support = confusion[i].iter().sum();
-            let guessed = confusion.iter().map(|r| r[i]).sum();
-            let f1 = ratio(2 * hits, support + guessed);
-            ClassRow { name: name.clone(), precision: ratio(hits, guessed), recall: ratio(hits, support), f1, support }
+            Counts(confusion[i][i], confusion[i].iter().sum(), confusion.iter().map(|r| r[i]).sum()).row(name)
         };
         let classes = names.iter().enumerate().map(row).collect();
-        Self { classes, confusion }
+        Self { classes, confusion, averages: Vec::new() }
+    }
+
+    /// Of examples with any number of classes each, from what is true and what is predicted of each class.
+    ///
+    /// # Shapes
+    /// `labels` and `predicted`: N rows of a yes or no for each of the `names`
+    #[must_use]
+    pub fn of_several(names: &[String], labels: &[Vec<bool>], predicted: &[Vec<bool>]) -> Self {
+        let pairs = || labels.iter().zip(predicted);
+        let of_class = |c: usize| Counts::of(pairs().map(|(t, p)| (t[c], p[c])));
+        let counts: Vec<Counts> = (0..names.len()).map(of_class).collect();
+        let classes: Vec<ClassRow> = names.iter().zip(&counts).map(|(name, n)| n.row(name)).collect();
+        let all = counts.iter().fold(Counts::default(), |sum, n| Counts(sum.0 + n.0, sum.1 + n.1, sum.2 + n.2));
+        let of_example = |(t, p): (&Vec<bool>, &Vec<bool>)| Counts::of(t.iter().copied().zip(p.iter().copied())).row("");
+        let examples: Vec<ClassRow> = pairs().map(of_example).collect();
+        let averages = vec![
+            all.row("micro avg"),
+            mean("macro avg", &classes, |_| 1.0),
+            mean("weighted avg", &classes, |row| row.support as f64),
+            mean("samples avg", &examples, |_| 1.0),
+        ];
+        Self { classes, confusion: Vec::new(), averages }
     }
 
     /// Right predictions among all.
@@ -210,9 +257,11 @@ impl Classification {
         if total == 0.0 { (0.0, 0.0, 0.0) } else { (sum.0 / total, sum.1 / total, sum.2 / total) }
     }
 
-    /// scikit-learn leaves out labels that are neither true nor predicted.
+    /// scikit-learn leaves out labels that are neither true nor predicted, but for several labels an example.
     fn rows(&self) -> impl Iterator<Item = &ClassRow> {
-        self.classes.iter().enumerate().filter(|(i, row)| row.support > 0 || self.confusion.iter().any(|r| r[*i] > 0)).map(|(_, row)| row)
+        let occurs = |i: usize, row: &ClassRow| row.support > 0 || self.confusion.iter().any(|r| r[i] > 0);
+        let all = !self.averages.is_empty();
+        self.classes.iter().enumerate().filter(move |(i, row)| all || occurs(*i, row)).map(|(_, row)| row)
     }
 
     /// The table that scikit-learn's `classification_report` prints, letter by letter.
@@ -221,11 +270,16 @@ impl Classification {
         let width = self.rows().map(|r| r.name.chars().count()).max().unwrap_or(0).max("weighted avg".len());
         let total: usize = self.rows().map(|r| r.support).sum();
         let mut out = format!("{:>width$}  {:>9} {:>9} {:>9} {:>9}\n\n", "", "precision", "recall", "f1-score", "support");
-        let mut line = |name: &str, p: f64, r: f64, f: f64, n: usize| {
+        let line = |out: &mut String, name: &str, p: f64, r: f64, f: f64, n: usize| {
             let _ = writeln!(out, "{name:>width$}  {p:>9.2} {r:>9.2} {f:>9.2} {n:>9}");
         };
         for row in self.rows() {
-            line(&row.name, row.precision, row.recall, row.f1, row.support);
+            line(&mut out, &row.name, row.precision, row.recall, row.f1, row.support);
+        }
+        if !self.averages.is_empty() {
+            out.push('\n');
+            self.averages.iter().for_each(|row| line(&mut out, &row.name, row.precision, row.recall, row.f1, row.support));
+            return out;
         }
         let _ = writeln!(out, "\n{:>width$}  {:>9} {:>9} {:>9.2} {total:>9}", "accuracy", "", "", self.accuracy());
         for (name, weighted) in [("macro avg", false), ("weighted avg", true)] {
@@ -256,6 +310,28 @@ mod tests {
         let text = Classification::new(&names, &[0, 1, 2, 2, 2], &[0, 0, 2, 2, 1]).text();
         assert_eq!(text, SKLEARN);
     }
+
+    /// scikit-learn 1.9: `classification_report(truth, predicted, target_names=["face", "hand", "cat"], zero_division=0)`; the
+    /// fourth example is of no class.
+    #[test]
+    fn several_labels_are_scikit_learns() {
+        let names = ["face", "hand", "cat"].map(String::from);
+        let truth = [[1, 0, 0], [1, 0, 1], [0, 0, 1], [0, 0, 0], [1, 0, 1]].map(|r| r.map(|v| v == 1).to_vec());
+        let found = [[1, 0, 0], [1, 1, 0], [0, 0, 1], [0, 0, 0], [1, 0, 1]].map(|r| r.map(|v| v == 1).to_vec());
+        assert_eq!(Classification::of_several(&names, &truth, &found).text(), SEVERAL);
+    }
+
+    const SEVERAL: &str = "              precision    recall  f1-score   support
+
+        face       1.00      1.00      1.00         3
+        hand       0.00      0.00      0.00         0
+         cat       1.00      0.67      0.80         3
+
+   micro avg       0.83      0.83      0.83         6
+   macro avg       0.67      0.56      0.60         6
+weighted avg       1.00      0.83      0.90         6
+ samples avg       0.70      0.70      0.70         6
+";
 
     const SKLEARN: &str = "              precision    recall  f1-score   support
 

@@ -1,6 +1,5 @@
 //! The composition root: a recipe becomes parts, parts become a run.
 
-use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -21,7 +20,7 @@ use crate::recipe::{ModelConfig, Recipe};
 use crate::report::{Evaluation, TrainReport, peak_rss_mib};
 use crate::run::{Existing, Opened, RunDir};
 use crate::task::{Needs, Task, TaskParts};
-use crate::train::{Event, FeatureSource, Features, Observer, Run, Trainer};
+use crate::train::{Event, FeatureSource, Features, Observer, Run, Sampling, Trainer};
 
 mod check;
 mod page;
@@ -110,22 +109,21 @@ impl Session {
             return Err(Error::input("method", "a method that encodes class prompts for each image (cocoop) needs classes")
                 .hint("task: classify, or coop in its place"));
         }
-        // A vocabulary needs every answer; other tasks do not look, so a streamed split is listed for these alone.
-        let train = if definition.own_classes() { self.data.listed(Split::Train)? } else { Cow::Borrowed(&self.data.train[..]) };
         let parts = TaskParts {
             clip: &self.base.clip,
             tokenizer: &self.base.tokenizer,
             classes: &self.data.classes,
-            train: &train,
+            train: Some(&self.data),
             fusion: self.recipe.fusion.as_ref(),
             label_smoothing: self.recipe.train.label_smoothing,
             seed: self.recipe.train.seed,
         };
         let manifest = known.and_then(|d| d.manifest.as_ref());
         let parts = match manifest.filter(|m| definition.own_classes() && !m.classes.is_empty()) {
-            Some(m) => TaskParts { classes: &m.classes, train: &[], ..parts },
+            Some(m) => TaskParts { classes: &m.classes, train: None, ..parts },
             None => parts,
         };
+        self.check_sampling()?;
         let mut task = definition.build(&parts, &mut adapters.params)?;
         if let Some(manifest) = manifest {
             task.set_scalars(&manifest.scalars);
@@ -134,6 +132,21 @@ impl Session {
             self.data.visit(split, &mut |part| task.check(part))?;
         }
         Ok(task)
+    }
+
+    /// Classes can be drawn equally only where it is known which example has which.
+    fn check_sampling(&self) -> Result<()> {
+        let bad =
+            |what: &str, hint: &str| Err(Error::input("train.sampling", format!("balanced draws classes equally, {what}")).hint(hint));
+        match self.recipe.train.sampling {
+            Sampling::Balanced if self.data.stream.is_some() => {
+                bad("which a stream cannot", "data: { parquet: { stream: false } }, or webdataset")
+            }
+            Sampling::Balanced if self.data.train.iter().all(|e| e.all_labels().is_empty()) => {
+                bad("and no example has a class", "leave it out")
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Puts the parts together.

@@ -63,6 +63,9 @@ fn disagreements(recipe: &Recipe, runs: &[(&str, &Loaded)], runner: &dyn Runner)
 /// The confusion matrix over all seeds.
 fn summed(names: &[String], loaded: &[Loaded]) -> Option<Classification> {
     let all = loaded.iter().map(|l| l.report.after.as_ref()?.classification.as_ref()).collect::<Option<Vec<_>>>()?;
+    if all.iter().any(|c| c.confusion.is_empty()) {
+        return None;
+    }
     let (mut labels, mut predicted) = (Vec::new(), Vec::new());
     for (t, p, n) in
         all.iter().flat_map(|c| c.confusion.iter().enumerate().flat_map(|(t, r)| r.iter().enumerate().map(move |(p, n)| (t, p, *n))))

@@ -6,11 +6,13 @@ use serde::Deserialize;
 
 use super::{ImageRef, Raw, RawExample, Source, Split};
 use crate::builtin;
+use crate::clip::decode::{self, DecodeOptions};
+use crate::clip::preprocess::Background;
 use crate::error::{Error, Result};
 
 /// `builtin: emoji` or `builtin: emoji-flat`: icons with 20 classes. With `-names` behind it: all
 /// icons of the set with their names as texts, every one in the test split, to measure naming. With `-questions`: three questions
-/// about each icon with their answers.
+/// about each icon with their answers. With `-ink`: how much of the square each icon fills, in per cent.
 pub(super) struct Builtin(pub(super) String);
 
 #[derive(Deserialize)]
@@ -42,6 +44,9 @@ impl Source for Builtin {
         if let Some(set) = self.0.strip_suffix(QUESTIONS) {
             return questions(Builtin(set.into()).read()?);
         }
+        if let Some(set) = self.0.strip_suffix(INK) {
+            return inked(Builtin(set.into()).read()?);
+        }
         let (header, bytes) = open(&self.0)?;
         let mut raw = Raw { classes: Some(header.classes.clone()), ..Default::default() };
         // Icons outside the classes have no split: they serve naming, not this task.
@@ -64,6 +69,20 @@ impl Source for Builtin {
 const NAMES: &str = "-names";
 
 const QUESTIONS: &str = "-questions";
+
+const INK: &str = "-ink";
+
+/// Each icon with its ink: 100 minus the mean brightness on white, in per cent.
+fn inked(mut icons: Raw) -> Result<Raw> {
+    let options = DecodeOptions { background: Background::White, ..DecodeOptions::default() };
+    for icon in &mut icons.examples {
+        let ImageRef::Embedded(bytes) = icon.image else { continue };
+        let image = decode::decode(&icon.id, bytes, &options)?;
+        let light: u64 = image.as_raw().iter().map(|v| u64::from(*v)).sum();
+        icon.value = Some(100.0 - 100.0 * light as f64 / (255 * image.as_raw().len().max(1)) as f64);
+    }
+    Ok(icons)
+}
 
 /// Of each icon what it is, whether it is that, and whether it is something else, drawn by its name. Each question is also its
 /// text, and the answer its class.
@@ -111,7 +130,7 @@ fn open(name: &str) -> Result<(Header, &'static [u8])> {
         return Err(Error::input(
             "data.builtin",
             format!(
-                "there is no embedded set `{name}`; there are {}, each also with -names or -questions behind it",
+                "there is no embedded set `{name}`; there are {}, each also with -names, -questions or -ink behind it",
                 builtin::PACKS.join(", ")
             ),
         ));

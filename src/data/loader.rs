@@ -43,6 +43,8 @@ pub struct Plan {
     pub drop_last: bool,
     /// The run's seed.
     pub seed: u64,
+    /// The examples of each class where classes are drawn equally often.
+    pub balanced: Option<Arc<Vec<Vec<usize>>>>,
 }
 
 impl Plan {
@@ -59,9 +61,30 @@ impl Plan {
     /// The examples of an epoch in order.
     #[must_use]
     pub fn order(&self, epoch: usize) -> Vec<usize> {
-        let mut order: Vec<usize> = (0..self.examples).collect();
-        if self.shuffle {
+        let mut order: Vec<usize> = match &self.balanced {
+            Some(classes) => self.drawn(classes, epoch),
+            None => (0..self.examples).collect(),
+        };
+        if self.shuffle || self.balanced.is_some() {
             order.shuffle(&mut rng::rng(self.seed, &[rng::name_key("order"), epoch as u64]));
+        }
+        order
+    }
+
+    /// As many examples as there are, equally many of each class; those of a class in a new order each time around.
+    fn drawn(&self, classes: &[Vec<usize>], epoch: usize) -> Vec<usize> {
+        let mut order = Vec::with_capacity(self.examples);
+        for (at, class) in classes.iter().enumerate().filter(|(_, class)| !class.is_empty()) {
+            let mut rng = rng::rng(self.seed, &[rng::name_key("balanced"), epoch as u64, at as u64]);
+            // What is left over goes to other classes in each epoch.
+            let turn = (at + epoch) % classes.len();
+            let mut wanted = self.examples / classes.len() + usize::from(turn < self.examples % classes.len());
+            while wanted > 0 {
+                let mut own = class.clone();
+                own.shuffle(&mut rng);
+                order.extend(own.iter().take(wanted));
+                wanted -= wanted.min(own.len());
+            }
         }
         order
     }
@@ -245,7 +268,7 @@ mod tests {
     use super::*;
 
     fn plan(examples: usize, batch: usize) -> Plan {
-        Plan { examples, batch, shuffle: true, drop_last: false, seed: 3 }
+        Plan { examples, batch, shuffle: true, drop_last: false, seed: 3, balanced: None }
     }
 
     #[test]
@@ -254,6 +277,26 @@ mod tests {
         let mut seen: Vec<usize> = (0..plan.per_epoch()).flat_map(|p| plan.indices(p)).collect();
         seen.sort_unstable();
         assert_eq!(seen, (0..23).collect::<Vec<_>>());
+        assert_ne!(plan.order(0), plan.order(1));
+        assert!((0..2 * plan.per_epoch()).all(|p| plan.size(p) == plan.indices(p).len()));
+    }
+
+    /// One class has 20 of 23 examples: of 23 draws it gets 7 or 8, as the others do, and the next epoch draws others.
+    #[test]
+    fn balanced_epochs_draw_classes_equally() {
+        let classes = vec![(0..20).collect(), vec![20], vec![21, 22]];
+        let plan = Plan { balanced: Some(Arc::new(classes.clone())), ..plan(23, 5) };
+        for epoch in 0..3 {
+            let order = plan.order(epoch);
+            assert_eq!((order.len(), plan.order(epoch)), (23, order.clone()));
+            for class in &classes {
+                let drawn = order.iter().filter(|i| class.contains(i)).count();
+                assert!((7..=8).contains(&drawn), "{drawn} of {class:?}");
+            }
+            // Of a large class none comes twice.
+            let large: std::collections::HashSet<_> = order.iter().filter(|i| **i < 20).collect();
+            assert_eq!(large.len(), order.iter().filter(|i| **i < 20).count());
+        }
         assert_ne!(plan.order(0), plan.order(1));
         assert!((0..2 * plan.per_epoch()).all(|p| plan.size(p) == plan.indices(p).len()));
     }

@@ -71,7 +71,8 @@ impl Scorer {
         if features.dim(0)? == 0 {
             return Ok(Vec::new());
         }
-        let rows = candle_nn::ops::softmax(&self.logits(model, features)?.to_dtype(DType::F32)?, 1)?.to_vec2::<f32>()?;
+        let logits = (self.logits(model, features)?.to_dtype(DType::F32)? / self.temperature(model))?;
+        let rows = candle_nn::ops::softmax(&logits, 1)?.to_vec2::<f32>()?;
         Ok(rows.into_iter().map(|row| self.ranked(row)).collect())
     }
 
@@ -90,6 +91,14 @@ impl Scorer {
             }
             (Classes::Head, None) => return Err(Error::fault("predict", "no head")),
         })
+    }
+
+    /// What logits are divided by before they become probabilities: fitted on validation for the adapter's own classes, 1 for any
+    /// others.
+    #[must_use]
+    pub fn temperature(&self, model: &Model) -> f64 {
+        let own = model.manifest.as_ref().filter(|m| m.classes == self.labels && model.adapters.len() == 1);
+        own.and_then(|m| m.scalars.get("temperature")).copied().filter(|t| *t > 0.0).unwrap_or(1.0)
     }
 
     fn ranked(&self, row: Vec<f32>) -> Vec<Ranked> {

@@ -73,7 +73,7 @@ impl Teller {
             clip: &base.clip,
             tokenizer: &base.tokenizer,
             classes: &manifest.classes,
-            train: &[],
+            train: None,
             fusion: fusion.as_ref(),
             label_smoothing: 0.0,
             seed: 0,

@@ -14,8 +14,10 @@ use crate::train::StepRecord;
 pub struct Mistake {
     /// The example.
     pub id: String,
-    /// The image, a data URI.
-    pub image: String,
+    /// The image, a data URI, where images are looked at.
+    pub image: Option<String>,
+    /// The text, where texts are looked at.
+    pub text: Option<String>,
     /// The right class.
     pub label: String,
     /// The predicted one.
@@ -64,7 +66,9 @@ pub fn report(page: &RunPage<'_>) -> Result<String> {
         section { h2 { "Curves" } div.charts { (curves) } }
         @if let Some(found) = found {
             section { h2 { "Classes" } (classes(found)) }
-            section { h2 { "Confusion" } p.note { (matrix::LEGEND) } div.one { (matrix::confusion(found)) } }
+            @if !found.confusion.is_empty() {
+                section { h2 { "Confusion" } p.note { (matrix::LEGEND) } div.one { (matrix::confusion(found)) } }
+            }
         }
         @if !page.mistakes.is_empty() { section { h2 { "Most confident mistakes" } (mistakes(page.mistakes)) } }
         section {
@@ -153,7 +157,7 @@ fn classes(found: &Classification) -> Markup {
         div.wide { table.classes {
             thead { tr { th { "class" } th.n { "precision" } th.n { "recall" } th.n { "F1" } th.n { "images" } } }
             tbody {
-                @for row in &found.classes {
+                @for row in found.classes.iter().chain(&found.averages) {
                     tr {
                         td { (row.name) }
                         @for v in [row.precision, row.recall, row.f1] { td.n.bar style=(format!("--v:{:.0}", 100.0 * v)) { (format!("{v:.2}")) } }
@@ -165,15 +169,19 @@ fn classes(found: &Classification) -> Markup {
     }
 }
 
+/// What stands where an example has no class, or none was predicted.
+const NONE: &str = "none";
+
 fn mistakes(all: &[Mistake]) -> Markup {
     html! {
         div.pictures {
             @for m in all {
                 figure {
-                    img src=(m.image) alt=(m.label) title=(m.id) loading="lazy";
+                    @if let Some(image) = &m.image { img src=(image) alt=(m.label) title=(m.id) loading="lazy"; }
+                    @if let Some(text) = &m.text { p.note title=(m.id) { (text) } }
                     figcaption {
-                        b { (m.label) }
-                        span.miss { "✗ " (m.prediction) " " (format!("{:.0} %", 100.0 * m.confidence)) }
+                        b { (if m.label.is_empty() { NONE } else { &m.label }) }
+                        span.miss { "✗ " (if m.prediction.is_empty() { NONE } else { &m.prediction }) " " (format!("{:.0} %", 100.0 * m.confidence)) }
                     }
                 }
             }

@@ -1,5 +1,7 @@
 //! What a run's page shows besides its report.
 
+use std::collections::HashMap;
+
 use super::{RunDir, Session, load};
 use crate::change::{Change, changes};
 use crate::data::{Example, Split};
@@ -48,14 +50,22 @@ impl Session {
     /// Wrong predictions, the most confident first.
     fn mistakes(&self, report: &TrainReport, split: Split) -> Result<Vec<page::Mistake>> {
         const SHOWN: usize = 24;
-        let all = report.after.iter().filter(|e| e.classification.is_some()).flat_map(|e| e.predictions.iter().zip(self.data.split(split)));
+        let examples: HashMap<&str, &Example> = self.data.split(split).iter().map(|e| (e.id.as_str(), e)).collect();
+        let definition = self.recipe.task.definition();
+        // Where there are no class prompts, an example's own text is looked at.
+        let (sees, texts) = (definition.reads_images(), definition.templates().is_empty());
+        let judged = report.after.iter().filter(|e| e.classification.is_some()).flat_map(|e| &e.predictions);
+        // What is judged with several texts is named after the example and the text.
+        let example = |id: &str| examples.get(id).or_else(|| examples.get(id.split_once(" with \"")?.0)).copied();
+        let all = judged.filter_map(|p| Some((p, example(&p.id)?)));
         let confidence = |p: &Prediction| p.scores.iter().copied().fold(0.0, f32::max);
         let mut wrong: Vec<_> = all.filter(|(p, _)| p.label.as_deref() != Some(&p.prediction)).collect();
         wrong.sort_by(|a, b| confidence(b.0).total_cmp(&confidence(a.0)));
         let one = |(p, example): (&Prediction, &Example)| {
             Ok(page::Mistake {
                 id: p.id.clone(),
-                image: page::thumbnail(&self.images.open(example)?)?,
+                image: if sees { Some(page::thumbnail(&self.images.open(example)?)?) } else { None },
+                text: if texts { example.texts.first().cloned() } else { None },
                 label: p.label.clone().unwrap_or_default(),
                 prediction: p.prediction.clone(),
                 confidence: confidence(p),

@@ -119,10 +119,10 @@ impl Definition for AnswerConfig {
     }
 
     fn build(&self, parts: &TaskParts<'_>, params: &mut Params) -> Result<Box<dyn Task>> {
-        let vocabulary = match (self.choose, parts.train.is_empty()) {
+        let vocabulary = match (self.choose, parts.train.is_none()) {
             (Choose::Given, _) => Vec::new(),
             (Choose::Known, true) => parts.classes.to_vec(),
-            (Choose::Known, false) => vocabulary(parts.train, self.answers)?,
+            (Choose::Known, false) => vocabulary(parts, self.answers)?,
         };
         let (outputs, default) = match self.choose {
             Choose::Known => (vocabulary.len(), FusionConfig::Concat(ConcatConfig::default())),
@@ -134,12 +134,15 @@ impl Definition for AnswerConfig {
     }
 }
 
-/// The most frequent answers of some examples, the most frequent one first.
-fn vocabulary(examples: &[Example], most: usize) -> Result<Vec<String>> {
+/// The most frequent answers in training, the most frequent one first.
+fn vocabulary(parts: &TaskParts<'_>, most: usize) -> Result<Vec<String>> {
     let mut counts: HashMap<String, usize> = HashMap::new();
-    for answer in examples.iter().flat_map(|e| &e.answers) {
-        *counts.entry(normalise(answer)).or_default() += 1;
-    }
+    parts.visit(&mut |examples| {
+        for answer in examples.iter().flat_map(|e| &e.answers) {
+            *counts.entry(normalise(answer)).or_default() += 1;
+        }
+        Ok(())
+    })?;
     let mut all: Vec<(String, usize)> = counts.into_iter().filter(|(a, _)| !a.is_empty()).collect();
     all.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
     all.truncate(most);

@@ -4,6 +4,12 @@ use std::collections::BTreeMap;
 
 use rayon::prelude::*;
 
+mod calibration;
+mod regression;
+
+pub use calibration::{binary_calibration_error, binary_temperature, calibration_error, temperature};
+pub use regression::{mae, median, pearson, rmse, spearman};
+
 /// Indices of the largest value of each row.
 ///
 /// # Panics
@@ -26,41 +32,63 @@ pub fn top_k(rows: &[Vec<f32>], labels: &[u32], k: usize) -> f64 {
     rows.iter().zip(labels).filter(|pair| hit(*pair)).count() as f64 / rows.len().max(1) as f64
 }
 
-/// Expected calibration error over 15 equal bins of confidence (Guo et al. 2017).
-#[must_use]
-pub fn calibration_error(rows: &[Vec<f32>], labels: &[u32]) -> f64 {
-    const BINS: usize = 15;
-    let mut bins = [(0usize, 0f64, 0f64); BINS];
-    for ((row, &label), guess) in rows.iter().zip(labels).zip(argmax(rows)) {
-        let confidence = f64::from(row[guess as usize]);
-        // Bins are open below and closed above.
-        let bin = ((confidence * BINS as f64).ceil() as usize).clamp(1, BINS) - 1;
-        bins[bin].0 += 1;
-        bins[bin].1 += confidence;
-        bins[bin].2 += f64::from(u8::from(guess == label));
+/// Recall at 1, 5 and 10, the median rank of the best positive, from 1, and mean average precision as [`average_precision`] has it.
+///
+/// `relation(query, candidate)` says what counts as found; `None` is not among the candidates. Queries without a positive do not
+/// count. A candidate that scores the same as the best positive does not push it down.
+pub fn retrieval(
+    prefix: &str,
+    scores: &[Vec<f32>],
+    relation: impl Fn(usize, usize) -> Option<bool> + Sync,
+    into: &mut BTreeMap<String, f64>,
+) {
+    let one = |(query, row): (usize, &Vec<f32>)| ranking(row, |c| relation(query, c));
+    let found: Vec<(usize, f64)> = scores.par_iter().enumerate().filter_map(one).collect();
+    let count = found.len().max(1) as f64;
+    for k in [1, 5, 10] {
+        let hits = found.iter().filter(|(rank, _)| *rank <= k).count();
+        into.insert(format!("{prefix}recall_at_{k}"), hits as f64 / count);
     }
-    bins.iter().map(|(_, confidence, hits)| (confidence - hits).abs()).sum::<f64>() / rows.len().max(1) as f64
+    into.insert(format!("{prefix}median_rank"), median(&found.iter().map(|f| f.0 as f64).collect::<Vec<_>>()));
+    into.insert(format!("{prefix}mean_average_precision"), found.iter().map(|f| f.1).sum::<f64>() / count);
 }
 
-/// Recall at 1, 5 and 10 and the median rank of the best positive.
-///
-/// `positive(query, candidate)` says what counts as found. A candidate that scores the same as the
-/// best positive does not push it down.
-pub fn recall(prefix: &str, scores: &[Vec<f32>], positive: impl Fn(usize, usize) -> bool + Sync, into: &mut BTreeMap<String, f64>) {
-    let mut ranks: Vec<usize> = scores
-        .par_iter()
-        .enumerate()
-        .filter_map(|(query, row)| {
-            let best = (0..row.len()).filter(|&c| positive(query, c)).map(|c| row[c]).fold(f32::NEG_INFINITY, f32::max);
-            (best > f32::NEG_INFINITY).then(|| row.iter().enumerate().filter(|(c, v)| **v > best && !positive(query, *c)).count())
-        })
-        .collect();
-    ranks.sort_unstable();
-    let count = ranks.len().max(1) as f64;
-    for k in [1, 5, 10] {
-        let hits = ranks.iter().filter(|r| **r < k).count();
-        into.insert(format!("{prefix}_recall_at_{k}"), hits as f64 / count);
-    }
+/// The best positive's rank, from 1, and the average precision of one query; `None` where nothing is positive.
+fn ranking(row: &[f32], relation: impl Fn(usize) -> Option<bool>) -> Option<(usize, f64)> {
+    let (scores, positive): (Vec<f32>, Vec<bool>) = row.iter().enumerate().filter_map(|(c, &v)| Some((v, relation(c)?))).unzip();
+    let steps = ranked(&scores, &positive);
+    let first = steps.iter().position(|step| step.1 > 0)?;
+    let above = if first == 0 { 0 } else { steps[first - 1].2 };
+    Some((1 + above, precision_of(&steps)?))
+}
+
+/// Mean average precision at R over queries with R > 0 positives (Musgrave et al. 2020, arXiv 2003.08505, section 3.2):
+/// Σ P(i)·rel(i) / R over the R nearest. Of equal scores the earlier candidate comes first.
+pub fn map_at_r(scores: &[Vec<f32>], relation: impl Fn(usize, usize) -> Option<bool> + Sync) -> f64 {
+    let one = |(query, row): (usize, &Vec<f32>)| {
+        let mut all: Vec<(f32, bool)> = row.iter().enumerate().filter_map(|(c, &v)| Some((v, relation(query, c)?))).collect();
+        all.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let r = all.iter().filter(|c| c.1).count();
+        let mut hits = 0;
+        let gained = all.iter().take(r).enumerate().filter(|(_, c)| c.1).map(|(i, _)| {
+            hits += 1;
+            f64::from(hits) / (i + 1) as f64
+        });
+        (r > 0).then(|| gained.sum::<f64>() / r as f64)
+    };
+    let found: Vec<f64> = scores.par_iter().enumerate().filter_map(one).collect();
+    found.iter().sum::<f64>() / found.len().max(1) as f64
+}
+
+/// Mean of [`average_precision`] over the classes that something belongs to; 0 where nothing belongs to any.
+pub fn mean_average_precision(rows: &[Vec<f32>], classes: usize, positive: impl Fn(usize, usize) -> bool + Sync) -> f64 {
+    let one = |class: usize| {
+        let scores: Vec<f32> = rows.iter().map(|row| row[class]).collect();
+        let truth: Vec<bool> = (0..rows.len()).map(|i| positive(i, class)).collect();
+        average_precision(&scores, &truth)
+    };
+    let found: Vec<f64> = (0..classes).into_par_iter().filter_map(one).collect();
+    found.iter().sum::<f64>() / found.len().max(1) as f64
 }
 
 /// Scores in descending order with how many of each kind come up to and with each different score: (score, true
@@ -104,11 +132,14 @@ pub fn roc_auc(scores: &[f32], positive: &[bool]) -> Option<f64> {
 /// Average precision, Σ (Rₙ − Rₙ₋₁) Pₙ as scikit-learn has it; `None` where nothing is positive.
 #[must_use]
 pub fn average_precision(scores: &[f32], positive: &[bool]) -> Option<f64> {
-    let steps = ranked(scores, positive);
+    precision_of(&ranked(scores, positive))
+}
+
+fn precision_of(steps: &[(f32, usize, usize)]) -> Option<f64> {
     let positives = steps.last().filter(|s| s.1 > 0)?.1 as f64;
     let mut before = 0;
     let mut sum = 0.0;
-    for (_, tp, fp) in steps {
+    for &(_, tp, fp) in steps {
         sum += (tp - before) as f64 / positives * tp as f64 / (tp + fp) as f64;
         before = tp;
     }
@@ -140,8 +171,41 @@ mod tests {
     fn recall_counts_the_best_positive() {
         let scores = vec![vec![0.9, 0.1, 0.5], vec![0.9, 0.1, 0.5]];
         let mut out = BTreeMap::new();
-        recall("t", &scores, |q, c| q == c, &mut out);
-        assert_eq!((out["t_recall_at_1"], out["t_recall_at_5"]), (0.5, 1.0));
+        retrieval("t_", &scores, |q, c| Some(q == c), &mut out);
+        assert_eq!((out["t_recall_at_1"], out["t_recall_at_5"], out["t_median_rank"]), (0.5, 1.0, 2.0));
+    }
+
+    /// torchmetrics 1.9: `retrieval_average_precision` and `retrieval_reciprocal_rank` of each query, their mean, `np.median`;
+    /// the third query has no positive. One candidate of the first query is left out.
+    #[test]
+    fn retrieval_is_torchmetrics() {
+        let scores = vec![
+            vec![0.9, 0.8, 0.7, 0.6, 0.5, 0.95],
+            vec![0.1, 0.4, 0.2, 0.9, 0.3, 0.0],
+            vec![0.5, 0.4, 0.3, 0.2, 0.1, 0.0],
+            vec![0.3, 0.2, 0.6, 0.1, 0.5, 0.4],
+        ];
+        let positive = [[1, 0, 1, 0, 0, 2], [0, 1, 1, 0, 0, 1], [0; 6], [1, 0, 0, 1, 0, 0]];
+        let relation = |q: usize, c: usize| (positive[q][c] != 2).then_some(positive[q][c] == 1);
+        let mut out = BTreeMap::new();
+        retrieval("", &scores, relation, &mut out);
+        let near = |name: &str, b: f64| assert!((out[name] - b).abs() < 1e-9, "{name} {} {b}", out[name]);
+        near("mean_average_precision", RETRIEVAL[0]);
+        near("recall_at_1", RETRIEVAL[1]);
+        near("median_rank", RETRIEVAL[2]);
+        assert!((map_at_r(&scores, relation) - RETRIEVAL[3]).abs() < 1e-9);
+    }
+
+    /// Means over the other three; the last by hand: (1/2 + 1/6 + 0) / 3.
+    const RETRIEVAL: [f64; 4] = [0.541_666_666_666_666_6, 1.0 / 3.0, 2.0, 0.222_222_222_222_222_2];
+
+    /// scikit-learn 1.9: `average_precision_score(truth[:, [0, 2]], scores[:, [0, 2]], average="macro")`; nothing is of class 1.
+    #[test]
+    fn the_mean_is_over_classes_that_occur() {
+        let rows = [[0.1f32, 0.9, 0.4], [0.8, 0.1, 0.4], [0.3, 0.3, 0.2], [0.9, 0.2, 0.7]].map(Vec::from);
+        let truth = [[true, false, false], [true, false, true], [false, false, true], [true, false, false]];
+        let found = mean_average_precision(&rows, 3, |i, c| truth[i][c]);
+        assert!((found - 2.0 / 3.0).abs() < 1e-9, "{found}");
     }
 
     /// scikit-learn 1.9: `roc_auc_score`, `average_precision_score` and the best of `precision_recall_curve`, ties included.
@@ -157,9 +221,8 @@ mod tests {
     }
 
     #[test]
-    fn calibration_is_the_gap_between_confidence_and_hits() {
+    fn the_largest_come_first() {
         let rows = vec![vec![0.8f32, 0.2], vec![0.8, 0.2]];
-        assert!((calibration_error(&rows, &[0, 1]) - 0.3).abs() < 1e-6);
         assert!((top_k(&rows, &[0, 1], 1) - 0.5).abs() < 1e-12);
         assert_eq!(argmax(&rows), [0, 0]);
     }

@@ -11,27 +11,32 @@ use serde::{Deserialize, Serialize};
 
 use crate::clip::tokenizer::Tokenizer;
 use crate::clip::{Clip, Encoded};
-use crate::data::Example;
+use crate::data::{Dataset, Example, Split};
 use crate::error::Result;
 use crate::fusion::{FusionConfig, Pass};
 use crate::report::Evaluation;
 
 mod answer;
 mod classify;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod goldens;
 mod joint;
 mod matching;
 pub mod metrics;
 pub mod prompts;
+mod regress;
 mod retrieve;
 mod texts;
 mod vqa;
 
 pub use answer::{AnswerConfig, AnswerLoss, Choose};
-pub use classify::{ClassifyConfig, Head, HeadInit};
+pub use classify::{AsymmetricConfig, ClassWeights, ClassifyConfig, Head, HeadInit, Labels, Loss, Thresholds};
 pub(crate) use joint::HEAD;
 pub use matching::{MatchConfig, Negatives};
 pub use prompts::Pad;
-pub use retrieve::RetrieveConfig;
+pub use regress::{HuberConfig, OrdinalConfig, RegressConfig, RegressLoss};
+pub use retrieve::{InfoNceConfig, RetrieveConfig, RetrieveLoss, RetrievePairs, TripletConfig};
 
 macro_rules! tasks {
     ($($(#[$doc:meta])* $name:ident($config:ty)),* $(,)?) => {
@@ -53,14 +58,16 @@ macro_rules! tasks {
 }
 
 tasks! {
-    /// One of the classes for each image, text or both.
+    /// Classes of an image, a text, or both: one of them, or any number.
     Classify(ClassifyConfig),
-    /// The text that belongs to an image and the other way round.
+    /// The text that belongs to an image and the other way round, or images of one class.
     Retrieve(RetrieveConfig),
     /// Whether a text fits an image.
     Match(MatchConfig),
     /// The answer to a question about an image.
     Answer(AnswerConfig),
+    /// A number that belongs to an image, a text, or both.
+    Regress(RegressConfig),
 }
 
 /// What a recipe's `task` says, before there is a model.
@@ -133,14 +140,24 @@ pub struct TaskParts<'a> {
     pub tokenizer: &'a Tokenizer,
     /// Class names in label order.
     pub classes: &'a [String],
-    /// What is trained on; empty where a trained task is put together again.
-    pub train: &'a [Example],
+    /// What is trained on, which may be a stream; none where a trained task is put together again.
+    pub train: Option<&'a Dataset>,
     /// How image and text become one; the task's own way where nothing is said.
     pub fusion: Option<&'a FusionConfig>,
     /// Spreads the target over all classes: 0 is off.
     pub label_smoothing: f64,
     /// The run's seed.
     pub seed: u64,
+}
+
+impl TaskParts<'_> {
+    /// Every training example, a part at a time.
+    ///
+    /// # Errors
+    /// What `each` returns, or when a shard cannot be read.
+    pub fn visit(&self, each: &mut dyn FnMut(&[Example]) -> Result<()>) -> Result<()> {
+        self.train.map_or(Ok(()), |data| data.visit(Split::Train, each))
+    }
 }
 
 impl TaskConfig {

@@ -47,6 +47,10 @@ pub struct TrainConfig {
     pub init_adapter: Option<PathBuf>,
     /// A new order of examples each epoch.
     pub shuffle: bool,
+    /// `natural`: an epoch shows each example once. `balanced`: as many examples, of each class equally many; those of rare
+    /// classes come several times. An example of several classes may be drawn for each of them, those of none are a class.
+    #[serde(skip_serializing_if = "is_natural")]
+    pub sampling: Sampling,
     /// Random transforms of training images.
     pub augment: AugmentConfig,
     /// What the frozen model computes in: f32, bf16 or f16. Adapter weights stay f32.
@@ -101,6 +105,23 @@ pub struct PatchDropout {
     pub until: f64,
 }
 
+/// How often the examples of a class are shown.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Sampling {
+    /// As often as they occur.
+    #[default]
+    Natural,
+    /// As often as those of any other class.
+    Balanced,
+}
+
+// serde hands out references.
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_natural(sampling: &Sampling) -> bool {
+    *sampling == Sampling::Natural
+}
+
 fn is_default(cache: &CacheConfig) -> bool {
     *cache == CacheConfig::default()
 }
@@ -153,6 +174,7 @@ impl Default for TrainConfig {
             evaluate_every: 1,
             init_adapter: None,
             shuffle: true,
+            sampling: Sampling::Natural,
             augment: AugmentConfig::default(),
             dtype: Dtype::F32,
             seed: 0,
@@ -182,6 +204,13 @@ impl TrainConfig {
         };
         if self.epochs.is_some() && self.steps.is_some() {
             return Err(Error::input(format!("{place}: train"), "`epochs` and `steps` exclude each other").hint("keep one of them"));
+        }
+        if self.sampling == Sampling::Balanced && !self.shuffle {
+            return Err(Error::input(
+                format!("{place}: train"),
+                "`sampling: balanced` draws examples, and `shuffle: false` keeps their order",
+            )
+            .hint("leave one of them out"));
         }
         if self.checkpointing && self.grad_cache.is_some() {
             return Err(Error::input(format!("{place}: train"), "`checkpointing` and `grad_cache` exclude each other")

@@ -1,7 +1,7 @@
 //! The training loop: step, validation, best epoch, checkpoints.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -28,7 +28,7 @@ mod step;
 
 pub use activations::{Bank, CacheConfig};
 pub use checkpoint::{Best, State};
-pub use config::{Dtype, EarlyStopping, PatchDropout, TrainConfig};
+pub use config::{Dtype, EarlyStopping, PatchDropout, Sampling, TrainConfig};
 pub use features::{FeatureSource, Features};
 pub use observer::{Event, Observer, Silent, StepRecord};
 pub use step::Stepper;
@@ -97,6 +97,7 @@ impl<'a> Trainer<'a> {
             shuffle: self.config.shuffle,
             drop_last: self.task.drop_last(),
             seed: self.config.seed,
+            balanced: (self.config.sampling == Sampling::Balanced).then(|| Arc::new(by_class(&self.data.train))),
         }
     }
 
@@ -352,6 +353,19 @@ impl<'a> Trainer<'a> {
     fn clip(&self) -> &'a Clip {
         &self.base.clip
     }
+}
+
+/// The examples of each class that occurs, and those of none; one with several classes is in each of them.
+fn by_class(examples: &[Example]) -> Vec<Vec<usize>> {
+    let mut classes: BTreeMap<Option<u32>, Vec<usize>> = BTreeMap::new();
+    for (i, e) in examples.iter().enumerate() {
+        let own = e.all_labels();
+        own.iter().for_each(|&label| classes.entry(Some(label)).or_default().push(i));
+        if own.is_empty() {
+            classes.entry(None).or_default().push(i);
+        }
+    }
+    classes.into_values().collect()
 }
 
 fn snapshot(params: &Params) -> Result<Vec<Tensor>> {
