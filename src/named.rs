@@ -16,12 +16,12 @@ pub fn one<'de, D: Deserializer<'de>, T: DeserializeOwned>(deserializer: D) -> R
     deserializer.deserialize_any(One(PhantomData))
 }
 
-/// [`one`] for an optional key.
+/// [`one`] for an optional key; null is as good as leaving it out.
 ///
 /// # Errors
 /// As [`one`].
 pub fn maybe<'de, D: Deserializer<'de>, T: DeserializeOwned>(deserializer: D) -> Result<Option<T>, D::Error> {
-    one(deserializer).map(Some)
+    deserializer.deserialize_any(Maybe(PhantomData))
 }
 
 /// Reads `none`, one value as [`one`] does, or a list of them.
@@ -59,6 +59,28 @@ impl<'de, T: DeserializeOwned> Visitor<'de> for One<T> {
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
         T::deserialize(MapAccessDeserializer::new(map))
+    }
+}
+
+struct Maybe<T>(PhantomData<T>);
+
+impl<'de, T: DeserializeOwned> Visitor<'de> for Maybe<T> {
+    type Value = Option<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        One::<T>(PhantomData).expecting(f)
+    }
+
+    fn visit_unit<E: Error>(self) -> Result<Option<T>, E> {
+        Ok(None)
+    }
+
+    fn visit_str<E: Error>(self, name: &str) -> Result<Option<T>, E> {
+        by_name(name).map(Some)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Option<T>, A::Error> {
+        T::deserialize(MapAccessDeserializer::new(map)).map(Some)
     }
 }
 

@@ -92,3 +92,10 @@ fn clip_lora_is_the_papers() {
         assert!(recipe.train.evaluate_every >= 8000 && recipe.train.early_stopping.is_none());
     }
 }
+
+#[test]
+fn an_optional_choice_can_be_taken_back() {
+    let sets = ["fusion=null".to_string(), "task=classify".to_string()];
+    let recipe = Recipe::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/tasks/classify-both.yaml"), &sets).unwrap();
+    assert_eq!(recipe.fusion, None);
+}
