@@ -30,14 +30,14 @@ TASKS = {
     }),
     "classify-both": ("accuracy", {
         "image only": ["task={classify: {inputs: image, head: linear}}", "fusion=null"], "text only": ["task.classify.inputs=text"],
-        "zero-shot": ["method=none", "task={classify: {templates: ['an icon of a {}']}}", "fusion=null"], "fusion alone": ["method=none"],
+        "zero-shot": ["task={classify: {templates: ['an icon of a {}']}}", "fusion=null"], "fusion alone": ["method=none"],
     }),
     "answer": ("accuracy", {
         "image only": ["task.answer.inputs=image"], "text only": ["task.answer.inputs=text"],
         "zero-shot": ["method=none", "task={answer: {choose: given}}", "fusion=cosine"], "fusion alone": ["method=none"],
     }),
-    "retrieve": ("recall_mean", {"zero-shot": ["method=none"]}),
-    "retrieve-images": ("mean_average_precision", {"zero-shot": ["method=none"]}),
+    "retrieve": ("recall_mean", {"zero-shot": []}),
+    "retrieve-images": ("mean_average_precision", {"zero-shot": []}),
     "regress": ("mae", {"fusion alone": ["method=none"]}),
 }
 ROWS = ["image only", "text only", "zero-shot", "fusion alone", "whole"]

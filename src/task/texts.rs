@@ -192,7 +192,7 @@ pub(super) fn belongs(image: &Example, of: &Example, text: &str) -> bool {
 }
 
 /// One of an example's texts, another one each epoch.
-pub(super) fn drawn<'e>(seed: u64, epoch: usize, e: &'e Example) -> &'e str {
+pub(super) fn drawn(seed: u64, epoch: usize, e: &Example) -> &str {
     let mut rng = rng::rng(seed, &[rng::name_key("text"), epoch as u64, rng::name_key(&e.id)]);
     e.texts[rng.random_range(0..e.texts.len())].as_str()
 }
