@@ -3,6 +3,7 @@
 
     cargo build --release && python3 scripts/tasks.py --jobs 2       # about half an hour on 2 cores; only the standard library
     python3 scripts/tasks.py --only match --seeds 0
+    python3 scripts/tasks.py --table                                  # of the last figures again
 
 For each recipe of recipes/tasks: the most frequent verdict, the image alone, the text alone, the frozen base without training, the
 fusion and head alone on the frozen base, and the recipe as it is, each with three seeds. Runs go to runs/tasks-table/ and are kept, so
@@ -84,24 +85,7 @@ def constant(labels):
     return statistics.mean(abs(n - statistics.median(numbers)) for n in numbers)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--only", action="append", choices=list(TASKS), help="a recipe; may be repeated")
-    parser.add_argument("--seeds", default="0,1,2")
-    arguments = parser.parse_args()
-    recipes = arguments.only or list(TASKS)
-    seeds = [int(s) for s in arguments.seeds.split(",")]
-    # What does not train is the same for every seed.
-    jobs = [(r, row, values, s) for r in recipes for row, values in rows(r) for s in seeds if row != "zero-shot" or s == seeds[0]]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        found = list(pool.map(measure, jobs))
-    out = ROOT / "benches/results/tasks.json"
-    before = json.loads(out.read_text()) if out.exists() else []
-    kept = [f for f in before if f["recipe"] not in recipes]
-    for f in found:
-        f["test"].pop("classification", None)
-    out.write_text(json.dumps(kept + found, indent=1) + "\n")
+def print_table(found, recipes):
     print("| recipe | metric | always the same | image only | text only | frozen, zero-shot | fusion and head alone | as it is, LoRA | seconds |")
     print("|---|---|---|---|---|---|---|---|---|")
     for recipe in recipes:
@@ -113,6 +97,30 @@ def main():
         seconds = statistics.median(f["seconds"] for f in at("whole"))
         unit = metric if metric == "mae" else f"{metric}, %"
         print(f"| `{recipe}` | {unit} | {same} | {' | '.join(cells)} | {seconds:.0f} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--only", action="append", choices=list(TASKS), help="a recipe; may be repeated")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--table", action="store_true", help="print the table of the last figures and run nothing")
+    arguments = parser.parse_args()
+    recipes = arguments.only or list(TASKS)
+    out = ROOT / "benches/results/tasks.json"
+    before = json.loads(out.read_text()) if out.exists() else []
+    if arguments.table:
+        return print_table(before, recipes)
+    seeds = [int(s) for s in arguments.seeds.split(",")]
+    # What does not train is the same for every seed.
+    jobs = [(r, row, values, s) for r in recipes for row, values in rows(r) for s in seeds if row != "zero-shot" or s == seeds[0]]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        found = list(pool.map(measure, jobs))
+    kept = [f for f in before if f["recipe"] not in recipes]
+    for f in found:
+        f["test"].pop("classification", None)
+    out.write_text(json.dumps(kept + found, indent=1) + "\n")
+    print_table(found, recipes)
 
 
 if __name__ == "__main__":
