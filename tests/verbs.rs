@@ -164,6 +164,35 @@ fn a_drafted_recipe_passes_the_check_and_trains() {
 }
 
 #[test]
+fn drafts_say_the_task_that_columns_are_made_for() {
+    let w = World::new();
+    let table = |header: &str, cells: [&str; 2]| {
+        let row = |i: usize| format!("data/{}/{i}.png,{}\n", ["red", "blue"][i % 2], cells[i % 2]);
+        format!("path,{header}\n{}", (0..10).map(row).collect::<String>())
+    };
+    for (name, header, cells, task, line) in [
+        ("fits", "text,fits", ["a thing,yes", "a dog,no"], "match", "negatives: given"),
+        ("ask", "question,answer", ["what?,red", "which?,blue"], "answer", "loss: softmax"),
+        ("several", "question,answer", ["what?,red|rose", "which?,blue|sky"], "answer", "loss: bce"),
+        ("choices", "question,answer,choices", ["what?,red,red|blue", "which?,blue,red|blue"], "answer", "choose: given"),
+        ("multi", "labels", ["warm|red", "cold"], "classify", "labels: multi"),
+        ("number", "value", ["1.5", "2"], "regress", "inputs: image"),
+        ("both", "value,text", ["1.5,a thing", "2,a thing"], "regress", "inputs: both"),
+    ] {
+        w.write(&format!("{name}.csv"), &table(header, cells));
+        let drafted = w.json(&["new", "--data", &format!("{name}.csv"), "--model", "base"]);
+        let recipe = String::from_utf8(read(&w.path(&format!("{name}.yaml")))).unwrap();
+        assert!(drafted["draft"]["task"] == task && recipe.contains(line), "{name}: {recipe}");
+        w.json(&["train", &format!("{name}.yaml"), "--check"]);
+    }
+    for (task, data, line) in [("match", "both.csv", "negatives: random"), ("retrieve", "data", "pairs: labels")] {
+        w.json(&["new", "wish.yaml", "--data", data, "--model", "base", "--task", task, "--force"]);
+        assert!(String::from_utf8(read(&w.path("wish.yaml"))).unwrap().contains(line));
+        w.json(&["train", "wish.yaml", "--check"]);
+    }
+}
+
+#[test]
 fn drafts_name_the_columns_of_tables_and_respect_their_splits() {
     let w = World::new();
     let rows = |text: &str| -> String {
@@ -184,7 +213,7 @@ fn drafts_name_the_columns_of_tables_and_respect_their_splits() {
         (vec!["new"], "--data PATH"),
         (vec!["new", "--data", "nowhere"], "no such"),
         (vec!["new", "x.yaml", "--data", "data", "--method", "lorra"], "there are lora"),
-        (vec!["new", "x.yaml", "--data", "data", "--task", "retrieve"], "no texts"),
+        (vec!["new", "x.yaml", "--data", "data", "--task", "match"], "lacks a text column"),
         (vec!["new", "x.yaml", "--data", "data", "--template", "a thing"], "`{}`"),
     ] {
         let message = w.fails(&args, 2);

@@ -36,7 +36,7 @@ pub(super) struct NewArgs {
     /// How to adapt it: the name of a method, such as lora
     #[arg(long, default_value = "lora", value_name = "NAME")]
     method: String,
-    /// classify or retrieve; what the data offers when left out
+    /// classify, match, answer, retrieve or regress; what the data offers when left out
     #[arg(long, value_name = "TASK")]
     task: Option<String>,
     /// The prompt around a class name

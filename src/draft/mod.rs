@@ -5,8 +5,12 @@ use peft_adapters::registry::METHODS;
 use serde::Serialize;
 
 use crate::data::{DataConfig, Dataset, Split};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::recipe::Recipe;
+
+mod tasks;
+
+use tasks::DraftTask;
 
 /// What the recipe is to be about.
 #[derive(Debug, Clone)]
@@ -17,7 +21,7 @@ pub struct Wishes {
     pub model: String,
     /// A method's name.
     pub method: String,
-    /// `classify` or `retrieve`; what the data offers when left out.
+    /// `classify`, `match`, `answer`, `retrieve` or `regress`; what the data offers when left out.
     pub task: Option<String>,
     /// The prompt around a class name.
     pub template: String,
@@ -33,7 +37,7 @@ pub struct Draft {
     pub text: String,
     /// The source's key in a recipe: `folder`, `table`, `parquet`, …
     pub kind: &'static str,
-    /// `classify` or `retrieve`.
+    /// A task's key in a recipe.
     pub task: String,
     /// Class names.
     pub classes: Vec<String>,
@@ -55,7 +59,7 @@ pub fn draft(wishes: &Wishes, file: &str, name: &str) -> Result<Draft> {
     let source = DataConfig::locate(&wishes.data)?;
     let local = source.local(&mut |_| Ok(()))?;
     let data = DataConfig { shots: wishes.shots, ..local.listed() }.open(0)?;
-    let task = task(wishes, &data)?;
+    let task = tasks::choose(wishes.task.as_deref(), &wishes.data, &data)?;
     let has_splits = local.has_own_splits();
     let page = Page { wishes, source: &source, data: &data, task, has_splits, file, name };
     let text = page.text();
@@ -64,32 +68,11 @@ pub fn draft(wishes: &Wishes, file: &str, name: &str) -> Result<Draft> {
     Ok(Draft {
         text,
         kind: source.kind(),
-        task: task.into(),
+        task: task.name.into(),
         examples: [data.train.len(), data.val.len(), data.test.len()],
-        notes: notes(&data, task),
+        notes: notes(&data, task.name),
         classes: data.classes,
     })
-}
-
-fn task(wishes: &Wishes, data: &Dataset) -> Result<&'static str> {
-    let labelled = data.classes.len() > 1;
-    let captioned = data.train.iter().any(|e| !e.texts.is_empty());
-    match wishes.task.as_deref() {
-        Some("classify") if !labelled => {
-            Err(Error::input("--task", format!("classify: expected two classes or more, found {}", data.classes.len()))
-                .hint("a table needs a label column, a directory one directory a class"))
-        }
-        Some("retrieve") if !captioned => {
-            Err(Error::input("--task", "retrieve: the data has no texts").hint("a table needs a text column"))
-        }
-        Some("retrieve") => Ok("retrieve"),
-        Some("classify") => Ok("classify"),
-        Some(other) => Err(Error::input("--task", format!("expected classify or retrieve, found `{other}`"))),
-        None if labelled => Ok("classify"),
-        None if captioned => Ok("retrieve"),
-        None => Err(Error::input(&wishes.data, "has neither two classes nor texts: there is nothing to learn")
-            .hint("a table needs a label or a text column, a directory one directory a class")),
-    }
 }
 
 fn notes(data: &Dataset, task: &str) -> Vec<String> {
@@ -116,7 +99,7 @@ struct Page<'a> {
     wishes: &'a Wishes,
     source: &'a DataConfig,
     data: &'a Dataset,
-    task: &'static str,
+    task: &'static DraftTask,
     has_splits: bool,
     file: &'a str,
     name: &'a str,
@@ -139,8 +122,10 @@ fn quoted(text: &str) -> String {
 impl Page<'_> {
     fn text(&self) -> String {
         let tiny = self.wishes.model == "builtin:tiny";
-        let what = match self.task {
+        let what = match self.task.name {
             "classify" => format!("{} classes", self.data.classes.len()),
+            "answer" => "questions".into(),
+            "regress" => "numbers".into(),
             _ => "images and their texts".to_string(),
         };
         let [train, val, test] = [Split::Train, Split::Val, Split::Test].map(|s| self.data.split(s).len());
@@ -150,7 +135,7 @@ impl Page<'_> {
              # {method} on {what} of {place}: {train} training, {val} validation and {test} test examples.\n\
              #\n\
              # First `peft train {file} --check`: it opens everything, estimates memory and trains nothing.\n\
-             # Then `peft eval runs/{name}`, and `peft predict --model {base} --adapter runs/{name}/adapter IMAGE…`.\n\
+             # Then `peft eval runs/{name}`, and `peft predict --model {base} --adapter runs/{name}/adapter{ask} IMAGE…`.\n\
              model: {base_yaml}{model}\n\
              method:\n  {method_yaml}\n\
              data:\n{data}\
@@ -161,11 +146,12 @@ impl Page<'_> {
             method = self.wishes.method,
             place = self.wishes.data,
             name = self.name,
+            ask = self.task.ask,
             base = self.wishes.model,
             base_yaml = quoted(&self.wishes.model),
             method_yaml = self.method(),
             data = self.data(),
-            task = self.task(),
+            task = (self.task.lines)(self.data, &self.wishes.template),
             settings = self.settings(train, tiny),
             output = quoted(&format!("runs/{}", self.name)),
         )
@@ -202,7 +188,7 @@ impl Page<'_> {
             true => "",
             false => "  split: { train: 0.7, val: 0.1, test: 0.2, seed: 0 }   # the data has no splits of its own\n",
         };
-        let shots = match (self.wishes.shots, self.task) {
+        let shots = match (self.wishes.shots, self.task.name) {
             (Some(n), _) => format!("  shots: {n}   # training examples of each class, drawn by train.seed\n"),
             (None, "classify") => "  # shots: 16   # fewer training examples of each class, drawn by train.seed\n".into(),
             _ => String::new(),
@@ -210,18 +196,8 @@ impl Page<'_> {
         format!("{source}{split}{shots}")
     }
 
-    fn task(&self) -> String {
-        match self.task {
-            "classify" => format!(
-                "  classify: {{ templates: [{}] }}   # {{}} is the class name; say what the images show\n",
-                serde_json::Value::from(self.wishes.template.as_str())
-            ),
-            _ => "  retrieve: {}   # texts find their images and images their texts\n".into(),
-        }
-    }
-
     fn settings(&self, train: usize, tiny: bool) -> String {
-        let batch = if self.task == "retrieve" { 64 } else { BATCH };
+        let batch = if self.task.name == "retrieve" { 64 } else { BATCH };
         let epochs = (STEPS * batch).div_ceil(train.max(1)).clamp(3, 50);
         let steps = epochs * train.div_ceil(batch);
         let lr = match (self.wishes.method.as_str(), tiny) {
