@@ -265,6 +265,8 @@ fn numbers_are_read_from_images_and_texts() {
         let (mae, r) = (metric(&report, "after", "mae"), metric(&report, "after", "pearson"));
         assert!(if solved { mae < 350.0 && r > 0.8 } else { r < 0.6 }, "{inputs} {loss}: {mae} {r}");
         if solved {
+            let page = std::fs::read_to_string(world.path("run/report.html")).unwrap();
+            assert!(page.contains("Largest errors") && page.contains("predicted against right values"));
             verbs(&world, &report, "mae");
         }
     }

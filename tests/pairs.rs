@@ -103,6 +103,15 @@ fn negatives_are_drawn_or_the_hardest() {
         // Six test images, each with its own text and one or two others; equal captions are no negatives.
         assert_eq!(report["after"]["examples"], if negatives.starts_with("random") { 18 } else { 12 }, "{report}");
     }
+    // Untrained and with a wrong text: the page shows the text that was judged, not the image's own.
+    recipe(&world, "path: pairs.jsonl", "match: { negatives: random }", "fusion: concat");
+    world.json(&["train", "pairs.yaml", "--force", "--set", "train.steps=1", "--set", "train.epochs=null", "--set", "train.lr=1.0e-9"]);
+    let page = std::fs::read_to_string(world.path("run/report.html")).unwrap();
+    let wrong = |line: &&str| serde_json::from_str::<Value>(line).is_ok_and(|p| p["label"] != p["prediction"]);
+    let lines = std::fs::read_to_string(world.path("run/predictions.jsonl")).unwrap();
+    let id = serde_json::from_str::<Value>(lines.lines().find(wrong).unwrap()).unwrap()["id"].as_str().unwrap().replace('"', "&quot;");
+    let text = id.split_once(" with &quot;").map_or("", |found| found.1.trim_end_matches("&quot;"));
+    assert!(page.contains(&format!("title=\"{id}\">{text}</p>")), "{id}");
     recipe(&world, "path: pairs.jsonl", "match: {}", "");
     assert!(world.fails(&["train", "pairs.yaml", "--force"], 2).contains("negatives: random"));
 }
@@ -138,6 +147,14 @@ fn questions_are_answered_from_image_and_question() {
         let report = world.json(&["train", "pairs.yaml", "--force"]);
         let accuracy = metric(&report, "accuracy");
         assert!((least..=most).contains(&accuracy), "{task} {inputs}: {accuracy}");
+        if inputs == "image" {
+            // What is asked stands beside what was answered wrongly.
+            let page = std::fs::read_to_string(world.path("run/report.html")).unwrap();
+            assert!(
+                page.contains("Most confident mistakes") && (page.contains(">is it red?</p>") || page.contains(">what colour?</p>")),
+                "{task}"
+            );
+        }
         if inputs == "both" {
             // Two of three annotators say so.
             assert!((metric(&report, "vqa_accuracy") - 2.0 / 3.0 * accuracy).abs() < 0.02, "{report}");

@@ -6,24 +6,24 @@ use super::charts::{Axis, Plot, Scale, Series, Style, chart};
 use super::{bytes, document, matrix, metric, number, words};
 use crate::change::Change;
 use crate::error::Result;
-use crate::report::{Classification, TrainReport, is_fraction};
+use crate::report::{Classification, Prediction, TrainReport, is_fraction};
 use crate::train::StepRecord;
 
-/// A test image that was taken for something else.
+/// A test example that was taken for something else, or a number that is off.
 #[derive(Debug, Clone)]
 pub struct Mistake {
     /// The example.
     pub id: String,
     /// The image, a data URI, where images are looked at.
     pub image: Option<String>,
-    /// The text, where texts are looked at.
+    /// The text or question, where texts are looked at.
     pub text: Option<String>,
     /// The right class.
     pub label: String,
     /// The predicted one.
     pub prediction: String,
-    /// Its probability.
-    pub confidence: f32,
+    /// Its probability, where there are any.
+    pub confidence: Option<f32>,
 }
 
 /// What the page of a run is made of.
@@ -35,7 +35,7 @@ pub struct RunPage<'a> {
     pub recipe: &'a str,
     /// `metrics.jsonl`.
     pub steps: &'a [StepRecord],
-    /// Most confident first.
+    /// Worst first.
     pub mistakes: &'a [Mistake],
     /// What folds into the base.
     pub changes: &'a [Change],
@@ -47,6 +47,9 @@ pub struct RunPage<'a> {
 
 /// Points of a curve are averaged down to this many.
 const POINTS: usize = 300;
+
+/// Dots of a scatter plot: the first so many.
+const DOTS: usize = 1000;
 
 /// The page.
 ///
@@ -70,7 +73,7 @@ pub fn report(page: &RunPage<'_>) -> Result<String> {
                 section { h2 { "Confusion" } p.note { (matrix::LEGEND) } div.one { (matrix::confusion(found)) } }
             }
         }
-        @if !page.mistakes.is_empty() { section { h2 { "Most confident mistakes" } (mistakes(page.mistakes)) } }
+        @if !page.mistakes.is_empty() { section { h2 { (worst(r, page.mistakes)) } (mistakes(page.mistakes)) } }
         section {
             h2 { "What changed: ‖ΔW‖ / ‖W‖" }
             @for why in page.unfoldable { p.note { (why) } }
@@ -142,7 +145,22 @@ fn curves(page: &RunPage<'_>) -> Result<Markup> {
         y: y("gradient norm", Scale::Linear),
         series: vec![series("", 3, steps(|s| s.grad_norm), Style::Line)],
     })?;
-    Ok(html! { (loss) (validation) (lr) (norm) })
+    Ok(html! { (loss) (validation) (lr) (norm) @if let Some(scatter) = scatter(r)? { (scatter) } })
+}
+
+/// Predicted numbers against the right ones, and the line on which they would be equal.
+fn scatter(r: &TrainReport) -> Result<Option<Markup>> {
+    let Some(after) = r.after.as_ref().filter(|_| r.task == "regress") else { return Ok(None) };
+    let pair = |p: &Prediction| Some((p.label.as_ref()?.parse().ok()?, p.prediction.parse().ok()?, None));
+    let mut points: Vec<(f64, f64, Option<f64>)> = after.predictions.iter().filter_map(pair).collect();
+    points.truncate(DOTS);
+    points.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let (Some(first), Some(last)) = (points.first().map(|p| p.0), points.last().map(|p| p.0)) else { return Ok(None) };
+    let axis = |name| Axis { name, scale: Scale::Linear };
+    let equal = Series { name: "equal".into(), colour: 1, points: vec![(first, first, None), (last, last, None)], style: Style::Line };
+    let found = Series { name: String::new(), colour: 0, points, style: Style::Named };
+    let plot = Plot { label: "predicted against right values", x: axis("right"), y: axis("predicted"), series: vec![found, equal] };
+    chart(&plot).map(Some)
 }
 
 /// Means of as many neighbours as it takes.
@@ -172,6 +190,24 @@ fn classes(found: &Classification) -> Markup {
 /// What stands where an example has no class, or none was predicted.
 const NONE: &str = "none";
 
+/// Numbers as short as others on the page.
+fn shown(answer: &str) -> String {
+    match answer.parse::<f64>() {
+        _ if answer.is_empty() => NONE.into(),
+        Ok(value) if value.fract() != 0.0 => number(value),
+        _ => answer.into(),
+    }
+}
+
+/// What the mistakes that are shown have in common.
+fn worst(r: &TrainReport, all: &[Mistake]) -> &'static str {
+    match (r.task.as_str(), all.iter().any(|m| m.confidence.is_some())) {
+        ("regress", _) => "Largest errors",
+        (_, true) => "Most confident mistakes",
+        (_, false) => "Mistakes",
+    }
+}
+
 fn mistakes(all: &[Mistake]) -> Markup {
     html! {
         div.pictures {
@@ -180,8 +216,8 @@ fn mistakes(all: &[Mistake]) -> Markup {
                     @if let Some(image) = &m.image { img src=(image) alt=(m.label) title=(m.id) loading="lazy"; }
                     @if let Some(text) = &m.text { p.note title=(m.id) { (text) } }
                     figcaption {
-                        b { (if m.label.is_empty() { NONE } else { &m.label }) }
-                        span.miss { "✗ " (if m.prediction.is_empty() { NONE } else { &m.prediction }) " " (format!("{:.0} %", 100.0 * m.confidence)) }
+                        b { (shown(&m.label)) }
+                        span.miss { "✗ " (shown(&m.prediction)) @if let Some(p) = m.confidence { " " (format!("{:.0} %", 100.0 * p)) } }
                     }
                 }
             }

@@ -81,7 +81,7 @@ const CONTRACTED: [(&str, &str); 51] = [
 ];
 
 /// An answer as it is compared: lower case, no articles, digits for number words, no signs, contractions with their apostrophe.
-pub(super) fn normalise(answer: &str) -> String {
+pub(crate) fn normalise(answer: &str) -> String {
     let text = without_periods(&without_signs(answer.trim()));
     let words = text.split_whitespace().map(str::to_lowercase).filter(|w| !ARTICLES.contains(&w.as_str()));
     let word = |w: String| match NUMBERS.iter().find(|(name, _)| *name == w) {
