@@ -246,8 +246,9 @@ fn place(taken: &mut Vec<(f64, f64)>, fx: f64, fy: f64, letters: usize) -> (i32,
     let wide = letters as f64 * 17.0;
     let dx = if fx * width + wide + 20.0 > width { -(wide as i32) - 14 } else { 16 };
     let (x, y) = (fx * width + f64::from(dx), (1.0 - fy) * height);
-    let free = |dy: f64| taken.iter().all(|(ox, oy)| (ox - x).abs() > wide.max(90.0) || (oy - (y + dy)).abs() > 32.0);
-    let dy = [-48.0, 16.0, -16.0, -84.0, 52.0, 86.0].into_iter().find(|dy| free(*dy)).unwrap_or(-48.0);
+    // Above the topmost dot there is no room.
+    let free = |dy: f64| y + dy > -12.0 && taken.iter().all(|(ox, oy)| (ox - x).abs() > wide.max(90.0) || (oy - (y + dy)).abs() > 32.0);
+    let dy = [-48.0, 16.0, -16.0, -84.0, 52.0, 86.0].into_iter().find(|dy| free(*dy)).unwrap_or(16.0);
     taken.push((x, y + dy));
     (dx, dy as i32)
 }
