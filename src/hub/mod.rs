@@ -102,6 +102,9 @@ pub struct Snapshot {
     commit: Option<String>,
     #[cfg(feature = "hub")]
     remote: Option<Arc<remote::Remote>>,
+    /// What the hub says that the revision stands for now.
+    #[cfg(feature = "hub")]
+    moved: Option<String>,
     notes: Vec<String>,
 }
 
@@ -120,6 +123,8 @@ impl Snapshot {
             commit,
             #[cfg(feature = "hub")]
             remote: if offline() { None } else { Some(Arc::new(remote::Remote::from_env(repo)?)) },
+            #[cfg(feature = "hub")]
+            moved: None,
             notes: Vec::new(),
             repo: repo.clone(),
             cache,
@@ -191,8 +196,8 @@ impl Snapshot {
             remote::Answer::Missing(commit) => {
                 if let Some(commit) = commit {
                     self.cache.note_missing(&commit, file);
-                    self.cache.note_commit(&self.repo.revision, &commit)?;
                     self.settle(&commit);
+                    self.moved = Some(commit);
                 }
                 Ok(None)
             }
@@ -206,12 +211,25 @@ impl Snapshot {
                     }
                     drop(lock);
                 }
-                self.cache.note_commit(&self.repo.revision, &meta.commit)?;
                 let path = self.cache.link(&meta.commit, file, &meta.etag)?;
                 self.settle(&meta.commit);
+                self.moved = Some(meta.commit);
                 Ok(Some(path))
             }
         }
+    }
+
+    /// Notes what the revision stands for now, so that it is found again without the hub. To be called when all files that
+    /// belong together are here: until then the files of before are the ones that are found.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn keep(&mut self) -> Result<()> {
+        #[cfg(feature = "hub")]
+        if let Some(commit) = self.moved.take() {
+            self.cache.note_commit(&self.repo.revision, &commit)?;
+        }
+        Ok(())
     }
 
     /// The directory with the files that were asked for.
