@@ -6,7 +6,7 @@ use std::path::Path;
 
 use candle_core::Device;
 
-use super::{World, aborts, changes, command, copy, each, said, strays, succeeds, tree};
+use super::{World, aborts, changes, command, copy, each, place, said, strays, succeeds, tree};
 use crate::compare::{BaseMeasured, Checked, CompareOptions, Job, Limit, Measured, Runner, Second, compare};
 use crate::comparison::Inference;
 use crate::error::Result;
@@ -83,16 +83,6 @@ fn child() {
     });
 }
 
-/// A directory with base, data and recipe of its own.
-fn place(w: &World, name: &str) -> std::path::PathBuf {
-    let dir = w.path(name);
-    std::fs::create_dir(&dir).unwrap();
-    for file in ["base", "data", "recipe.yaml"] {
-        std::os::unix::fs::symlink(w.path(file), dir.join(file)).unwrap();
-    }
-    dir
-}
-
 #[test]
 fn killed_or_full_anywhere_and_repeated_gives_the_same_figures() {
     let w = World::new();
@@ -103,7 +93,7 @@ fn killed_or_full_anywhere_and_repeated_gives_the_same_figures() {
         std::fs::rename(first.join("out").join(run), w.path("done").join(run)).unwrap();
     }
     let whole = place(&w, "whole");
-    let points = changes(command("compare::child", &whole, &["out"], "count"), &w);
+    let points = changes(command("compare::child", &whole, &["out"], "count"));
     let expected = tree(&whole.join("out"), &["lock"]);
     assert!(points.len() > 40 && expected.contains_key("compare.json") && expected.contains_key("lora-s3/report.json"), "{points:#?}");
     each(points.len() * 2, |i| {

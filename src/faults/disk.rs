@@ -1,11 +1,10 @@
 //! Real disks that are full or must not be written to, two runs in one directory, and signals.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Output};
 
-use super::{World, changes, command, each, peft, said, strays, succeeds, tree};
-
-const VARIES: [&str; 5] = ["events.out", "report.html", "report.json", "lock", "state.safetensors"];
+use super::train::VARIES;
+use super::{World, changes, each, peft, place, said, strays, succeeds, tree, verb};
 
 /// A small file system of its own.
 struct Tmpfs(PathBuf);
@@ -49,23 +48,23 @@ fn refused(out: &Output, place: &str, why: &str) {
 #[test]
 fn a_small_disk_of_any_size_ends_a_run_with_what_was_there_before() {
     let w = World::new();
-    let Some(probe) = Tmpfs::mount(w.path("probe"), 1 << 16) else { return };
-    succeeds(&peft(&w, &train("probe/run", &[]), ""), "whole");
-    let expected = tree(&w.path("probe/run"), &VARIES);
-    let whole: usize = tree(&w.path("probe/run"), &[]).values().map(Vec::len).sum();
-    drop(probe);
+    let Some(large) = Tmpfs::mount(place(&w, "whole").join("disk"), 1 << 16) else { return };
+    succeeds(&peft(&w.path("whole"), &train("disk/run", &[]), ""), "whole");
+    let expected = tree(&w.path("whole/disk/run"), &VARIES);
+    let size: usize = tree(&w.path("whole/disk/run"), &[]).values().map(Vec::len).sum();
+    drop(large);
     each(16, |i| {
-        let disk = Tmpfs::mount(w.path(&format!("disk{i}")), (whole >> 10) * i / 14 + 4).unwrap();
-        let output = format!("disk{i}/run");
-        let out = peft(&w, &train(&output, &[]), "");
+        let (dir, what) = (place(&w, &format!("at{i}")), format!("{i} of 14 parts"));
+        let disk = Tmpfs::mount(dir.join("disk"), (size >> 10) * i / 14 + 4).unwrap();
+        let out = peft(&dir, &train("disk/run", &[]), "");
         if !out.status.success() {
-            refused(&out, &output, "make room");
-            crate::train::checkpoint::load(&w.path(&output).join("checkpoint")).unwrap();
+            refused(&out, "disk/run", "make room");
+            crate::train::checkpoint::load(&dir.join("disk/run/checkpoint")).unwrap();
             disk.again("size=64m");
-            succeeds(&peft(&w, &train(&output, &["--resume"]), ""), &output);
+            succeeds(&peft(&dir, &train("disk/run", &["--resume"]), ""), &what);
         }
-        assert_eq!(tree(&w.path(&output), &VARIES), expected, "{output}");
-        assert_eq!(strays(&w.path(&output)), Vec::<String>::new());
+        assert_eq!(tree(&dir.join("disk/run"), &VARIES), expected, "{what}");
+        assert_eq!(strays(&dir), Vec::<String>::new(), "{what}");
     });
 }
 
@@ -73,16 +72,16 @@ fn a_small_disk_of_any_size_ends_a_run_with_what_was_there_before() {
 fn a_read_only_disk_is_said_and_stays_as_it_is() {
     let w = World::new();
     let Some(disk) = Tmpfs::mount(w.path("disk"), 1 << 16) else { return };
-    succeeds(&peft(&w, &train("disk/run", &[]), ""), "train");
-    succeeds(&peft(&w, &["merge", "--model", "base", "--adapter", "disk/run/adapter", "--output", "disk/model"], ""), "merge");
+    succeeds(&peft(w.dir.path(), &train("disk/run", &[]), ""), "train");
+    succeeds(&peft(w.dir.path(), &["merge", "--model", "base", "--adapter", "disk/run/adapter", "--output", "disk/model"], ""), "merge");
     let before = tree(&w.path("disk"), &[]);
     disk.again("ro");
-    refused(&peft(&w, &train("disk/run", &["--force"]), ""), "disk/run", "Read-only");
-    refused(&peft(&w, &train("disk/other", &[]), ""), "disk/other", "Read-only");
+    refused(&peft(w.dir.path(), &train("disk/run", &["--force"]), ""), "disk/run", "Read-only");
+    refused(&peft(w.dir.path(), &train("disk/other", &[]), ""), "disk/other", "Read-only");
     let merge = ["merge", "--model", "base", "--adapter", "disk/run/adapter", "--output", "disk/model", "--force"];
-    refused(&peft(&w, &merge, ""), "disk/model", "Read-only");
+    refused(&peft(w.dir.path(), &merge, ""), "disk/model", "Read-only");
     let embed = ["embed", "--model", "base", "--texts", "recipe.yaml", "--output", "disk/texts.safetensors"];
-    refused(&peft(&w, &embed, ""), "disk/texts.safetensors", "Read-only");
+    refused(&peft(w.dir.path(), &embed, ""), "disk/texts.safetensors", "Read-only");
     assert_eq!(tree(&w.path("disk"), &[]), before);
 }
 
@@ -90,10 +89,10 @@ fn a_read_only_disk_is_said_and_stays_as_it_is() {
 #[test]
 fn a_refused_write_is_said() {
     let w = World::new();
-    succeeds(&peft(&w, &train("run", &[]), ""), "train");
+    succeeds(&peft(w.dir.path(), &train("run", &[]), ""), "train");
     let before = tree(&w.path("run"), &[]);
     for (error, why) in [(13, "Permission denied"), (30, "Read-only"), (5, "error 5")] {
-        let out = peft(&w, &train("run", &["--force"]), &format!("fail {error} 1 on"));
+        let out = peft(w.dir.path(), &train("run", &["--force"]), &format!("fail {error} 1 on"));
         assert!(out.status.code() == Some(3) && said(&out).contains(why) && said(&out).contains("run"), "{}", said(&out));
         assert_eq!(tree(&w.path("run"), &[]), before);
     }
@@ -102,7 +101,7 @@ fn a_refused_write_is_said() {
     std::os::unix::fs::PermissionsExt::set_mode(&mut rights, 0o555);
     std::fs::set_permissions(&closed, rights).unwrap();
     if std::fs::write(closed.join("probe"), "").is_err() {
-        refused(&peft(&w, &train("closed/run", &[]), ""), "closed", "Permission denied");
+        refused(&peft(w.dir.path(), &train("closed/run", &[]), ""), "closed", "Permission denied");
     }
 }
 
@@ -116,59 +115,56 @@ fn state(pid: u32) -> Option<char> {
 #[cfg(target_os = "linux")]
 fn a_second_run_in_one_directory_is_refused_and_the_first_goes_on() {
     let w = World::new();
-    succeeds(&peft(&w, &train("alone", &[]), ""), "alone");
-    // It stops itself after a step and waits.
-    let stop = 19;
-    let args = [&train("run", &[])[..], &["--threads", "1", "--quiet"]].concat();
-    let mut first = command("child", w.dir.path(), &args, &format!("signal 2 {stop} 1")).spawn().unwrap();
+    let (alone, both) = (place(&w, "alone"), place(&w, "both"));
+    succeeds(&peft(&alone, &train("run", &[]), ""), "alone");
+    // It stops itself (SIGSTOP) after a step and waits.
+    let mut first = verb(&both, &train("run", &[]), "signal 2 19 1").spawn().unwrap();
     while state(first.id()) != Some('T') {
         assert!(first.try_wait().unwrap().is_none(), "ended before it stopped");
         std::thread::yield_now();
     }
     for flag in ["--resume", "--force"] {
-        refused(&peft(&w, &train("run", &[flag]), ""), "run", &format!("in use by process {}", first.id()));
+        refused(&peft(&both, &train("run", &[flag]), ""), "run", &format!("in use by process {}", first.id()));
     }
     assert!(Command::new("kill").args(["-CONT", &first.id().to_string()]).status().unwrap().success());
     succeeds(&first.wait_with_output().unwrap(), "the first");
-    assert_eq!(tree(&w.path("run"), &VARIES), tree(&w.path("alone"), &VARIES));
+    assert_eq!(tree(&both.join("run"), &VARIES), tree(&alone.join("run"), &VARIES));
 }
 
 #[test]
 fn signals_save_the_state_once_and_end_at_once_when_they_come_twice() {
     let w = World::new();
-    succeeds(&peft(&w, &train("whole", &[]), ""), "whole");
-    let expected = tree(&w.path("whole"), &VARIES);
+    let whole = place(&w, "whole");
+    succeeds(&peft(&whole, &train("run", &[]), ""), "whole");
     for (signal, times) in [(2, 1), (15, 1), (2, 2), (15, 2)] {
-        let name = format!("run{signal}-{times}");
+        let dir = place(&w, &format!("run{signal}-{times}"));
         // In the middle of the first epoch, where nothing else saves the state.
-        let out = peft(&w, &train(&name, &[]), &format!("signal 2 {signal} {times}"));
+        let out = peft(&dir, &train("run", &[]), &format!("signal 2 {signal} {times}"));
         assert_eq!(out.status.code(), Some(128 + signal), "{}", said(&out));
-        let saved = crate::train::checkpoint::load(&w.path(&name).join("checkpoint")).unwrap();
-        assert_eq!(saved.map(|(_, state)| state.step), (times == 1).then_some(2), "{name}");
+        let saved = crate::train::checkpoint::load(&dir.join("run/checkpoint")).unwrap();
+        assert_eq!(saved.map(|(_, state)| state.step), (times == 1).then_some(2), "{signal} {times}");
         assert_eq!(said(&out).contains("--resume"), times == 1, "{}", said(&out));
-        succeeds(&peft(&w, &train(&name, &["--resume"]), ""), &name);
-        assert_eq!(tree(&w.path(&name), &VARIES), expected, "{name}");
+        succeeds(&peft(&dir, &train("run", &["--resume"]), ""), "resumed");
+        assert_eq!(tree(&dir.join("run"), &VARIES), tree(&whole.join("run"), &VARIES), "{signal} {times}");
     }
 }
 
-/// Features that are kept between runs are whole or not there.
+/// Activations that are kept between runs are whole or not there.
 #[test]
 fn a_cache_of_activations_is_whole_or_absent() {
     let w = World::new();
-    let cache = "train.activation_cache={ memory_mib: 0, disk_mib: 64, directory: cache }";
-    let probe = ["train", "recipe.yaml", "--set", "train.epochs=1", "--set", "method=none", "--set", "task.classify.head=linear", "--set", cache];
-    let args = |output: &'static str| [&probe[..], &["--output", output, "--force"]].concat();
-    let counted = [&args("whole")[..], &["--threads", "1", "--quiet"]].concat();
-    let points = changes(command("child", w.dir.path(), &counted, "count"), &w);
+    let sets = ["method={lora: {rank: 2, layers: {last: 1}}}", "train.activation_cache={memory_mib: 0, disk_mib: 10, directory: kept}"];
+    let args = ["train", "recipe.yaml", "--force", "--set", "train.epochs=1", "--set", sets[0], "--set", sets[1]];
+    let points = changes(verb(w.dir.path(), &args, "count"));
     let own: Vec<usize> = (1..=points.len()).filter(|k| points[k - 1].contains(".f32")).collect();
-    let whole = tree(&w.path("cache"), &[]);
+    let whole = tree(&w.path("kept"), &[]);
     assert!(!own.is_empty() && !whole.is_empty(), "{points:#?}");
     for k in own {
-        std::fs::remove_dir_all(Path::new(&w.path("cache"))).unwrap();
-        peft(&w, &args("run"), &format!("abort {k}"));
-        let found = tree(&w.path("cache"), &[".tmp-"]);
+        std::fs::remove_dir_all(w.path("kept")).unwrap();
+        peft(w.dir.path(), &args, &format!("abort {k}"));
+        let found = tree(&w.path("kept"), &[".tmp-"]);
         assert!(found.iter().all(|(n, b)| whole.get(n) == Some(b)), "killed at {k}");
-        succeeds(&peft(&w, &args("run"), ""), "again");
-        assert_eq!(tree(&w.path("cache"), &[]), whole, "killed at {k}");
+        succeeds(&peft(w.dir.path(), &args, ""), "again");
+        assert_eq!(tree(&w.path("kept"), &[]), whole, "killed at {k}");
     }
 }

@@ -56,7 +56,7 @@ fn copy(w: &World, from: &str, to: &str) {
 fn killed_or_full_anywhere_the_cache_has_the_model_of_before_or_of_now() {
     let (w, hub, [old, new]) = world();
     copy(&w, "before", "counted");
-    let points = changes(inspect(&w, &hub, "counted", false, "count"), &w);
+    let points = changes(inspect(&w, &hub, "counted", false, "count"));
     assert!(points.len() > 15, "{points:#?}");
     let (cached, blobs) = (tree(&w.path("counted/hub/models--some--base"), &[]), ["blobs/", "refs/", "snapshots/"]);
     assert!(blobs.iter().all(|part| cached.keys().any(|name| name.starts_with(part))), "{:?}", cached.keys());
@@ -85,7 +85,7 @@ fn killed_or_full_anywhere_the_cache_has_the_model_of_before_or_of_now() {
 #[test]
 fn killed_anywhere_a_first_fetch_goes_on() {
     let (w, hub, [_, new]) = world();
-    let points = changes(inspect(&w, &hub, "counted", false, "count"), &w);
+    let points = changes(inspect(&w, &hub, "counted", false, "count"));
     each(points.len(), |k| {
         let (name, what) = (format!("cache{k}"), format!("killed at {k}, {}", points[k - 1]));
         aborts(&inspect(&w, &hub, &name, false, &format!("abort {k}")).output().unwrap(), &what);

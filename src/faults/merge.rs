@@ -1,6 +1,6 @@
 //! `peft merge`: killed anywhere, the output is the previous model, the next or none.
 
-use super::{World, aborts, changes, command, copy_tree, each, peft, said, strays, succeeds, tree};
+use super::{World, aborts, changes, copy_tree, each, peft, said, strays, succeeds, tree, verb};
 
 fn args<'a>(output: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     [&["merge", "--model", "base", "--adapter", "run/adapter", "--output", output][..], more].concat()
@@ -8,18 +8,17 @@ fn args<'a>(output: &'a str, more: &[&'a str]) -> Vec<&'a str> {
 
 fn world() -> World {
     let w = World::new();
-    succeeds(&peft(&w, &["train", "recipe.yaml", "--set", "train.epochs=1"], ""), "train");
+    succeeds(&peft(w.dir.path(), &["train", "recipe.yaml", "--set", "train.epochs=1"], ""), "train");
     w
 }
 
 #[test]
 fn killed_or_full_anywhere_leaves_the_previous_or_the_next() {
     let w = world();
-    succeeds(&peft(&w, &args("old/model", &["--dtype", "f16"]), ""), "old");
-    let forced = [&args("new/model", &[])[..], &["--threads", "1", "--quiet"]].concat();
+    succeeds(&peft(w.dir.path(), &args("old/model", &["--dtype", "f16"]), ""), "old");
     // Over a model that is there the last changes are others.
     copy_tree(&w.path("old"), &w.path("new"));
-    let points = changes(command("child", w.dir.path(), &[&forced[..], &["--force"]].concat(), "count"), &w);
+    let points = changes(verb(w.dir.path(), &args("new/model", &["--force"]), "count"));
     let (old, new) = (tree(&w.path("old/model"), &[]), tree(&w.path("new/model"), &[]));
     assert!(old != new && points.len() > 20);
     each(points.len() * 2, |i| {
@@ -29,15 +28,15 @@ fn killed_or_full_anywhere_leaves_the_previous_or_the_next() {
         let output = format!("{name}/model");
         let args = args(&output, &["--force"]);
         match abort {
-            true => aborts(&peft(&w, &args, &format!("abort {k}")), &what),
+            true => aborts(&peft(w.dir.path(), &args, &format!("abort {k}")), &what),
             false => {
-                let out = peft(&w, &args, &format!("fail 28 {k} on"));
+                let out = peft(w.dir.path(), &args, &format!("fail 28 {k} on"));
                 assert!(out.status.success() || out.status.code() == Some(3) && said(&out).contains("make room"), "{what}: {}", said(&out));
             }
         }
         let found = tree(&w.path(&output), &[]);
         assert!(found == old || found == new, "{what}: a mixture");
-        succeeds(&peft(&w, &args, ""), &what);
+        succeeds(&peft(w.dir.path(), &args, ""), &what);
         assert_eq!(tree(&w.path(&output), &[]), new, "{what}");
         assert_eq!(strays(&w.path(&name)), Vec::<String>::new(), "{what}");
         std::fs::remove_dir_all(w.path(&name)).unwrap();
@@ -47,16 +46,15 @@ fn killed_or_full_anywhere_leaves_the_previous_or_the_next() {
 #[test]
 fn killed_before_there_was_one_leaves_none_or_the_whole() {
     let w = world();
-    let counted = [&args("new/model", &[])[..], &["--threads", "1", "--quiet"]].concat();
-    let points = changes(command("child", w.dir.path(), &counted, "count"), &w);
+    let points = changes(verb(w.dir.path(), &args("new/model", &[]), "count"));
     let new = tree(&w.path("new/model"), &[]);
     each(points.len(), |k| {
         let (name, what) = (format!("out{k}"), format!("killed at {k}, {}", points[k - 1]));
         let output = format!("{name}/model");
-        aborts(&peft(&w, &args(&output, &[]), &format!("abort {k}")), &what);
+        aborts(&peft(w.dir.path(), &args(&output, &[]), &format!("abort {k}")), &what);
         let there = w.path(&output).exists();
         assert!(!there || tree(&w.path(&output), &[]) == new, "{what}");
-        succeeds(&peft(&w, &args(&output, if there { &["--force"] } else { &[] }), ""), &what);
+        succeeds(&peft(w.dir.path(), &args(&output, if there { &["--force"] } else { &[] }), ""), &what);
         assert_eq!(tree(&w.path(&output), &[]), new, "{what}");
         assert_eq!(strays(&w.path(&name)), Vec::<String>::new(), "{what}");
         std::fs::remove_dir_all(w.path(&name)).unwrap();

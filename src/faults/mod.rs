@@ -19,7 +19,7 @@ mod train;
 
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -65,8 +65,23 @@ fn command(test: &str, dir: &Path, args: &[&str], fault: &str) -> Command {
 }
 
 /// A verb in a copy.
-fn peft(w: &World, args: &[&str], fault: &str) -> Output {
-    command("child", w.dir.path(), &[args, &["--threads", "1", "--quiet"]].concat(), fault).output().unwrap()
+fn verb(dir: &Path, args: &[&str], fault: &str) -> Command {
+    command("child", dir, &[args, &["--threads", "1", "--quiet"]].concat(), fault)
+}
+
+/// What a verb in a copy comes to.
+fn peft(dir: &Path, args: &[&str], fault: &str) -> Output {
+    verb(dir, args, fault).output().unwrap()
+}
+
+/// A directory with the base, the data and the recipe of a world, so that whatever names a place is the same in each.
+fn place(w: &World, name: &str) -> PathBuf {
+    let dir = w.path(name);
+    std::fs::create_dir(&dir).unwrap();
+    for file in ["base", "data", "recipe.yaml"] {
+        std::os::unix::fs::symlink(w.path(file), dir.join(file)).unwrap();
+    }
+    dir
 }
 
 fn said(out: &Output) -> String {
@@ -85,11 +100,11 @@ fn aborts(out: &Output, what: &str) {
 }
 
 /// The changes that a command makes.
-fn changes(mut command: Command, w: &World) -> Vec<String> {
-    let log = w.path("changes.log");
-    let out = command.env(LOG, &log).output().unwrap();
+fn changes(mut command: Command) -> Vec<String> {
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let out = command.env(LOG, log.path()).output().unwrap();
     succeeds(&out, "counting");
-    std::fs::read_to_string(log).unwrap().lines().map(ToString::to_string).collect()
+    std::fs::read_to_string(log.path()).unwrap().lines().map(ToString::to_string).collect()
 }
 
 /// Checks each of 1 to `count`, a few at a time.

@@ -20,7 +20,7 @@ pub(super) enum Op {
 
 /// Test builds may kill the process here, or let the change fail.
 pub(super) fn gate(op: Op, path: &Path) -> io::Result<()> {
-    #[cfg(test)]
+    #[cfg(all(test, unix, feature = "cli"))]
     super::fault::point(op, path)?;
     let _ = (op, path);
     Ok(())
@@ -80,7 +80,7 @@ impl Output {
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        #[cfg(test)]
+        #[cfg(all(test, unix, feature = "cli"))]
         if super::fault::tears() {
             // What a kill or a full disk leaves of a write.
             self.file.write_all(&bytes[..bytes.len() / 2])?;
@@ -192,14 +192,14 @@ pub(super) fn sync_dir(path: &Path) {
 
 /// The time, which tests may let pass.
 pub(crate) fn now() -> std::time::Instant {
-    #[cfg(test)]
+    #[cfg(all(test, unix, feature = "cli"))]
     return std::time::Instant::now() + super::fault::passed();
-    #[cfg(not(test))]
+    #[cfg(not(all(test, unix, feature = "cli")))]
     std::time::Instant::now()
 }
 
 /// A training step is done: tests may end the process between two steps, too.
 pub(crate) fn stepped() {
-    #[cfg(test)]
+    #[cfg(all(test, unix, feature = "cli"))]
     super::fault::stepped();
 }

@@ -9,13 +9,13 @@ use serde::Serialize;
 use crate::error::{Error, Result};
 
 mod disk;
-#[cfg(test)]
+#[cfg(all(test, unix, feature = "cli"))]
 pub(crate) mod fault;
 mod fresh;
 
 #[cfg(feature = "hub")]
-pub(crate) use disk::{link, rename};
-pub(crate) use disk::{Output, create_dir_all, now, remove, stepped};
+pub(crate) use disk::link;
+pub(crate) use disk::{Output, create_dir_all, now, remove, rename, stepped};
 use fresh::FreshDir;
 pub(crate) use fresh::{Fresh, sweep_all};
 
