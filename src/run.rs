@@ -136,7 +136,9 @@ impl RunDir {
     pub fn check(&self) -> Result<()> {
         match self.lock.in_place() {
             true => Ok(()),
-            false => Err(Error::fault(self.path.display(), "was removed or replaced while the run wrote to it").hint("start the run again")),
+            false => {
+                Err(Error::fault(self.path.display(), "was removed or replaced while the run wrote to it").hint("start the run again"))
+            }
         }
     }
 
@@ -393,8 +395,9 @@ pub(crate) fn lock(dir: &Path) -> Result<Output> {
             let mut owner = String::new();
             let _ = output.file().read_to_string(&mut owner);
             let owner = if owner.trim().is_empty() { "another process".into() } else { format!("process {}", owner.trim()) };
-            return Err(Error::fault(dir.display(), format!("is in use by {owner}"))
-                .hint("wait for it, or choose another directory with --output"));
+            return Err(
+                Error::fault(dir.display(), format!("is in use by {owner}")).hint("wait for it, or choose another directory with --output")
+            );
         }
         Err(TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Unsupported => {}
         Err(TryLockError::Error(e)) => return Err(fail(e)),

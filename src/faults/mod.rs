@@ -6,15 +6,15 @@
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
-#[cfg(feature = "hub")]
-#[path = "../../tests/common/server.rs"]
-mod server;
 mod compare;
 mod disk;
 #[cfg(feature = "hub")]
 mod hub;
 mod layer;
 mod merge;
+#[cfg(feature = "hub")]
+#[path = "../../tests/common/server.rs"]
+mod server;
 mod train;
 
 use std::collections::BTreeMap;

@@ -160,6 +160,10 @@ pub(crate) fn sweep_all(dir: &Path) {
 fn sweep(dir: &Path, prefix: &str) {
     let Ok(entries) = fs::read_dir(dir) else { return };
     for entry in entries.flatten().filter(|e| e.file_name().to_string_lossy().starts_with(prefix)) {
+        // A pipe would be waited for.
+        if !entry.file_type().is_ok_and(|t| t.is_file() || t.is_dir()) {
+            continue;
+        }
         let path = entry.path();
         let left = File::open(&path).is_ok_and(|file| file.try_lock().is_ok());
         if left {
