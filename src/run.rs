@@ -212,6 +212,7 @@ impl RunDir {
     /// # Errors
     /// When the disk refuses.
     pub fn sync(&self) -> Result<()> {
+        self.check()?;
         self.metrics.as_ref().map_or(Ok(()), Output::sync)?;
         self.events.as_ref().map_or(Ok(()), Events::sync)
     }

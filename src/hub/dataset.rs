@@ -28,7 +28,6 @@ impl Snapshot {
                 Ok((commit, names)) => {
                     self.settle(&commit);
                     files::write_json(&self.listing(&commit), &names)?;
-                    self.moved = Some(commit);
                     return Ok(names);
                 }
                 Err(unreachable @ remote::Failure::Unreachable(_)) => match self.remembered() {

@@ -102,9 +102,6 @@ pub struct Snapshot {
     commit: Option<String>,
     #[cfg(feature = "hub")]
     remote: Option<Arc<remote::Remote>>,
-    /// What the hub says that the revision stands for now.
-    #[cfg(feature = "hub")]
-    moved: Option<String>,
     notes: Vec<String>,
 }
 
@@ -123,8 +120,6 @@ impl Snapshot {
             commit,
             #[cfg(feature = "hub")]
             remote: if offline() { None } else { Some(Arc::new(remote::Remote::from_env(repo)?)) },
-            #[cfg(feature = "hub")]
-            moved: None,
             notes: Vec::new(),
             repo: repo.clone(),
             cache,
@@ -197,7 +192,6 @@ impl Snapshot {
                 if let Some(commit) = commit {
                     self.cache.note_missing(&commit, file);
                     self.settle(&commit);
-                    self.moved = Some(commit);
                 }
                 Ok(None)
             }
@@ -213,7 +207,6 @@ impl Snapshot {
                 }
                 let path = self.cache.link(&meta.commit, file, &meta.etag)?;
                 self.settle(&meta.commit);
-                self.moved = Some(meta.commit);
                 Ok(Some(path))
             }
         }
@@ -226,8 +219,8 @@ impl Snapshot {
     /// When the disk refuses.
     pub fn keep(&mut self) -> Result<()> {
         #[cfg(feature = "hub")]
-        if let Some(commit) = self.moved.take() {
-            self.cache.note_commit(&self.repo.revision, &commit)?;
+        if let Some(commit) = &self.commit {
+            self.cache.note_commit(&self.repo.revision, commit)?;
         }
         Ok(())
     }
