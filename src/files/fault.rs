@@ -5,6 +5,8 @@
 //! that follow, `gone K PATH` a path that is removed after step K, `signal K N TIMES` a signal N to itself
 //! after step K, `time STEP SYNC` steps and syncs that last so many seconds.
 
+#![allow(clippy::unwrap_used)]
+
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};

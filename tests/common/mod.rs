@@ -85,6 +85,7 @@ impl World {
 }
 
 /// The binary; it is not there in the library's own tests.
+#[allow(clippy::option_env_unwrap)]
 pub(crate) fn program() -> &'static str {
     option_env!("CARGO_BIN_EXE_peft").unwrap()
 }
