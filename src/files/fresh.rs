@@ -72,8 +72,8 @@ impl Write for Fresh {
 /// A directory that takes its place when it is whole.
 pub(super) struct FreshDir {
     dir: TempDir,
-    /// Locked.
-    handle: File,
+    /// Locked; none where directories cannot be opened.
+    handle: Option<File>,
 }
 
 impl FreshDir {
@@ -86,8 +86,9 @@ impl FreshDir {
         let begin = || {
             gate(Op::Create, target)?;
             let dir = tempfile::Builder::new().prefix(&prefix).tempdir_in(&above)?;
-            let handle = File::open(dir.path())?;
-            Ok(held(&handle, dir.path()).then_some(Self { dir, handle }))
+            let handle = File::open(dir.path()).ok();
+            let own = handle.as_ref().is_none_or(|handle| held(handle, dir.path()));
+            Ok(own.then_some(Self { dir, handle }))
         };
         first(begin).map_err(|e| Error::write(target, e))
     }
@@ -98,7 +99,8 @@ impl FreshDir {
 
     /// Puts it in its place; a directory that was there goes.
     pub(super) fn publish(self, target: &Path) -> Result<()> {
-        if !is_at(&self.handle, self.path()) {
+        let there = self.handle.as_ref().map_or_else(|| self.path().exists(), |handle| is_at(handle, self.path()));
+        if !there {
             return Err(Error::fault(parent(target).display(), "was removed while it was written to").hint("run the command again"));
         }
         walkdir::WalkDir::new(self.path()).into_iter().flatten().filter(|e| e.file_type().is_dir()).for_each(|e| disk::sync_dir(e.path()));
