@@ -104,7 +104,9 @@ impl Place {
         }
         let path = PathBuf::from(name);
         // A merged model that a kill moved aside comes back.
-        files::recover_dir(&path)?;
+        if !path.exists() {
+            files::recover_dir(&path)?;
+        }
         match (path.is_dir(), path.is_file(), hub::Repo::parse(name)) {
             (true, _, _) => Ok(Self::Dir(path)),
             (_, true, _) => Ok(Self::File(path)),
