@@ -1,6 +1,6 @@
 //! Faults on purpose, in test builds only: the process ends, or a change fails, at the k-th change of the file system.
 //!
-//! A test starts its own binary again, see `crate::faults`, and tells the copy by `PEFT_FAULT` what is to go wrong:
+//! A test starts its own binary again, see the module `faults`, and tells the copy by `PEFT_FAULT` what is to go wrong:
 //! `count` nothing, `abort K` an end without goodbye, `fail ERRNO K` an error at one change, `fail ERRNO K on` at this one and all
 //! that follow, `gone K PATH` a path that is removed after step K, `signal K N TIMES` a signal N to itself
 //! after step K, `time STEP SYNC` steps and syncs that last so many seconds.

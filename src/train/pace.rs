@@ -70,6 +70,6 @@ mod tests {
     #[test]
     fn cheap_ones_come_at_each_epochs_end_and_each_minute() {
         assert_eq!(run(100, 10, 1.0, 0.01).2, 10);
-        assert_eq!(run(600, 1_000_000, 1.0, 0.01).2, 9);
+        assert_eq!(run(630, 1_000_000, 1.0, 0.01).2, 10);
     }
 }
