@@ -73,9 +73,6 @@ pub fn bundle(options: &MergeOptions) -> Result<Done> {
 fn copy(from: &Path, to: &Path) -> Result<()> {
     for name in bundle_files(from)? {
         let target = to.join(&name);
-        if let Some(parent) = target.parent() {
-            std::fs::create_dir_all(parent).map_err(|e| Error::write(parent, e))?;
-        }
         let bytes = std::fs::read(from.join(&name)).map_err(|e| Error::read(from.join(&name), e))?;
         files::write_atomic(&target, &bytes)?;
     }

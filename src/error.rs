@@ -77,7 +77,16 @@ impl Error {
 
     /// A failed write: a fault, since the path was ours to write.
     pub fn write(path: impl AsRef<std::path::Path>, error: std::io::Error) -> Self {
-        Self::fault(path.as_ref().display(), format!("cannot be written: {error}"))
+        use std::io::ErrorKind as Kind;
+        let fault = Self::fault(path.as_ref().display(), format!("cannot be written: {error}"));
+        match error.kind() {
+            Kind::StorageFull | Kind::QuotaExceeded | Kind::FileTooLarge => {
+                fault.hint("what was there before is as it was; make room and run the command again (train: with --resume)")
+            }
+            Kind::ReadOnlyFilesystem | Kind::PermissionDenied => fault.hint("choose a place that may be written to, or change its rights"),
+            Kind::NotFound => fault.hint("the directory was removed while it was written to; run the command again"),
+            _ => fault,
+        }
     }
 
     /// Adds the way out. No effect on variants without a [`Problem`].

@@ -3,18 +3,17 @@
 //! A file is a row of TFRecords (length, masked CRC-32C of the length, data, masked CRC-32C of the data), each an `Event`
 //! protocol buffer. Four fields of three messages are all that scalars need, so they are encoded by hand.
 
-use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
+use std::io::{Read as _, Seek as _, SeekFrom};
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::error::{Error, Result};
+use crate::files::Output;
 
 /// An event file that is written to.
 #[derive(Debug)]
 pub struct Events {
-    file: File,
-    path: PathBuf,
+    file: Output,
 }
 
 impl Events {
@@ -25,14 +24,14 @@ impl Events {
     /// When the disk refuses.
     pub fn open(path: &Path, from: usize) -> Result<Self> {
         let fail = |e| Error::write(path, e);
-        let mut file = OpenOptions::new().create(true).read(true).write(true).truncate(false).open(path).map_err(fail)?;
+        let mut file = Output::update(path)?;
         let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes).map_err(fail)?;
+        file.file().read_to_end(&mut bytes).map_err(fail)?;
         let whole = whole_records(&bytes);
         // Readers stop at a record that was torn by a kill, and would never see what comes after it.
-        file.set_len(whole as u64).map_err(fail)?;
-        std::io::Seek::seek(&mut file, std::io::SeekFrom::Start(whole as u64)).map_err(fail)?;
-        let mut events = Self { file, path: path.to_path_buf() };
+        file.set_len(whole as u64)?;
+        file.file().seek(SeekFrom::Start(whole as u64)).map_err(fail)?;
+        let mut events = Self { file };
         match whole {
             0 => events.write(0, &text(3, b"brain.Event:2"))?,
             // SessionLog { status: START }
@@ -66,7 +65,15 @@ impl Events {
         event.push(2 << 3);
         varint(&mut event, step as u64);
         event.extend(what);
-        self.file.write_all(&record(&event)).map_err(|e| Error::write(&self.path, e))
+        self.file.put(&record(&event))
+    }
+
+    /// Returns when all that was added is on the disk.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn sync(&self) -> Result<()> {
+        self.file.sync()
     }
 }
 

@@ -108,6 +108,10 @@
 //! [`delta`] the adapter directory. Methods and fused operations live in the crate `peft-adapters`, which serves any candle model.
 //! Nothing here prints or exits; without the default feature `cli` there is no command line at all.
 
+/// The helpers of `tests/` know the crate by its name.
+#[cfg(test)]
+extern crate self as peft;
+
 pub mod bench;
 pub mod builtin;
 pub mod bundle;
@@ -130,6 +134,8 @@ pub mod error;
 pub mod estimate;
 pub mod events;
 pub mod extract;
+#[cfg(all(test, unix, feature = "cli"))]
+mod faults;
 pub mod fetch;
 pub mod figures;
 pub mod files;

@@ -1,12 +1,12 @@
 //! The run directory: who may write to it, what is in it, whether it goes on.
 
-use std::fs::{File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::fs::TryLockError;
+use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::events::Events;
-use crate::files;
+use crate::files::{self, Output};
 use crate::recipe::Recipe;
 use crate::report::{EpochRecord, Evaluation, Prediction, TrainReport};
 use crate::train::StepRecord;
@@ -20,6 +20,8 @@ const PAGE: &str = "report.html";
 const EVENTS: &str = "events.out.tfevents.peft";
 const LOCK: &str = "lock";
 const FAILURE: &str = "failure.txt";
+/// The recipe of a run that is being removed.
+const REMOVED: &str = ".removed";
 /// All that `--force` may remove.
 const OURS: [&str; 11] = [RECIPE, REPORT, METRICS, PREDICTIONS, PAGE, EVENTS, LOCK, FAILURE, "adapter", "checkpoint", "model"];
 
@@ -38,8 +40,8 @@ pub enum Existing {
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
-    _lock: File,
-    metrics: Option<File>,
+    lock: Output,
+    metrics: Option<Output>,
     events: Option<Events>,
 }
 
@@ -60,14 +62,16 @@ impl RunDir {
     pub fn open(recipe: &Recipe, existing: Existing) -> Result<Opened> {
         let path = recipe.output.clone().unwrap_or_else(|| Path::new("runs").join(&recipe.name));
         check_ours(&path)?;
-        std::fs::create_dir_all(&path).map_err(|e| Error::write(&path, e))?;
+        files::create_dir_all(&path)?;
         let lock = lock(&path)?;
         let yaml = recipe.to_yaml()?;
-        let before = std::fs::read_to_string(path.join(RECIPE)).ok();
-        let run = Self { path, _lock: lock, metrics: None, events: None };
+        let run = Self { path, lock, metrics: None, events: None };
+        run.tidy()?;
+        let before = std::fs::read_to_string(run.path.join(RECIPE)).ok();
         match (before, existing) {
             (None, _) => run.start(&yaml)?,
             (Some(_), Existing::Replace) => {
+                files::rename(&run.path.join(RECIPE), &run.path.join(REMOVED))?;
                 run.clear()?;
                 run.start(&yaml)?;
             }
@@ -79,7 +83,7 @@ impl RunDir {
                 }
             }
         }
-        remove(&run.path.join(FAILURE))?;
+        files::remove(&run.path.join(FAILURE))?;
         Ok(Opened::Open(Box::new(run)))
     }
 
@@ -111,12 +115,31 @@ impl RunDir {
         files::write_atomic(&self.path.join(RECIPE), yaml.as_bytes())
     }
 
-    /// The recipe goes last: until then the directory still counts as the old run.
+    /// Finishes what a kill left unfinished.
+    fn tidy(&self) -> Result<()> {
+        ["", "checkpoint"].iter().for_each(|dir| files::sweep_all(&self.path.join(dir)));
+        if self.path.join(REMOVED).exists() { self.clear() } else { Ok(()) }
+    }
+
+    /// Without its recipe a directory holds no run: renaming that is what ends the old one, all at once.
     fn clear(&self) -> Result<()> {
-        for name in OURS.iter().filter(|n| **n != LOCK && **n != RECIPE) {
-            remove(&self.path.join(name))?;
+        for name in OURS.iter().filter(|n| **n != LOCK).chain([&REMOVED]) {
+            files::remove(&self.path.join(name))?;
         }
         Ok(())
+    }
+
+    /// Writes go to a directory that is still this run's: one that was removed would be made again, with half of the files.
+    ///
+    /// # Errors
+    /// When it was removed or replaced.
+    pub fn check(&self) -> Result<()> {
+        match self.lock.in_place() {
+            true => Ok(()),
+            false => {
+                Err(Error::fault(self.path.display(), "was removed or replaced while the run wrote to it").hint("start the run again"))
+            }
+        }
     }
 
     fn refused(&self) -> Error {
@@ -154,13 +177,16 @@ impl RunDir {
     /// When the disk refuses.
     pub fn open_metrics(&mut self, done: usize, events: bool) -> Result<()> {
         let path = self.path.join(METRICS);
-        let text = std::fs::read_to_string(&path).unwrap_or_default();
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(e) => return Err(Error::read(path, e)),
+        };
         let kept: String = text.lines().take(done).flat_map(|l| [l, "\n"]).collect();
         if kept != text {
             files::write_atomic(&path, kept.as_bytes())?;
         }
-        let file = OpenOptions::new().create(true).append(true).open(&path).map_err(|e| Error::write(&path, e))?;
-        self.metrics = Some(file);
+        self.metrics = Some(Output::append(&path)?);
         // What came before the first step has step 0.
         let from = if done == 0 { 0 } else { done + 1 };
         self.events = events.then(|| Events::open(&self.path.join(EVENTS), from)).transpose()?;
@@ -172,12 +198,23 @@ impl RunDir {
     /// # Errors
     /// When the disk refuses.
     pub fn log(&mut self, record: &StepRecord) -> Result<()> {
+        self.check()?;
         let Some(file) = &mut self.metrics else { return Ok(()) };
         let mut line = serde_json::to_string(record).map_err(|e| Error::fault(METRICS, e))?;
         line.push('\n');
-        file.write_all(line.as_bytes()).map_err(|e| Error::write(self.path.join(METRICS), e))?;
+        file.put(line.as_bytes())?;
         let Some(events) = &mut self.events else { return Ok(()) };
         events.scalars(record.step, [("train/loss", record.loss), ("train/lr", record.lr), ("train/grad_norm", record.grad_norm)])
+    }
+
+    /// Returns when what was logged is on the disk: a checkpoint must not know of steps that `metrics.jsonl` lacks.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn sync(&self) -> Result<()> {
+        self.check()?;
+        self.metrics.as_ref().map_or(Ok(()), Output::sync)?;
+        self.events.as_ref().map_or(Ok(()), Events::sync)
     }
 
     /// Notes why the run ended early, for whoever lists runs. Signals are no failure.
@@ -187,6 +224,7 @@ impl RunDir {
     pub fn note_failure(&self, error: &Error) -> Result<()> {
         match error {
             Error::Interrupted { .. } => Ok(()),
+            _ if self.check().is_err() => Ok(()),
             error => files::write_atomic(&self.path.join(FAILURE), format!("{error}\n").as_bytes()),
         }
     }
@@ -227,6 +265,7 @@ impl RunDir {
     /// # Errors
     /// When the disk refuses.
     pub fn finish(&self, report: &TrainReport, predictions: &[Prediction], page: &str) -> Result<()> {
+        self.check()?;
         write_predictions(&self.path.join(PREDICTIONS), predictions)?;
         files::write_atomic(&self.path.join(PAGE), page.as_bytes())?;
         files::write_json(&self.path.join(REPORT), report)
@@ -258,11 +297,13 @@ pub fn differs(run: &Path, recipe: &Recipe) -> Result<Option<String>> {
     }
 }
 
-/// The first line that differs; where the output lies, what is logged and what is compared does not matter.
+/// The first line that differs. What does not matter: where the output lies, what is logged, how often the state is saved, what is
+/// compared.
 fn differing(place: &Path, recipe: &Recipe, before: &str) -> Result<Option<String>> {
     let mut old = Recipe::parse(&place.display().to_string(), before, &recipe.name, &[])?;
     old.output.clone_from(&recipe.output);
     old.train.tensorboard = recipe.train.tensorboard;
+    old.train.checkpoint_steps = recipe.train.checkpoint_steps;
     (old.compare, old.forget) = (recipe.compare.clone(), recipe.forget.clone());
     if old == *recipe {
         return Ok(None);
@@ -299,6 +340,10 @@ fn read_lines<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
 /// # Errors
 /// When the file is broken.
 pub fn read_report(run: &Path) -> Result<Option<TrainReport>> {
+    // Without a recipe there is no run: what else is there is being removed.
+    if !run.join(RECIPE).exists() {
+        return Ok(None);
+    }
     let path = run.join(REPORT);
     match std::fs::read(&path) {
         Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::input(path.display(), e)),
@@ -321,19 +366,12 @@ pub fn read_recipe(run: &Path) -> Result<Recipe> {
     Recipe::load(&run.join(RECIPE), &[])
 }
 
-fn remove(path: &Path) -> Result<()> {
-    let gone = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
-    match gone {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::write(path, e)),
-        _ => Ok(()),
-    }
-}
-
 /// Other people's files are never mixed with a run.
 fn check_ours(path: &Path) -> Result<()> {
     let entries = match std::fs::read_dir(path) {
         Ok(entries) => entries,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => return Err(Error::write(path, e)),
         Err(e) => return Err(Error::input(path.display(), format!("cannot be a run directory: {e}"))),
     };
     let foreign = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned());
@@ -348,18 +386,26 @@ fn check_ours(path: &Path) -> Result<()> {
 ///
 /// # Errors
 /// When another process has it.
-pub fn lock(dir: &Path) -> Result<File> {
+pub(crate) fn lock(dir: &Path) -> Result<Output> {
     let path = dir.join(LOCK);
-    let mut file =
-        OpenOptions::new().create(true).read(true).write(true).truncate(false).open(&path).map_err(|e| Error::write(&path, e))?;
-    if file.try_lock().is_err() {
-        let mut owner = String::new();
-        let _ = file.read_to_string(&mut owner);
-        return Err(Error::input(dir.display(), format!("is in use by process {}", owner.trim()))
-            .hint("wait for it, or choose another directory with --output"));
+    let mut output = Output::update(&path)?;
+    let fail = |e| Error::write(&path, e);
+    match output.file().try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let mut owner = String::new();
+            let _ = output.file().read_to_string(&mut owner);
+            let owner = if owner.trim().is_empty() { "another process".into() } else { format!("process {}", owner.trim()) };
+            return Err(
+                Error::fault(dir.display(), format!("is in use by {owner}")).hint("wait for it, or choose another directory with --output")
+            );
+        }
+        Err(TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Unsupported => {}
+        Err(TryLockError::Error(e)) => return Err(fail(e)),
     }
-    let pid = std::process::id().to_string();
-    let written = file.set_len(0).and_then(|()| file.seek(SeekFrom::Start(0))).and_then(|_| file.write_all(pid.as_bytes()));
-    written.map_err(|e| Error::write(&path, e))?;
-    Ok(file)
+    // A process id, for people.
+    output.set_len(0)?;
+    output.file().seek(SeekFrom::Start(0)).map_err(fail)?;
+    output.put(std::process::id().to_string().as_bytes())?;
+    Ok(output)
 }

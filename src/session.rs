@@ -269,6 +269,14 @@ impl Observer for Logged<'_> {
         self.inner.event(event);
     }
 
+    fn failed(&mut self) -> Result<()> {
+        self.failed.take().map_or(Ok(()), Err)
+    }
+
+    fn saving(&mut self) -> Result<()> {
+        self.run.sync()
+    }
+
     fn stop(&self) -> Option<i32> {
         self.inner.stop()
     }
@@ -304,11 +312,7 @@ pub fn train(recipe: Recipe, existing: Existing, device: &Device, observer: &mut
         // The disk may be what failed; the error itself is the one to report.
         let _ = logged.run.note_failure(e);
     }
-    let report = done?;
-    match logged.failed {
-        Some(e) => Err(e),
-        None => Ok((report, false)),
-    }
+    Ok((done?, false))
 }
 
 /// The model of a recipe.
@@ -341,6 +345,7 @@ impl Session {
         });
         let checkpoint = logged.run.checkpoint();
         trainer.train(run, Some(&checkpoint), logged)?;
+        logged.run.check()?;
         logged.event(Event::Phase("after", Some(self.data.split(split).len())));
         let after = trainer.evaluate(split, logged)?;
         logged.run.log_evaluation(&split.to_string(), run.state().step, &after)?;

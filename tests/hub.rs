@@ -3,80 +3,16 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+#[path = "common/server.rs"]
+mod server;
 
-use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::{Arc, Condvar, Mutex};
 
 use common::World;
-use sha2::{Digest, Sha256};
-
-const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
-const TOKEN: &str = "hf_right";
-
-/// How the server behaves, and what it was asked.
-#[derive(Default)]
-struct State {
-    files: HashMap<String, Vec<u8>>,
-    /// Nothing without this token.
-    private: bool,
-    /// Bytes of a large file after which the connection closes.
-    cut: Option<usize>,
-    /// Added to the size that is announced.
-    lie: usize,
-    /// Whether a byte of large files is changed on the way.
-    damaged: bool,
-    /// Large files wait until so many processes asked for them.
-    together: usize,
-    log: Vec<String>,
-}
-
-struct Hub {
-    port: u16,
-    state: Arc<(Mutex<State>, Condvar)>,
-}
-
-struct Request {
-    method: String,
-    path: String,
-    headers: HashMap<String, String>,
-}
+use server::{COMMIT, Hub, TOKEN, hash};
 
 impl Hub {
-    fn new() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let state = Arc::new((Mutex::new(State::default()), Condvar::new()));
-        let shared = state.clone();
-        std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let shared = shared.clone();
-                // A client that hangs up in the middle is part of the game.
-                std::thread::spawn(move || _ = serve(stream, port, &shared));
-            }
-        });
-        Self { port, state }
-    }
-
-    /// A repository with the files of a directory.
-    fn add(&self, id: &str, dir: &Path) {
-        for entry in walkdir::WalkDir::new(dir).into_iter().flatten().filter(|e| e.file_type().is_file()) {
-            let name = entry.path().strip_prefix(dir).unwrap().display();
-            self.state.0.lock().unwrap().files.insert(format!("{id}/{name}"), common::read(entry.path()));
-        }
-    }
-
-    fn set(&self, change: impl FnOnce(&mut State)) {
-        change(&mut self.state.0.lock().unwrap());
-    }
-
-    fn log(&self) -> Vec<String> {
-        self.state.0.lock().unwrap().log.clone()
-    }
-
     fn peft(&self, w: &World, args: &[&str], env: &[(&str, &str)]) -> Output {
         self.command(w, args, env).output().unwrap()
     }
@@ -104,108 +40,6 @@ impl Hub {
         assert_eq!(out.status.code(), Some(code), "{args:?}: {message}");
         message
     }
-}
-
-fn serve(stream: TcpStream, port: u16, shared: &(Mutex<State>, Condvar)) -> std::io::Result<()> {
-    let mut reader = BufReader::new(stream.try_clone()?);
-    let mut line = String::new();
-    reader.read_line(&mut line)?;
-    let mut parts = line.split_whitespace().map(ToString::to_string);
-    let (Some(method), Some(path)) = (parts.next(), parts.next()) else { return Ok(()) };
-    let mut headers = HashMap::new();
-    loop {
-        let mut line = String::new();
-        reader.read_line(&mut line)?;
-        let Some((name, value)) = line.trim().split_once(':') else { break };
-        headers.insert(name.to_lowercase(), value.trim().to_string());
-    }
-    let request = Request { method, path, headers };
-    shared.0.lock().unwrap().log.push(format!("{} {} {}", request.method, request.path, request.headers.get("range").map_or("", |r| r)));
-    shared.1.notify_all();
-    match request.path.strip_prefix("/cdn/") {
-        Some(hash) => content(stream, &request, hash, shared),
-        None => resolve(stream, &request, port, shared),
-    }
-}
-
-fn respond(mut stream: TcpStream, status: &str, headers: &[(&str, &str)], body: &[u8], head: bool) -> std::io::Result<()> {
-    let mut text = format!("HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\n", body.len());
-    headers.iter().for_each(|(name, value)| text.push_str(&format!("{name}: {value}\r\n")));
-    stream.write_all(format!("{text}\r\n").as_bytes())?;
-    if head { Ok(()) } else { stream.write_all(body) }
-}
-
-fn hash(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
-}
-
-/// `/{owner}/{name}/resolve/{revision}/{file}`: small files come at once, large ones from another host.
-fn resolve(stream: TcpStream, request: &Request, port: u16, shared: &(Mutex<State>, Condvar)) -> std::io::Result<()> {
-    let head = request.method == "HEAD";
-    let state = shared.0.lock().unwrap();
-    let token = request.headers.get("authorization").map(|v| v.trim_start_matches("Bearer ").to_string());
-    if state.private && token.as_deref() != Some(TOKEN) {
-        let status = if token.is_some() { "403 Forbidden" } else { "401 Unauthorized" };
-        return respond(stream, status, &[("X-Error-Code", "GatedRepo"), ("X-Error-Message", "this model is gated")], b"{}", head);
-    }
-    let path = request.path.trim_start_matches('/');
-    let listed = path.strip_prefix("api/").map(|p| p.split_once("/revision/").unwrap());
-    let (id, rest) = listed.unwrap_or_else(|| path.split_once("/resolve/").unwrap());
-    let (revision, file) = rest.split_once('/').unwrap_or((rest, ""));
-    if !state.files.keys().any(|f| f.starts_with(&format!("{id}/"))) {
-        return respond(stream, "404 Not Found", &[("X-Error-Code", "RepoNotFound")], b"", head);
-    }
-    if !["main", "v1", COMMIT].contains(&revision) {
-        return respond(stream, "404 Not Found", &[("X-Error-Code", "RevisionNotFound")], b"", head);
-    }
-    if listed.is_some() {
-        let names = state.files.keys().filter_map(|f| f.strip_prefix(&format!("{id}/")));
-        let siblings: Vec<_> = names.map(|n| serde_json::json!({"rfilename": n})).collect();
-        let body = serde_json::json!({"id": id, "sha": COMMIT, "siblings": siblings}).to_string();
-        return respond(stream, "200 OK", &[("Content-Type", "application/json")], body.as_bytes(), head);
-    }
-    let Some(bytes) = state.files.get(&format!("{id}/{file}")) else {
-        return respond(stream, "404 Not Found", &[("X-Error-Code", "EntryNotFound"), ("X-Repo-Commit", COMMIT)], b"", head);
-    };
-    let sha = hash(bytes);
-    let large = [".safetensors", ".bin", ".pt", ".parquet", ".tar"].iter().any(|e| file.ends_with(e));
-    if !large {
-        return respond(stream, "200 OK", &[("X-Repo-Commit", COMMIT), ("ETag", &format!("\"{}\"", &sha[..40]))], bytes, head);
-    }
-    // Another name of the same host: a token must not follow there.
-    let (location, size) = (format!("http://localhost:{port}/cdn/{sha}"), (bytes.len() + state.lie).to_string());
-    let etag = format!("\"{sha}\"");
-    let headers = [
-        ("Location", location.as_str()),
-        ("X-Linked-Size", &size),
-        ("X-Linked-ETag", &etag),
-        ("X-Repo-Commit", COMMIT),
-        ("ETag", "\"of-the-redirect\""),
-    ];
-    respond(stream, "302 Found", &headers, b"", head)
-}
-
-/// The bytes of a large file, from where they are asked for.
-fn content(mut stream: TcpStream, request: &Request, sha: &str, shared: &(Mutex<State>, Condvar)) -> std::io::Result<()> {
-    assert!(!request.headers.contains_key("authorization"), "the token went to another host");
-    let mut state = shared.0.lock().unwrap();
-    if state.together > 0 {
-        let asked = |s: &State| s.log.iter().filter(|l| l.starts_with("HEAD") && l.contains("model.safetensors ")).count();
-        let limit = std::time::Duration::from_secs(20);
-        state = shared.1.wait_timeout_while(state, limit, |s| asked(s) < s.together).unwrap().0;
-    }
-    let mut bytes = state.files.values().find(|b| hash(b) == sha).unwrap().clone();
-    if state.damaged {
-        let last = bytes.len() - 1;
-        bytes[last] ^= 1;
-    }
-    let from: usize = request.headers.get("range").map_or(0, |r| r.trim_start_matches("bytes=").trim_end_matches('-').parse().unwrap());
-    let (cut, total) = (state.cut.unwrap_or(bytes.len()).min(bytes.len()), bytes.len());
-    drop(state);
-    let status = if from > 0 { "206 Partial Content" } else { "200 OK" };
-    let head = format!("HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", total - from);
-    stream.write_all(head.as_bytes())?;
-    stream.write_all(bytes.get(from..cut.max(from)).unwrap_or_default())
 }
 
 /// A base on disk and on a hub.

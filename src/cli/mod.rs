@@ -1,5 +1,6 @@
 //! The command line: arguments, rendering and exit codes; no logic of its own.
 
+use std::ffi::OsString;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -302,18 +303,23 @@ fn size(bytes: u64) -> String {
 /// Parses the arguments, runs the verb and turns its result into an exit code.
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    ExitCode::from(start(std::env::args_os()))
+}
+
+/// [`main`] with its arguments, the program's name first.
+pub(crate) fn start(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> u8 {
+    let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(e) => {
             let _ = e.print();
-            return ExitCode::from(if e.use_stderr() { 2 } else { 0 });
+            return if e.use_stderr() { 2 } else { 0 };
         }
     };
     match run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => 0,
         Err(e) => {
             let _ = writeln!(std::io::stderr(), "error: {e}");
-            ExitCode::from(u8::try_from(e.exit_code()).unwrap_or(3))
+            u8::try_from(e.exit_code()).unwrap_or(3)
         }
     }
 }

@@ -73,6 +73,7 @@ fn fetch(repo: &hub::Repo, progress: &mut hub::Progress<'_>) -> Result<(PathBuf,
                 snapshot.get(shard, progress)?.ok_or_else(|| snapshot.lacks(shard))?;
             }
         }
+        snapshot.keep()?;
         let dir = snapshot.dir().ok_or_else(|| snapshot.lacks(name))?;
         return Ok((dir, snapshot.notes().to_vec()));
     }
@@ -102,6 +103,10 @@ impl Place {
             });
         }
         let path = PathBuf::from(name);
+        // A merged model that a kill moved aside comes back.
+        if !path.exists() {
+            files::recover_dir(&path)?;
+        }
         match (path.is_dir(), path.is_file(), hub::Repo::parse(name)) {
             (true, _, _) => Ok(Self::Dir(path)),
             (_, true, _) => Ok(Self::File(path)),

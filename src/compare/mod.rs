@@ -161,8 +161,9 @@ pub fn compare(options: &CompareOptions, runner: &dyn Runner, observer: &mut dyn
         false => plan::of_runs(&options.runs)?,
     };
     check_output(&options.output)?;
-    std::fs::create_dir_all(&options.output).map_err(|e| Error::write(&options.output, e))?;
+    files::create_dir_all(&options.output)?;
     let _lock = run::lock(&options.output)?;
+    ["", "recipes"].iter().for_each(|dir| files::sweep_all(&options.output.join(dir)));
     if let Some(Limit::Seconds(seconds)) = options.limit {
         paces(&mut groups, seconds, options, runner, observer)?;
     }

@@ -57,5 +57,8 @@ fn fetch(repo: &Repo, progress: &mut Progress<'_>) -> Result<PathBuf> {
             return Err(snapshot.lacks(&weights.join(" or ")));
         }
     }
+    if found {
+        snapshot.keep()?;
+    }
     snapshot.dir().filter(|_| found).ok_or_else(|| snapshot.lacks(&format!("adapter ({})", file::CONFIG)))
 }

@@ -42,7 +42,10 @@ impl Delta {
     /// # Errors
     /// When files are missing or malformed.
     pub fn read(dir: &Path) -> Result<Self> {
-        files::recover_dir(dir)?;
+        // Reading removes nothing.
+        if !dir.exists() {
+            files::recover_dir(dir)?;
+        }
         sign::check_trust(dir)?;
         if dir.is_file() {
             let (config, tensors) = clip_lora::read(dir)?;

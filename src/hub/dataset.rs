@@ -26,7 +26,6 @@ impl Snapshot {
             let revision = self.commit.as_deref().unwrap_or(&self.repo.revision);
             match remote.list(revision) {
                 Ok((commit, names)) => {
-                    self.cache.note_commit(&self.repo.revision, &commit)?;
                     self.settle(&commit);
                     files::write_json(&self.listing(&commit), &names)?;
                     return Ok(names);
@@ -75,7 +74,10 @@ impl Snapshot {
 /// # Errors
 /// When the id is none, or the list cannot be had.
 pub fn dataset_files(id: &str) -> Result<Vec<String>> {
-    Snapshot::open(&dataset_id(id)?)?.files()
+    let mut snapshot = Snapshot::open(&dataset_id(id)?)?;
+    let names = snapshot.files()?;
+    snapshot.keep()?;
+    Ok(names)
 }
 
 fn dataset_id(id: &str) -> Result<Repo> {
@@ -97,7 +99,9 @@ pub fn dataset(id: &str, wanted: &dyn Fn(&str) -> bool, progress: &mut Progress<
         ));
     }
     check_whole(&repo, &names)?;
-    names.iter().map(|name| snapshot.get(name, progress)?.ok_or_else(|| snapshot.lacks(name))).collect()
+    let paths = names.iter().map(|name| snapshot.get(name, progress)?.ok_or_else(|| snapshot.lacks(name))).collect::<Result<_>>()?;
+    snapshot.keep()?;
+    Ok(paths)
 }
 
 /// Names such as `train-00000-of-00003.parquet` say how many there have to be.

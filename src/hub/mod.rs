@@ -191,7 +191,6 @@ impl Snapshot {
             remote::Answer::Missing(commit) => {
                 if let Some(commit) = commit {
                     self.cache.note_missing(&commit, file);
-                    self.cache.note_commit(&self.repo.revision, &commit)?;
                     self.settle(&commit);
                 }
                 Ok(None)
@@ -206,12 +205,24 @@ impl Snapshot {
                     }
                     drop(lock);
                 }
-                self.cache.note_commit(&self.repo.revision, &meta.commit)?;
                 let path = self.cache.link(&meta.commit, file, &meta.etag)?;
                 self.settle(&meta.commit);
                 Ok(Some(path))
             }
         }
+    }
+
+    /// Notes what the revision stands for now, so that it is found again without the hub. To be called when all files that
+    /// belong together are here: until then the files of before are the ones that are found.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn keep(&mut self) -> Result<()> {
+        #[cfg(feature = "hub")]
+        if let Some(commit) = &self.commit {
+            self.cache.note_commit(&self.repo.revision, commit)?;
+        }
+        Ok(())
     }
 
     /// The directory with the files that were asked for.

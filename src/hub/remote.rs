@@ -1,7 +1,7 @@
 //! The hub's side: `HEAD` and `GET` of `{endpoint}/{owner}/{name}/resolve/{revision}/{file}`.
 
-use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use ureq::{Agent, Body};
 use super::cache::{home, is_commit};
 use super::{Kind, Progress, Repo, Transfer};
 use crate::error::{Error, Result};
+use crate::files::{self, Output};
 
 const ENDPOINT: &str = "https://huggingface.co";
 
@@ -185,7 +186,7 @@ impl Remote {
     pub(super) fn download(&self, meta: &Meta, file: &str, blob: &Path, progress: &mut Progress<'_>) -> Result<()> {
         let part = PathBuf::from(format!("{}.incomplete", blob.display()));
         let parent = blob.parent().unwrap_or(Path::new("."));
-        std::fs::create_dir_all(parent).map_err(|e| Error::write(parent, e))?;
+        files::create_dir_all(parent)?;
         let (mut idle, mut before) = (0, length(&part));
         loop {
             let lost = self.transfer(meta, file, &part, progress)?;
@@ -204,11 +205,11 @@ impl Remote {
             pause(idle);
         }
         if let Err(found) = verified(&part, meta) {
-            let _ = std::fs::remove_file(&part);
+            files::remove(&part)?;
             return Err(Error::fault(self.place(file), format!("expected sha256 {}, found {found}", meta.etag))
                 .hint("what was fetched is damaged and was removed; run the command again"));
         }
-        std::fs::rename(&part, blob).map_err(|e| Error::write(blob, e))
+        files::rename(&part, blob)
     }
 
     /// One connection. Returns why it was lost, if it was.
@@ -231,14 +232,14 @@ impl Remote {
             200..=299 => from = 0,
             // Nothing is left behind this point: the part is of another file.
             416 => {
-                let _ = std::fs::remove_file(part);
+                files::remove(part)?;
                 return Ok(Some("the hub refused to go on there".into()));
             }
             status if retryable(status) => return Ok(Some(format!("HTTP {status}"))),
             _ => return Err(self.explain(refusal(&response), file)),
         }
-        let mut out = OpenOptions::new().create(true).append(true).open(part).map_err(|e| Error::write(part, e))?;
-        out.set_len(from).map_err(|e| Error::write(part, e))?;
+        let mut out = Output::append(part)?;
+        out.set_len(from)?;
         let (mut done, mut buffer) = (from, vec![0u8; PIECE]);
         let mut body = response.body_mut().as_reader();
         loop {
@@ -251,12 +252,12 @@ impl Remote {
             done += count as u64;
             if meta.size > 0 && done > meta.size {
                 drop(out);
-                let _ = std::fs::remove_file(part);
+                files::remove(part)?;
                 return Err(Error::fault(self.place(file), format!("expected {} bytes, the hub sends more", meta.size)));
             }
-            out.write_all(&buffer[..count]).map_err(|e| Error::write(part, e))?;
+            out.put(&buffer[..count])?;
         }
-        out.sync_all().map_err(|e| Error::write(part, e))?;
+        out.sync()?;
         Ok(None)
     }
 

@@ -1,12 +1,12 @@
 //! Writing to the cache, so that other processes and Python can work in it at the same time.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::TryLockError;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::cache::{Cache, is_commit};
 use crate::error::{Error, Result};
-use crate::files::write_atomic;
+use crate::files::{self, Output, write_atomic};
 
 /// Between looks at a lock that another process holds.
 const WAIT: Duration = Duration::from_millis(100);
@@ -29,14 +29,14 @@ impl Cache {
     }
 
     /// One process at a time fetches a blob; `waiting` is asked meanwhile.
-    pub(super) fn lock(&self, etag: &str, mut waiting: impl FnMut() -> Result<()>) -> Result<File> {
+    pub(super) fn lock(&self, etag: &str, mut waiting: impl FnMut() -> Result<()>) -> Result<Output> {
         let folder = self.repo();
         let path = self.root().join(".locks").join(folder.file_name().unwrap_or_default()).join(format!("{etag}.lock"));
         let parent = path.parent().unwrap_or(self.root());
-        fs::create_dir_all(parent).map_err(|e| Error::write(parent, e))?;
-        let file = File::create(&path).map_err(|e| Error::write(&path, e))?;
+        files::create_dir_all(parent)?;
+        let mut file = Output::update(&path)?;
         loop {
-            match file.try_lock() {
+            match file.file().try_lock() {
                 Ok(()) => return Ok(file),
                 Err(TryLockError::WouldBlock) => {
                     waiting()?;
@@ -53,23 +53,9 @@ impl Cache {
     pub(super) fn link(&self, commit: &str, file: &str, etag: &str) -> Result<PathBuf> {
         let path = self.snapshot(commit).join(file);
         let parent = path.parent().unwrap_or(self.root()).to_path_buf();
-        fs::create_dir_all(&parent).map_err(|e| Error::write(&parent, e))?;
+        files::create_dir_all(&parent)?;
         let up = "../".repeat(2 + file.matches('/').count());
-        let fresh = parent.join(format!(".tmp-{}-{}", std::process::id(), file.replace('/', "-")));
-        let _ = fs::remove_file(&fresh);
-        self.point(&format!("{up}blobs/{etag}"), etag, &fresh).map_err(|e| Error::write(&fresh, e))?;
-        fs::rename(&fresh, &path).map_err(|e| Error::write(&path, e))?;
+        files::link(Path::new(&format!("{up}blobs/{etag}")), &self.blob(etag), &path)?;
         Ok(path)
-    }
-
-    #[cfg(unix)]
-    fn point(&self, target: &str, _etag: &str, at: &Path) -> std::io::Result<()> {
-        std::os::unix::fs::symlink(target, at)
-    }
-
-    /// Links need a privilege elsewhere.
-    #[cfg(not(unix))]
-    fn point(&self, _target: &str, etag: &str, at: &Path) -> std::io::Result<()> {
-        fs::hard_link(self.blob(etag), at).or_else(|_| fs::copy(self.blob(etag), at).map(|_| ()))
     }
 }

@@ -3,7 +3,7 @@
 //! They are used only where they are the same in every epoch: without augmentation and patch dropout.
 
 use std::fs::File;
-use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{Read, Seek, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::clip::{Clip, Trunk};
 use crate::error::{Error, Result};
+use crate::files::Fresh;
 
 /// `activation_cache: { memory_mib: 1024, disk_mib: 0, directory: runs/activations }`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -115,7 +116,7 @@ pub(super) struct Builder {
 
 enum Target {
     Memory(Vec<f32>),
-    Disk(BufWriter<tempfile::NamedTempFile>, PathBuf),
+    Disk(Fresh, PathBuf),
 }
 
 impl Builder {
@@ -123,12 +124,7 @@ impl Builder {
     pub(super) fn new(count: usize, depth: usize, [tokens, dim]: [usize; 2], file: Option<&Path>) -> Result<Self> {
         let target = match file {
             None => Target::Memory(Vec::with_capacity(count * tokens * dim)),
-            Some(path) => {
-                let dir = path.parent().unwrap_or(Path::new("."));
-                std::fs::create_dir_all(dir).map_err(|e| Error::write(dir, e))?;
-                let temporary = tempfile::NamedTempFile::new_in(dir).map_err(|e| Error::write(dir, e))?;
-                Target::Disk(BufWriter::new(temporary), path.to_path_buf())
-            }
+            Some(path) => Target::Disk(Fresh::new(path)?, path.to_path_buf()),
         };
         Ok(Self { depth, tokens, dim, count, target })
     }
@@ -152,10 +148,8 @@ impl Builder {
         match target {
             Target::Memory(all) => Ok(Bank { depth, tokens, dim, rows: Rows::Memory(all) }),
             Target::Disk(file, path) => {
-                let fault = |e: std::io::Error| Error::write(&path, e);
-                let file = file.into_inner().map_err(|e| fault(e.into_error()))?;
-                file.persist(&path).map_err(|e| fault(e.error))?;
-                open(&path, count, depth, [tokens, dim])?.ok_or_else(|| fault(std::io::Error::other("has the wrong size")))
+                file.publish(false)?;
+                open(&path, count, depth, [tokens, dim])?.ok_or_else(|| Error::fault(path.display(), "has the wrong size"))
             }
         }
     }

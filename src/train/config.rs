@@ -75,7 +75,8 @@ pub struct TrainConfig {
     pub activation_cache: CacheConfig,
     /// Share of the target that is spread over all classes, in [0, 1).
     pub label_smoothing: f64,
-    /// Optimiser steps between checkpoints, besides one at each epoch's end.
+    /// Optimiser steps between checkpoints, whatever they cost. Besides these, and when left out, the state is saved at the end
+    /// of an epoch and each minute within one, if the last checkpoint took less than a hundredth of the time since.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checkpoint_steps: Option<usize>,
     /// Whether TensorBoard's event file is written; it grows by some 150 bytes a step.

@@ -14,6 +14,7 @@ use crate::clip::{Clip, Encoded};
 use crate::data::{Dataset, Example, Images, Plan, Split};
 use crate::delta::Adapters;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::optim::{Ema, Optimizer};
 use crate::report::{self, EpochRecord, Evaluation};
 use crate::task::{Forward, Needs, Task};
@@ -24,6 +25,7 @@ mod config;
 mod features;
 mod fit;
 pub mod observer;
+mod pace;
 mod step;
 
 pub use activations::{Bank, CacheConfig};
@@ -31,6 +33,7 @@ pub use checkpoint::{Best, State};
 pub use config::{Dtype, EarlyStopping, PatchDropout, Sampling, TrainConfig};
 pub use features::{FeatureSource, Features};
 pub use observer::{Event, Observer, Silent, StepRecord};
+use pace::Pace;
 pub use step::Stepper;
 
 /// Texts that are judged at once where images are not looked at.
@@ -199,6 +202,7 @@ impl<'a> Trainer<'a> {
 
     fn steps(&mut self, run: &mut Run, total: usize, checkpoints: Option<&Path>, observer: &mut dyn Observer) -> Result<()> {
         let mut stepper = Stepper::new(self, run.state.step, total, observer)?;
+        let mut pace = Pace::new(files::now());
         while run.state.step < total && !run.state.stopped_early {
             let start = Instant::now();
             let record = stepper.step(self, run)?;
@@ -211,14 +215,19 @@ impl<'a> Trainer<'a> {
                 }
             }
             observer.event(Event::Step(&record));
+            files::stepped();
             let epoch_done = run.state.step.is_multiple_of(stepper.steps_per_epoch()) || run.state.step == total;
             if epoch_done {
                 self.end_epoch(run, record.epoch, record.epoch % self.config.evaluate_every == 0 || run.state.step == total, observer)?;
             }
+            observer.failed()?;
             let stop = observer.stop();
-            let due = self.config.checkpoint_steps.is_some_and(|n| run.state.step.is_multiple_of(n));
-            if let Some(dir) = checkpoints.filter(|_| epoch_done || due || stop.is_some()) {
+            let wished = stop.is_some() || self.config.checkpoint_steps.is_some_and(|n| run.state.step.is_multiple_of(n));
+            let from = files::now();
+            if let Some(dir) = checkpoints.filter(|_| wished || pace.due(epoch_done, from)) {
+                observer.saving()?;
                 self.save(run, dir)?;
+                pace.wrote(from, files::now());
             }
             if let Some(signal) = stop.filter(|_| run.state.step < total) {
                 return Err(interrupted(run, total, signal, checkpoints.is_some()));

@@ -1,5 +1,6 @@
 //! How a run is watched and stopped. The library itself prints nothing.
 
+use crate::error::Result;
 use crate::report::{EpochRecord, Evaluation};
 
 /// What happens during a run.
@@ -54,6 +55,22 @@ pub struct StepRecord {
 pub trait Observer {
     /// Is told of everything.
     fn event(&mut self, event: Event<'_>);
+
+    /// What the watcher failed at, such as a full disk; it ends the run.
+    ///
+    /// # Errors
+    /// That failure.
+    fn failed(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// The state is about to be saved: what was told so far has to be safe, too.
+    ///
+    /// # Errors
+    /// When it cannot be made safe.
+    fn saving(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// The number of a signal that asks to stop after the current step.
     fn stop(&self) -> Option<i32> {

@@ -64,7 +64,7 @@ impl World {
     }
 
     pub(crate) fn peft(&self, args: &[&str]) -> Output {
-        std::process::Command::new(env!("CARGO_BIN_EXE_peft")).args(args).current_dir(self.dir.path()).output().unwrap()
+        std::process::Command::new(program()).args(args).current_dir(self.dir.path()).output().unwrap()
     }
 
     /// Runs and expects success; the JSON on stdout.
@@ -82,6 +82,12 @@ impl World {
         assert!(!message.contains("panicked"), "{args:?}: {message}");
         message
     }
+}
+
+/// The binary; it is not there in the library's own tests.
+#[allow(clippy::option_env_unwrap)]
+pub(crate) fn program() -> &'static str {
+    option_env!("CARGO_BIN_EXE_peft").unwrap()
 }
 
 pub(crate) fn read(path: &Path) -> Vec<u8> {

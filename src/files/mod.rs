@@ -1,12 +1,23 @@
 //! Atomic writes: what is on disk is the previous state or the next, never a mixture.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{Read, Write as _};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
 use crate::error::{Error, Result};
+
+mod disk;
+#[cfg(all(test, unix, feature = "cli"))]
+pub(crate) mod fault;
+mod fresh;
+
+#[cfg(feature = "hub")]
+pub(crate) use disk::link;
+pub(crate) use disk::{Output, create_dir_all, now, remove, rename, stepped};
+use fresh::FreshDir;
+pub(crate) use fresh::{Fresh, sweep_all};
 
 /// Reads a file of at most `limit` bytes. Pipes and devices, which may never end, are refused.
 ///
@@ -52,31 +63,13 @@ pub fn read_text(path: &Path, limit: u64) -> Result<String> {
 /// # Errors
 /// When the directory cannot be made or written.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
-    write(path, bytes, readable)
+    write(path, bytes, false)
 }
 
-fn write(path: &Path, bytes: &[u8], rights: impl Fn(&Path)) -> Result<()> {
-    let parent = parent(path);
-    fs::create_dir_all(&parent).map_err(|e| Error::write(&parent, e))?;
-    let mut file = tempfile::Builder::new().prefix(".tmp-").tempfile_in(&parent).map_err(|e| Error::write(path, e))?;
-    file.write_all(bytes).map_err(|e| Error::write(path, e))?;
-    file.as_file().sync_all().map_err(|e| Error::write(path, e))?;
-    rights(file.path());
-    file.persist(path).map_err(|e| Error::write(path, e.error))?;
-    sync_dir(&parent);
-    Ok(())
-}
-
-/// Temporary files are private; what is published has the usual rights.
-fn readable(path: &Path) {
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        let mode = if path.is_dir() { 0o755 } else { 0o644 };
-        let _ = fs::set_permissions(path, fs::Permissions::from_mode(mode));
-    }
-    #[cfg(not(unix))]
-    let _ = path;
+fn write(path: &Path, bytes: &[u8], private: bool) -> Result<()> {
+    let mut fresh = Fresh::new(path)?;
+    fresh.write_all(bytes).map_err(|e| Error::write(path, e))?;
+    fresh.publish(private)
 }
 
 /// [`write_atomic`] of a file that only its owner may read.
@@ -84,7 +77,7 @@ fn readable(path: &Path) {
 /// # Errors
 /// As [`write_atomic`].
 pub fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
-    write(path, bytes, |_| ())
+    write(path, bytes, true)
 }
 
 /// Writes pretty JSON with a final newline.
@@ -97,39 +90,18 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     write_atomic(path, text.as_bytes())
 }
 
-/// Fills a temporary sibling of `target` and renames it into place.
+/// Fills a temporary sibling of `target` and lets it take its place.
 ///
-/// An existing directory is moved aside first and removed at the end; a kill in between leaves it
-/// under `.old-<name>`, from where [`recover_dir`] brings it back.
+/// Where the system can exchange two directories in one go, the target is there at all times. Elsewhere the old one is moved
+/// aside first; a kill in between leaves it under `.old-<name>`, from where [`recover_dir`] brings it back.
 ///
 /// # Errors
 /// What `fill` returns, or when the file system refuses; the target is then as it was.
 pub fn replace_dir(target: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let parent = parent(target);
-    fs::create_dir_all(&parent).map_err(|e| Error::write(&parent, e))?;
     recover_dir(target)?;
-    let fresh = tempfile::Builder::new().prefix(".tmp-").tempdir_in(&parent).map_err(|e| Error::write(target, e))?;
+    let fresh = FreshDir::new(target)?;
     fill(fresh.path())?;
-    sync_tree(fresh.path());
-    readable(fresh.path());
-    let old = aside(target);
-    let had_old = target.exists();
-    if had_old {
-        fs::rename(target, &old).map_err(|e| Error::write(target, e))?;
-    }
-    let fresh = fresh.keep();
-    if let Err(e) = fs::rename(&fresh, target) {
-        if had_old {
-            let _ = fs::rename(&old, target);
-        }
-        let _ = fs::remove_dir_all(&fresh);
-        return Err(Error::write(target, e));
-    }
-    sync_dir(&parent);
-    if had_old {
-        fs::remove_dir_all(&old).map_err(|e| Error::write(&old, e))?;
-    }
-    Ok(())
+    fresh.publish(target)
 }
 
 /// Finishes a [`replace_dir`] that was killed: the moved-aside directory comes back where the new
@@ -139,13 +111,10 @@ pub fn replace_dir(target: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Res
 /// When the file system refuses.
 pub fn recover_dir(target: &Path) -> Result<()> {
     let old = aside(target);
-    if !old.exists() {
-        return Ok(());
-    }
-    if target.exists() {
-        fs::remove_dir_all(&old).map_err(|e| Error::write(&old, e))
-    } else {
-        fs::rename(&old, target).map_err(|e| Error::write(target, e))
+    match (old.exists(), target.exists()) {
+        (false, _) => Ok(()),
+        (true, true) => disk::remove(&old),
+        (true, false) => disk::rename(&old, target),
     }
 }
 
@@ -165,19 +134,6 @@ fn parent(path: &Path) -> PathBuf {
     match path.parent() {
         Some(p) if !p.as_os_str().is_empty() => p.to_path_buf(),
         _ => PathBuf::from("."),
-    }
-}
-
-/// Best effort: not every file system can sync a directory.
-fn sync_dir(path: &Path) {
-    if let Ok(dir) = File::open(path) {
-        let _ = dir.sync_all();
-    }
-}
-
-fn sync_tree(root: &Path) {
-    for entry in walkdir::WalkDir::new(root).into_iter().flatten() {
-        sync_dir(entry.path());
     }
 }
 
@@ -208,5 +164,38 @@ mod tests {
         fs::rename(&target, aside(&target)).unwrap();
         recover_dir(&target).unwrap();
         assert_eq!(fs::read(target.join("a")).unwrap(), b"1");
+    }
+
+    #[test]
+    fn what_a_kill_left_goes_with_the_next_write_and_what_others_write_stays() {
+        let tmp = tempfile::tempdir().unwrap();
+        let (file, dir) = (tmp.path().join("a"), tmp.path().join("d"));
+        for left in [".tmp-a.killed", ".tmp-b.killed"] {
+            fs::write(tmp.path().join(left), "half").unwrap();
+        }
+        fs::create_dir(tmp.path().join(".tmp-d.killed")).unwrap();
+        let (other, begun) = (Fresh::new(&file).unwrap(), FreshDir::new(&dir).unwrap());
+        write_atomic(&file, b"1").unwrap();
+        replace_dir(&dir, |_| Ok(())).unwrap();
+        let mut names: Vec<_> = fs::read_dir(tmp.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.retain(|n| n.starts_with('.'));
+        assert!(names.len() == 3 && names.contains(&".tmp-b.killed".to_string()), "{names:?}");
+        other.publish(false).unwrap();
+        begun.publish(&dir).unwrap();
+        assert_eq!(fs::read(&file).unwrap(), b"");
+    }
+
+    #[test]
+    fn a_directory_that_was_removed_meanwhile_is_not_published_in_part() {
+        let tmp = tempfile::tempdir().unwrap();
+        let target = tmp.path().join("above/model");
+        let error = replace_dir(&target, |d| {
+            write_atomic(&d.join("a"), b"1")?;
+            fs::remove_dir_all(tmp.path().join("above")).unwrap();
+            write_atomic(&d.join("b"), b"2")
+        });
+        let error = error.unwrap_err();
+        assert!(error.exit_code() == 3 && error.to_string().contains("removed"), "{error}");
+        assert!(!target.exists());
     }
 }
