@@ -1,6 +1,6 @@
 //! Reading an adapter, ours, HF PEFT's or CLIP-LoRA's: whatever does not fit is listed in one error.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
@@ -20,7 +20,11 @@ use crate::sign;
 const MAX_BYTES: u64 = 64 << 30;
 
 /// The largest configuration; class names of a large set take a few MiB.
-const MAX_JSON: u64 = 256 << 20;
+const MAX_JSON: u64 = 64 << 20;
+
+/// A configuration may describe this many numbers (64 MiB), or four times as many as its file holds, so that what does not fit is
+/// told tensor by tensor and a rank of a million is not.
+const SMALL: usize = 16 << 20;
 
 /// An adapter directory's content.
 #[derive(Debug)]
@@ -105,12 +109,25 @@ impl Delta {
     /// With every missing, unexpected, misshapen or broken tensor.
     pub fn apply(&self, clip: &Clip) -> Result<Adapters> {
         let methods: Vec<MethodConfig> = self.methods.iter().map(|(m, _)| m.clone()).collect();
-        let adapters = Adapters::plan(&methods, clip.sites(), 0, clip.device())?;
+        let held: usize = self.methods.iter().flat_map(|(_, tensors)| tensors).map(|(_, t)| t.elem_count()).sum();
+        let params = Params::new(0, clip.device()).limited(held.saturating_mul(4).max(SMALL));
+        let adapters = Adapters::plan_in(params, &methods, clip.sites()).map_err(|e| self.placed(e))?;
         let all: Vec<_> = adapters.params.iter().collect();
         for ((_, tensors), range) in self.methods.iter().zip(&adapters.ranges) {
             fill(&self.dir.display().to_string(), tensors, &all[range.clone()])?;
         }
         Ok(adapters)
+    }
+
+    /// The configuration that an error is about stands in a file.
+    fn placed(&self, error: Error) -> Error {
+        match error {
+            Error::Input(mut problem) => {
+                problem.place = format!("{}: {}", self.dir.display(), problem.place);
+                Error::Input(problem)
+            }
+            other => other,
+        }
     }
 
     /// Fills parameters that were planned from a recipe, `train.init_adapter`.
@@ -150,7 +167,9 @@ fn fill(place: &str, tensors: &[(String, Tensor)], params: &[&peft_adapters::Par
             Some(t) => wrong.extend(broken(&param.name, t)?),
         }
     }
-    let expected: std::collections::HashSet<&str> = params.iter().map(|p| p.name.as_str()).collect();
+    let mut seen = HashSet::new();
+    wrong.extend(tensors.iter().filter(|(n, _)| !seen.insert(n.as_str())).map(|(n, _)| format!("twice: {n}")));
+    let expected: HashSet<&str> = params.iter().map(|p| p.name.as_str()).collect();
     wrong.extend(tensors.iter().filter(|(n, _)| !expected.contains(n.as_str())).map(|(n, _)| format!("unexpected: {n}")));
     if !wrong.is_empty() {
         return Err(listed(place, wrong));
@@ -191,7 +210,7 @@ pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<O
         return Ok(None);
     }
     let bytes = files::read(path, MAX_JSON)?;
-    serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::input(path.display(), format!("not as expected: {e}")))
+    crate::json::from_slice(&bytes).map(Some).map_err(|e| Error::input(path.display(), format!("not as expected: {e}")))
 }
 
 type Named = Vec<(String, Tensor)>;
