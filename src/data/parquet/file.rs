@@ -12,6 +12,7 @@ use parquet::errors::ParquetError;
 use parquet::file::reader::{ChunkReader, FileReader, Length, SerializedFileReader};
 use parquet::schema::types::{ColumnPath, Type};
 
+use super::pages;
 use super::values::{class_names, features};
 use crate::data::columns::Columns;
 use crate::data::stored::Shared;
@@ -121,7 +122,7 @@ impl Inner {
     fn open(path: &Path, columns: &Columns) -> Result<Self> {
         let file = Shared::new(files::open(path)?);
         let size = Length::len(&file);
-        let reader = guarded(|| SerializedFileReader::new(file)).map_err(|e| broken(path.display(), &e))?;
+        let reader = guarded(|| SerializedFileReader::new(file.clone())).map_err(|e| broken(path.display(), &e))?;
         let metadata = reader.metadata();
         check_rows(path, metadata.row_groups().iter().map(|g| u64::try_from(g.num_rows()).unwrap_or(u64::MAX)), size)?;
         let pairs = metadata.file_metadata().key_value_metadata();
@@ -138,6 +139,7 @@ impl Inner {
         let image = image.map(|name| image_column(path, &reader, &name)).transpose()?;
         check_codecs(path, &reader)?;
         let wanted = wanted(columns);
+        pages::check(path, &file, &reader, &|name| image.as_ref().is_some_and(|i| i.name == name) || wanted.iter().any(|w| w == name))?;
         let class = |name: &str| (name.to_string(), features.get(name).and_then(class_names));
         let class_columns = columns.class_columns().into_iter().flatten().filter(|name| known.contains(name)).map(class).collect();
         let projection = project(schema, &wanted, image.as_ref()).map_err(|e| broken(path.display(), &e))?;
