@@ -56,7 +56,7 @@ mod tests {
 
     #[test]
     fn values_are_counted_outside_of_strings() {
-        assert_eq!(values(br#"{"a, [b": [1, 2, "\",:"], "c": {}}"#), 8);
+        assert_eq!(values(br#"{"a, [b": [1, 2, "\",:"], "c": {}}"#), 9);
         assert_eq!(values(b"3"), 1);
     }
 

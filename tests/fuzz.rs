@@ -12,8 +12,8 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use targets::TARGETS;
 
-/// Changed copies for each target.
-const MUTATIONS: usize = 300;
+/// Changed copies for each target, unless `PEFT_MUTATIONS` says another number.
+const MUTATIONS: usize = 1000;
 
 /// Longer inputs are for the fuzzer.
 const LONGEST: usize = 16 << 10;
@@ -26,7 +26,8 @@ const SHARED: [(&str, &[&str]); 3] = [
 ];
 
 fn files(dir: &Path) -> Vec<Vec<u8>> {
-    let mut paths: Vec<PathBuf> = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path()).filter(|p| p.is_file()).collect();
+    let mut paths: Vec<PathBuf> =
+        std::fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path()).filter(|p| p.is_file()).collect();
     paths.sort();
     paths.iter().map(|p| std::fs::read(p).unwrap()).collect()
 }
@@ -44,7 +45,8 @@ fn replay(name: &str) {
     let (_, target) = TARGETS.into_iter().find(|(n, _)| *n == name).unwrap();
     let seeds = seeds(name);
     seeds.iter().for_each(|bytes| target(bytes));
-    for i in 0..MUTATIONS {
+    let count = std::env::var("PEFT_MUTATIONS").map_or(MUTATIONS, |n| n.parse().unwrap());
+    for i in 0..count {
         let mut rng = rng::rng(7, &[rng::name_key(name), i as u64]);
         let bytes = mutated(&seeds, &mut rng);
         let outcome = std::panic::catch_unwind(|| target(&bytes));
@@ -95,7 +97,8 @@ fn change(bytes: &mut Vec<u8>, seeds: &[Vec<u8>], rng: &mut ChaCha8Rng) {
         // A length or an offset.
         6 => {
             let (number, width) = (odd(rng), [2, 4, 8][rng.random_range(0..3)]);
-            let number = if rng.random_bool(0.5) { number.to_le_bytes()[..width].to_vec() } else { number.to_be_bytes()[8 - width..].to_vec() };
+            let number =
+                if rng.random_bool(0.5) { number.to_le_bytes()[..width].to_vec() } else { number.to_be_bytes()[8 - width..].to_vec() };
             let end = (at + width).min(len);
             drop(bytes.splice(at..end, number));
         }

@@ -161,7 +161,8 @@ impl Params {
         match wanted.and_then(|n| n.checked_add(held)).filter(|n| *n <= self.limit) {
             Some(_) => Ok(()),
             None => {
-                let message = format!("has the shape {:?}: the configuration describes more than {} numbers", spec.shape.dims(), self.limit);
+                let message =
+                    format!("has the shape {:?}: the configuration describes more than {} numbers", spec.shape.dims(), self.limit);
                 Err(Error::config(spec.name.as_str(), message))
             }
         }

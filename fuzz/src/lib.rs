@@ -111,7 +111,8 @@ pub fn archive(bytes: &[u8]) {
     let dir = directory(&[("adapter_config.json", CONFIG), ("adapter_model.bin", bytes), ("pytorch_model.bin", bytes)]);
     judge(Delta::read(dir.path()));
     judge(Delta::read(&dir.path().join("adapter_model.bin")));
-    let small = br#"{"text_config": {"hidden_size": 8, "num_hidden_layers": 1}, "vision_config": {"hidden_size": 12, "num_hidden_layers": 1}}"#;
+    let small =
+        br#"{"text_config": {"hidden_size": 8, "num_hidden_layers": 1}, "vision_config": {"hidden_size": 12, "num_hidden_layers": 1}}"#;
     if let Some(config) = judge(ClipConfig::from_json("config.json", small)) {
         judge(weights::load(&Source::Dir(dir.path().to_path_buf()), &config));
     }

@@ -129,6 +129,12 @@ fn of_format(place: &str, bytes: &[u8], file: Timed<'_>, options: &DecodeOptions
             let image = gif::first_frame(place, file, options)?;
             return Ok(Decoded { image, orientation: Orientation::NoTransforms });
         }
+        // The decoder would say no more than that it is too much.
+        ImageFormat::Png => {
+            if let Some([width, height]) = png_size(bytes) {
+                check_size(place, width, height, options)?;
+            }
+        }
         ImageFormat::Jpeg => jpeg::check_complete(place, bytes)?,
         ImageFormat::Tiff => {
             if let Some(decoded) = tiff::special(place, bytes, file, options)? {
@@ -138,6 +144,12 @@ fn of_format(place: &str, bytes: &[u8], file: Timed<'_>, options: &DecodeOptions
         _ => {}
     }
     generic(place, bytes, file, format, options)
+}
+
+/// Width and height, which stand behind the signature and the first chunk's head.
+fn png_size(bytes: &[u8]) -> Option<[u64; 2]> {
+    let side = |at: usize| Some(u64::from(u32::from_be_bytes(*bytes.get(at..)?.first_chunk()?)));
+    Some([side(16)?, side(20)?]).filter(|_| bytes.get(12..16) == Some(b"IHDR"))
 }
 
 fn sniff(place: &str, bytes: &[u8]) -> Result<ImageFormat> {

@@ -259,7 +259,8 @@ impl TarRows {
         let mut header = tar::Header::new_old();
         while self.file.from(at).read_exact(header.as_mut_bytes()).is_ok() {
             let kind = header.entry_type();
-            let extends = kind.is_gnu_longname() || kind.is_gnu_longlink() || kind.is_pax_local_extensions() || kind.is_pax_global_extensions();
+            let extends =
+                kind.is_gnu_longname() || kind.is_gnu_longlink() || kind.is_pax_local_extensions() || kind.is_pax_global_extensions();
             let Some(size) = header.entry_size().ok().filter(|_| extends) else { break };
             at = at.saturating_add(512).saturating_add(size.div_ceil(512).saturating_mul(512));
             if size > MAX_HEADERS || at - start > 4 * MAX_HEADERS {
@@ -353,11 +354,13 @@ impl TarRows {
                     let column = if column.is_empty() { "label" } else { column };
                     cells.insert(column.into(), self.class(text.trim()).map_err(wrong)?);
                 }
-                (column, _) => match (column, crate::json::from_slice(text.as_bytes()).map_err(|e| wrong(format!("expected JSON: {e}")))?) {
-                    ("", Value::Object(object)) => cells.extend(object),
-                    ("", _) => return Err(wrong("expected a JSON object".into())),
-                    (column, value) => _ = cells.insert(column.into(), value),
-                },
+                (column, _) => {
+                    match (column, crate::json::from_slice(text.as_bytes()).map_err(|e| wrong(format!("expected JSON: {e}")))?) {
+                        ("", Value::Object(object)) => cells.extend(object),
+                        ("", _) => return Err(wrong("expected a JSON object".into())),
+                        (column, value) => _ = cells.insert(column.into(), value),
+                    }
+                }
             }
         }
         let wanted = self.image.as_deref();

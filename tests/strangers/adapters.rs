@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use super::Expect::{Either, Fine, Refused};
 use super::{Case, Expect, ODD};
+use crate::common::World;
 
 /// Reads `adapter/` on top of the base.
 fn case(name: impl Into<String>, expect: Expect, base: &Rc<Model>, make: impl FnOnce(&Path) + 'static) -> Case {
@@ -29,7 +30,7 @@ fn case(name: impl Into<String>, expect: Expect, base: &Rc<Model>, make: impl Fn
 fn save(dir: &Path, base: &Base, method: &MethodConfig) {
     let adapters = Adapters::plan(std::slice::from_ref(method), base.clip.sites(), 1, &Device::Cpu).unwrap();
     let classes = ["a", "b", "c"].map(String::from).to_vec();
-    let manifest = Manifest { base: BaseRef::of(base, "builtin:tiny"), task: json!({"retrieve": {}}), classes, ..Default::default() };
+    let manifest = Manifest { base: BaseRef::of(base, "base"), task: json!({"retrieve": {}}), classes, ..Default::default() };
     delta::save(dir, &adapters, base.clip.sites(), &manifest).unwrap();
 }
 
@@ -51,7 +52,7 @@ fn put(path: &Path, key: &str, raw: &str) {
 }
 
 pub(crate) fn cases() -> Vec<Case> {
-    let base = Rc::new(Model::load("builtin:tiny").unwrap());
+    let base = Rc::new(Model::load(&World::new().path("base").display().to_string()).unwrap());
     let mut cases = vec![];
     for entry in METHODS {
         let Some(method) = (entry.examples)().into_iter().next() else { continue };
@@ -87,8 +88,6 @@ fn files(base: &Rc<Model>) -> Vec<Case> {
     };
     const CONFIG: &str = "adapter_config.json";
     const MANIFEST: &str = "peft.json";
-    let write = |dir: &Path, name: &str, bytes: &[u8]| std::fs::write(dir.join(name), bytes).unwrap();
-    _ = write;
     broken("as it was saved", Fine, |_| ());
     broken("another base", Refused("was made for"), |d| edit(&d.join(MANIFEST), |v| v["base"]["digest"] = "blake3:0".into()));
     broken("no configuration", Refused("no adapter"), |d| std::fs::remove_file(d.join(CONFIG)).unwrap());
@@ -167,12 +166,23 @@ fn tensors(base: &Rc<Model>) -> Vec<Case> {
     changed("a tensor less".into(), "missing", Box::new(|all| _ = all.pop()));
     changed("no tensors".into(), "missing", Box::new(Vec::clear));
     changed("transposed".into(), "expected", Box::new(|all| all[0].1 = all[0].1.t().unwrap().contiguous().unwrap()));
-    changed("A and B exchanged".into(), "expected", Box::new(|all| {
-        let name = all[0].0.clone();
-        all[0].0 = all[1].0.clone();
-        all[1].0 = name;
-    }));
-    let odd = ["", "x", "../../x", "a\0b", "base_model.model.", "base_model.model.vision_model.encoder.layers.999.self_attn.q_proj.lora_A.weight"];
+    changed(
+        "A and B exchanged".into(),
+        "expected",
+        Box::new(|all| {
+            let name = all[0].0.clone();
+            all[0].0 = all[1].0.clone();
+            all[1].0 = name;
+        }),
+    );
+    let odd = [
+        "",
+        "x",
+        "../../x",
+        "a\0b",
+        "base_model.model.",
+        "base_model.model.vision_model.encoder.layers.999.self_attn.q_proj.lora_A.weight",
+    ];
     for name in odd.iter().map(ToString::to_string).chain(["\u{202e}A".into(), "x".repeat(1 << 20)]) {
         let title: String = name.chars().take(40).collect();
         changed(format!("a tensor called {title:?}"), "unexpected", Box::new(move |all| all.push((name, all[0].1.clone()))));

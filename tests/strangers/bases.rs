@@ -28,7 +28,11 @@ pub(crate) fn cases() -> Vec<Case> {
     for (section, own) in [("text_config", ["vocab_size", "max_position_embeddings"]), ("vision_config", ["image_size", "patch_size"])] {
         for field in SIZES.iter().chain(&own) {
             for odd in ODD {
-                cases.push(config(format!("{section}.{field}: {odd}"), format!("{{\"{section}\":{{\"{field}\":{odd}}}}}"), Refused("config.json")));
+                cases.push(config(
+                    format!("{section}.{field}: {odd}"),
+                    format!("{{\"{section}\":{{\"{field}\":{odd}}}}}"),
+                    Refused("config.json"),
+                ));
             }
         }
         for field in ["layer_norm_eps", "hidden_act", "eos_token_id", "num_channels"] {
@@ -46,12 +50,19 @@ pub(crate) fn cases() -> Vec<Case> {
         ("another model", r#"{"model_type": "bert"}"#.into(), "model_type"),
         ("SigLIP", r#"{"model_type": "siglip"}"#.into(), "SigLIP"),
         ("an image of a megapixel a side", r#"{"vision_config": {"image_size": 1048576, "patch_size": 4096}}"#.into(), "image_size"),
-        ("a thousand layers of a million", r#"{"text_config": {"num_hidden_layers": 1000, "hidden_size": 1048576, "num_attention_heads": 1}}"#.into(), "parameters"),
+        (
+            "a thousand layers of a million",
+            r#"{"text_config": {"num_hidden_layers": 1000, "hidden_size": 1048576, "num_attention_heads": 1}}"#.into(),
+            "parameters",
+        ),
     ] {
         cases.push(config(name, json, Refused(part)));
     }
-    for field in ["size", "crop_size", "resample", "do_resize", "do_rescale", "rescale_factor", "do_center_crop", "image_mean", "image_std"] {
-        for odd in ODD.iter().chain(&["1e999", "[0,0,0]", "[1,2]", "[1e300,1,1]", "{\"shortest_edge\":0}", "{\"height\":100000,\"width\":1}"]) {
+    for field in ["size", "crop_size", "resample", "do_resize", "do_rescale", "rescale_factor", "do_center_crop", "image_mean", "image_std"]
+    {
+        for odd in
+            ODD.iter().chain(&["1e999", "[0,0,0]", "[1,2]", "[1e300,1,1]", "{\"shortest_edge\":0}", "{\"height\":100000,\"width\":1}"])
+        {
             cases.push(preprocess(format!("{field}: {odd}"), format!("{{\"{field}\":{odd}}}"), Either));
         }
     }

@@ -18,8 +18,7 @@ const CONFIG: &[u8] = br#"{"projection_dim": 8, "text_config": {"hidden_size": 8
     "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}}"#;
 
 /// Two tensors, 20 bytes.
-const HEADER: &str =
-    r#"{"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},"b":{"dtype":"F32","shape":[1],"data_offsets":[16,20]}}"#;
+const HEADER: &str = r#"{"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},"b":{"dtype":"F32","shape":[1],"data_offsets":[16,20]}}"#;
 
 fn file(header: &[u8], data: usize) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes()[..], header, &vec![0; data]].concat()
@@ -63,7 +62,9 @@ pub(crate) fn safetensors() -> Vec<Case> {
             cases.push(header(format!("{field}: {odd}"), wrong, Refused("x.safetensors")));
         }
     }
-    for offsets in ["[8,24]", "[4,20]", "[0,12]", "[16,0]", "[0,9223372036854775808]", "[9223372036854775807,9223372036854775823]", "[20,36]"] {
+    for offsets in
+        ["[8,24]", "[4,20]", "[0,12]", "[16,0]", "[0,9223372036854775808]", "[9223372036854775807,9223372036854775823]", "[20,36]"]
+    {
         cases.push(header(format!("offsets {offsets}"), HEADER.replacen("[0,16]", offsets, 1), Refused("tensor `")));
     }
     for shape in ["[4294967296,4294967296]", "[9223372036854775808,2]", "[0]", "[2,2,1,2]", "[5]", "[0,18446744073709551615]"] {
@@ -123,7 +124,9 @@ fn values() -> Vec<Case> {
     }
     for dtype in [DType::U8, DType::U32, DType::I64] {
         let name = format!("weights of type {}", dtype.as_str());
-        cases.push(changed(name, Refused(NAME), move |all| _ = all.insert(NAME.into(), Tensor::zeros((16, 8), dtype, &Device::Cpu).unwrap())));
+        cases.push(changed(name, Refused(NAME), move |all| {
+            _ = all.insert(NAME.into(), Tensor::zeros((16, 8), dtype, &Device::Cpu).unwrap())
+        }));
     }
     for shape in [vec![8, 16], vec![128], vec![16, 8, 1], vec![0], vec![16, 7], vec![]] {
         cases.push(changed(format!("shape {shape:?}"), Refused("misshapen"), move |all| {
@@ -213,7 +216,11 @@ pub(crate) fn pickles() -> Vec<Case> {
         (0, &[2, 2], &[i32::MAX, i32::MAX]),
         (0, &[5], &[1]),
     ] {
-        cases.push(pickle(format!("{shape:?} from {offset} by {strides:?}"), Refused("outside"), state(&tensor("0", offset, shape, strides))));
+        cases.push(pickle(
+            format!("{shape:?} from {offset} by {strides:?}"),
+            Refused("outside"),
+            state(&tensor("0", offset, shape, strides)),
+        ));
     }
     for (name, part, tensor) in [
         ("a negative offset", "negative", tensor("0", -1, &[1], &[1])),
@@ -236,12 +243,33 @@ pub(crate) fn pickles() -> Vec<Case> {
 fn functions() -> Vec<Case> {
     let mut cases = Vec::new();
     for (module, name) in [
-        ("os", "system"), ("posix", "system"), ("nt", "system"), ("subprocess", "Popen"), ("subprocess", "check_output"),
-        ("builtins", "eval"), ("builtins", "exec"), ("builtins", "getattr"), ("__builtin__", "eval"), ("builtins", "__import__"),
-        ("importlib", "import_module"), ("runpy", "run_path"), ("webbrowser", "open"), ("shutil", "rmtree"), ("socket", "socket"),
-        ("pickle", "loads"), ("torch", "load"), ("torch.hub", "load"), ("torch._utils", "_rebuild_qtensor"), ("numpy", "load"),
-        ("numpy.core.multiarray", "_reconstruct"), ("operator", "attrgetter"), ("collections", "Counter"), ("__torch", "x"),
-        ("torch.storage", "_load_from_bytes"), ("torch._utils._rebuild_tensor_v2", "__globals__"), ("", ""),
+        ("os", "system"),
+        ("posix", "system"),
+        ("nt", "system"),
+        ("subprocess", "Popen"),
+        ("subprocess", "check_output"),
+        ("builtins", "eval"),
+        ("builtins", "exec"),
+        ("builtins", "getattr"),
+        ("__builtin__", "eval"),
+        ("builtins", "__import__"),
+        ("importlib", "import_module"),
+        ("runpy", "run_path"),
+        ("webbrowser", "open"),
+        ("shutil", "rmtree"),
+        ("socket", "socket"),
+        ("pickle", "loads"),
+        ("torch", "load"),
+        ("torch.hub", "load"),
+        ("torch._utils", "_rebuild_qtensor"),
+        ("numpy", "load"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("operator", "attrgetter"),
+        ("collections", "Counter"),
+        ("__torch", "x"),
+        ("torch.storage", "_load_from_bytes"),
+        ("torch._utils._rebuild_tensor_v2", "__globals__"),
+        ("", ""),
     ] {
         let named = format!("c{module}\n{name}\n(X\x02\0\0\0idtR.");
         cases.push(pickle(format!("GLOBAL {module}.{name}"), Refused("would call"), named.into_bytes()));
@@ -253,13 +281,15 @@ fn functions() -> Vec<Case> {
 
 /// Small pickles that would be large in memory.
 fn bombs() -> Vec<Case> {
-    let remembered = |key: &str, count: usize, use_it: &[u8]| [b"\x80\x02}".to_vec(), text(key), b"q\x000".to_vec(), use_it.repeat(count)].concat();
+    let remembered =
+        |key: &str, count: usize, use_it: &[u8]| [b"\x80\x02}".to_vec(), text(key), b"q\x000".to_vec(), use_it.repeat(count)].concat();
     let one = tensor("0", 0, &[2, 2], &[2, 1]);
     let long = "x".repeat(1 << 20);
     // A name of a MiB, which 20 000 tensors have; a text that 20 000 entries hold; tensors of the whole file, 20 000 times.
     let names = [remembered(&long, 0, b""), one.clone(), b"q\x010".to_vec(), b"h\0h\x01s".repeat(20_000), b".".to_vec()].concat();
     let texts = [remembered(&long, 1, b"h\0h\0s"), b"h\0h\0s".repeat(20_000), b".".to_vec()].concat();
-    let mut shared = [b"\x80\x02}".to_vec(), one, b"q\x010".to_vec()].concat();
+    let whole = tensor("0", 0, &[512, 512], &[512, 1]);
+    let mut shared = [b"\x80\x02}".to_vec(), whole, b"q\x010".to_vec()].concat();
     (0..20_000).for_each(|i| shared.extend([text(&format!("t{i}")), b"h\x01s".to_vec()].concat()));
     shared.push(b'.');
     let nested = [vec![b')'], vec![0x85; 1_000_000], b".".to_vec()].concat();
@@ -324,7 +354,8 @@ fn archives() -> Vec<Case> {
     cases.push(base("a tar", Refused("no zip archive"), bin, || vec![0; 10240]));
     cases.push(base("big-endian", Refused("big-endian"), bin, || {
         let mut zip = zip::ZipWriter::new_append(Cursor::new(good_archive())).unwrap();
-        zip.start_file("archive/byteorder", zip::write::SimpleFileOptions::default().compression_method(CompressionMethod::Stored)).unwrap();
+        zip.start_file("archive/byteorder", zip::write::SimpleFileOptions::default().compression_method(CompressionMethod::Stored))
+            .unwrap();
         zip.write_all(b"big").unwrap();
         zip.finish().unwrap().into_inner()
     }));

@@ -29,8 +29,22 @@ fn with(name: impl Into<String>, expect: Expect, options: DecodeOptions, bytes: 
 
 /// One of each format and kind.
 const SOURCES: [&str; 16] = [
-    "rgb.png", "interlaced.png", "palette.png", "animated.png", "420.jpg", "progressive.jpg", "cmyk.jpg", "lossless.webp", "lossy.webp",
-    "animated.webp", "palette.gif", "animated.gif", "rgb.bmp", "raw.tiff", "packbits.tiff", "palette.tif",
+    "rgb.png",
+    "interlaced.png",
+    "palette.png",
+    "animated.png",
+    "420.jpg",
+    "progressive.jpg",
+    "cmyk.jpg",
+    "lossless.webp",
+    "lossy.webp",
+    "animated.webp",
+    "palette.gif",
+    "animated.gif",
+    "rgb.bmp",
+    "raw.tiff",
+    "packbits.tiff",
+    "palette.tif",
 ];
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -98,7 +112,9 @@ fn limits() -> Vec<Case> {
 /// 100 000 × 100 000 pixels, or as many as the format can say, in a few hundred bytes.
 fn huge() -> Vec<Case> {
     let mut cases = Vec::new();
-    for (width, height) in [(100_000, 100_000), (i32::MAX as u32, i32::MAX as u32), (90_000_000, 1), (1, 90_000_000), (0, 10), (10, 0), (10_001, 10_000)] {
+    for (width, height) in
+        [(100_000, 100_000), (i32::MAX as u32, i32::MAX as u32), (90_000_000, 1), (1, 90_000_000), (0, 10), (10, 0), (10_001, 10_000)]
+    {
         let full = DecodeOptions::default();
         for colour in [0, 2, 6] {
             let name = format!("PNG of {width}×{height}, colour type {colour}");
@@ -143,8 +159,17 @@ fn huge() -> Vec<Case> {
 fn tiff(width: &[u8; 4], height: &[u8; 4]) -> Vec<u8> {
     let mut bytes = b"II*\0\x08\0\0\0".to_vec();
     let entry = |tag: u16, value: &[u8; 4]| [&tag.to_le_bytes()[..], &4u16.to_le_bytes(), &1u32.to_le_bytes(), value].concat();
-    let entries = [(256, *width), (257, *height), (258, [8, 0, 0, 0]), (259, [1, 0, 0, 0]), (262, [1, 0, 0, 0]), (273, [8, 0, 0, 0]),
-        (277, [1, 0, 0, 0]), (278, *height), (279, [9, 0, 0, 0])];
+    let entries = [
+        (256, *width),
+        (257, *height),
+        (258, [8, 0, 0, 0]),
+        (259, [1, 0, 0, 0]),
+        (262, [1, 0, 0, 0]),
+        (273, [8, 0, 0, 0]),
+        (277, [1, 0, 0, 0]),
+        (278, *height),
+        (279, [9, 0, 0, 0]),
+    ];
     bytes.extend((entries.len() as u16).to_le_bytes());
     entries.iter().for_each(|(tag, value)| bytes.extend(entry(*tag, value)));
     bytes.extend([0; 4]);
@@ -154,10 +179,21 @@ fn tiff(width: &[u8; 4], height: &[u8; 4]) -> Vec<u8> {
 /// What browsers, shells and programs read, but no CLIP.
 fn others() -> Vec<Case> {
     let all: [(&str, &[u8]); 16] = [
-        ("empty", b""), ("a byte", b"\x89"), ("a text", b"A text that somebody saved as cat.png"), ("SVG", b"<svg xmlns=\"x\"></svg>"),
-        ("HTML", b"<!doctype html><p>404"), ("PDF", b"%PDF-1.7\n"), ("zip", b"PK\x03\x04\x14\0\0\0\x08\0"), ("gzip", b"\x1f\x8b\x08\0\0\0"),
-        ("AVIF", b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf"), ("HEIC", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"), ("icon", b"\0\0\x01\0\x01\0"),
-        ("Photoshop", b"8BPS\0\x01\0\0"), ("OpenEXR", b"\x76\x2f\x31\x01\x02\0\0\0"), ("HDR", b"#?RADIANCE\n"), ("JPEG 2000", b"\0\0\0\x0cjP  \r\n"),
+        ("empty", b""),
+        ("a byte", b"\x89"),
+        ("a text", b"A text that somebody saved as cat.png"),
+        ("SVG", b"<svg xmlns=\"x\"></svg>"),
+        ("HTML", b"<!doctype html><p>404"),
+        ("PDF", b"%PDF-1.7\n"),
+        ("zip", b"PK\x03\x04\x14\0\0\0\x08\0"),
+        ("gzip", b"\x1f\x8b\x08\0\0\0"),
+        ("AVIF", b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf"),
+        ("HEIC", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"),
+        ("icon", b"\0\0\x01\0\x01\0"),
+        ("Photoshop", b"8BPS\0\x01\0\0"),
+        ("OpenEXR", b"\x76\x2f\x31\x01\x02\0\0\0"),
+        ("HDR", b"#?RADIANCE\n"),
+        ("JPEG 2000", b"\0\0\0\x0cjP  \r\n"),
         ("a script", b"#!/bin/sh\nrm -rf ~\n"),
     ];
     let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n".to_vec();

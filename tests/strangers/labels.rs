@@ -29,17 +29,36 @@ fn table(name: impl Into<String>, expect: Expect, labels: &[&str], then: fn(&Dat
 pub(crate) fn cases() -> Vec<Case> {
     let mut cases = vec![list("two classes", Fine, &["cat", "dog"])];
     for (name, empty) in [
-        ("nothing", ""), ("a space", " "), ("white space", " \t\r\n"), ("a space without break", "\u{a0}"), ("no width", "\u{200b}"),
-        ("a byte-order mark", "\u{feff}"), ("a joiner", "\u{200d}"), ("a soft hyphen", "\u{ad}"), ("a direction", "\u{202e}"), ("NUL", "\0"),
+        ("nothing", ""),
+        ("a space", " "),
+        ("white space", " \t\r\n"),
+        ("a space without break", "\u{a0}"),
+        ("no width", "\u{200b}"),
+        ("a byte-order mark", "\u{feff}"),
+        ("a joiner", "\u{200d}"),
+        ("a soft hyphen", "\u{ad}"),
+        ("a direction", "\u{202e}"),
+        ("NUL", "\0"),
     ] {
         cases.push(list(format!("empty: {name}"), Refused("empty"), &["cat", empty]));
     }
     for (name, a, b) in [
-        ("twice", "cat", "cat"), ("space in front", "cat", " cat"), ("space behind", "cat", "cat "), ("spaces inside", "a cat", "a  cat"),
-        ("a tab", "a cat", "a\tcat"), ("case", "cat", "CAT"), ("a space without break", "a cat", "a\u{a0}cat"),
-        ("composed", "\u{e9}clair", "e\u{301}clair"), ("Hangul", "\u{ac00}", "\u{1100}\u{1161}"), ("angstrom", "\u{c5}", "\u{212b}"),
-        ("no width", "cat", "ca\u{200b}t"), ("a soft hyphen", "cat", "ca\u{ad}t"), ("a direction", "cat", "\u{202d}cat\u{202c}"),
-        ("a variation", "\u{2764}", "\u{2764}\u{fe0f}"), ("a tag", "cat", "cat\u{e0041}"), ("a line", "a cat", "a\ncat"),
+        ("twice", "cat", "cat"),
+        ("space in front", "cat", " cat"),
+        ("space behind", "cat", "cat "),
+        ("spaces inside", "a cat", "a  cat"),
+        ("a tab", "a cat", "a\tcat"),
+        ("case", "cat", "CAT"),
+        ("a space without break", "a cat", "a\u{a0}cat"),
+        ("composed", "\u{e9}clair", "e\u{301}clair"),
+        ("Hangul", "\u{ac00}", "\u{1100}\u{1161}"),
+        ("angstrom", "\u{c5}", "\u{212b}"),
+        ("no width", "cat", "ca\u{200b}t"),
+        ("a soft hyphen", "cat", "ca\u{ad}t"),
+        ("a direction", "cat", "\u{202d}cat\u{202c}"),
+        ("a variation", "\u{2764}", "\u{2764}\u{fe0f}"),
+        ("a tag", "cat", "cat\u{e0041}"),
+        ("a line", "a cat", "a\ncat"),
     ] {
         cases.push(list(format!("equal: {name}"), Refused("the same prompt"), &[a, b]));
         // Tables trim their cells, so that some of these are one class there and not two.
@@ -48,15 +67,26 @@ pub(crate) fn cases() -> Vec<Case> {
         }
     }
     for (name, a, b) in [
-        ("Cyrillic a", "cat", "c\u{430}t"), ("Greek o", "dog", "d\u{3bf}g"), ("O and 0", "O", "0"), ("l and 1", "l", "1"), ("rn and m", "bum", "burn"),
-        ("a ligature", "fish", "\u{fb01}sh"), ("full width", "cat", "\u{ff43}\u{ff41}\u{ff54}"), ("a circled digit", "1", "\u{2460}"),
+        ("Cyrillic a", "cat", "c\u{430}t"),
+        ("Greek o", "dog", "d\u{3bf}g"),
+        ("O and 0", "O", "0"),
+        ("l and 1", "l", "1"),
+        ("rn and m", "bum", "burn"),
+        ("a ligature", "fish", "\u{fb01}sh"),
+        ("full width", "cat", "\u{ff43}\u{ff41}\u{ff54}"),
+        ("a circled digit", "1", "\u{2460}"),
         ("mathematical", "cat", "\u{1d41c}\u{1d41a}\u{1d42d}"),
     ] {
         let told = |data: &Dataset| data.classes.len() == 2 && data.notes.iter().any(|n| n.contains("look alike"));
         cases.push(table(format!("look-alikes: {name}"), Fine, &[a, b], told));
     }
     let quiet = |data: &Dataset| !data.notes.iter().any(|n| n.contains("look alike"));
-    for names in [["cat", "dog"], ["na\u{ef}ve", "naive"], ["\u{732b}", "\u{72ac}"], ["\u{43a}\u{43e}\u{442}", "\u{441}\u{43e}\u{431}\u{430}\u{43a}\u{430}"]] {
+    for names in [
+        ["cat", "dog"],
+        ["na\u{ef}ve", "naive"],
+        ["\u{732b}", "\u{72ac}"],
+        ["\u{43a}\u{43e}\u{442}", "\u{441}\u{43e}\u{431}\u{430}\u{43a}\u{430}"],
+    ] {
         cases.push(table(format!("different: {names:?}"), Fine, &names, quiet));
     }
     cases

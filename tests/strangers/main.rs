@@ -8,6 +8,8 @@
 mod adapters;
 mod bases;
 mod checkpoints;
+#[path = "../common/mod.rs"]
+mod common;
 mod images;
 mod labels;
 mod parquets;
@@ -137,7 +139,9 @@ fn judge(name: &str, expect: Expect, outcome: Result<()>) -> Option<String> {
         (Expect::Fine, Err(e)) => Some(format!("{name}: expected to be read: {e}")),
         (_, Ok(())) => None,
         (_, Err(e)) if e.exit_code() != 2 => Some(format!("{name}: exit code {}: {e}", e.exit_code())),
-        (_, Err(peft::Error::Input(p))) if p.place.is_empty() && !p.message.contains(':') => Some(format!("{name}: no place: {}", p.message)),
+        (_, Err(peft::Error::Input(p))) if p.place.is_empty() && !p.message.contains(':') => {
+            Some(format!("{name}: no place: {}", p.message))
+        }
         (Expect::Refused(part), Err(e)) if !e.to_string().contains(part) => Some(format!("{name}: expected `{part}`: {e}")),
         _ => None,
     }

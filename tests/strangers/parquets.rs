@@ -58,7 +58,14 @@ fn source(name: &str) -> Vec<u8> {
 
 pub(crate) fn cases() -> Vec<Case> {
     let mut cases = vec![case("as it should be", Fine, texts)];
-    for name in ["codecs/none.parquet", "codecs/snappy.parquet", "codecs/gzip.parquet", "codecs/zstd.parquet", "codecs/lz4.parquet", "hf/test-00000-of-00001.parquet"] {
+    for name in [
+        "codecs/none.parquet",
+        "codecs/snappy.parquet",
+        "codecs/gzip.parquet",
+        "codecs/zstd.parquet",
+        "codecs/lz4.parquet",
+        "hf/test-00000-of-00001.parquet",
+    ] {
         for percent in [0, 1, 30, 60, 99] {
             cases.push(case(format!("{name} cut at {percent} %"), Refused("x.parquet"), move || {
                 let whole = source(name);
@@ -92,13 +99,13 @@ pub(crate) fn cases() -> Vec<Case> {
     }
     cases.push(case("the mark alone", Refused("x.parquet"), || b"PAR1PAR1".to_vec()));
     cases.push(case("encrypted", Refused("x.parquet"), || [b"PARE".to_vec(), vec![0; 100], b"PARE".to_vec()].concat()));
-    cases.push(case("a million rows of one text", Refused("rows in"), || written(TEXTS, &vec![ByteArray::from("a cat"); 1_000_000])));
-    cases.push(case("a text of 8 MiB a thousand times", Refused("at most 1048576 bytes"), || {
-        let long = ByteArray::from("x".repeat(8 << 20).as_str());
-        written(TEXTS, &vec![long; 1000])
+    cases.push(case("twenty thousand rows of one text", Refused("rows in"), || written(TEXTS, &vec![ByteArray::from("a cat"); 20_000])));
+    cases.push(case("a text of 2 MiB a hundred times", Refused("at most 1048576 bytes"), || {
+        let long = ByteArray::from("x".repeat(2 << 20).as_str());
+        written(TEXTS, &vec![long; 100])
     }));
-    cases.push(case("an image of 200 MiB of zeros", Refused("a page of column `image` has"), || {
-        written("message m { required binary image; }", &[ByteArray::from(vec![0; 200 << 20])])
+    cases.push(case("an image of 80 MiB of zeros", Refused("a page of column `image` has"), || {
+        written("message m { required binary image; }", &[ByteArray::from(vec![0; 80 << 20])])
     }));
     cases.push(case("no column of ours", Refused("x.parquet"), || {
         written("message m { required binary other (UTF8); }", &[ByteArray::from("x"), ByteArray::from("y")])

@@ -41,8 +41,18 @@ pub(crate) fn cases() -> Vec<Case> {
         case("a column twice", Refused("occurs twice"), "x.csv", "text,label,label\na,b,c\n"),
         case("a column twice but for space", Refused("occurs twice"), "x.csv", "text,label, label\na,b,c\n"),
         case("no such column", Refused("no column `text`"), "x.csv", "words,label\na,b\n"),
-        case("UTF-16", Refused("UTF-16"), "x.csv", ROWS.encode_utf16().fold(vec![0xff, 0xfe], |v, c| [v, c.to_le_bytes().to_vec()].concat())),
-        case("UTF-16, big-endian", Refused("UTF-16"), "x.csv", ROWS.encode_utf16().fold(vec![0xfe, 0xff], |v, c| [v, c.to_be_bytes().to_vec()].concat())),
+        case(
+            "UTF-16",
+            Refused("UTF-16"),
+            "x.csv",
+            ROWS.encode_utf16().fold(vec![0xff, 0xfe], |v, c| [v, c.to_le_bytes().to_vec()].concat()),
+        ),
+        case(
+            "UTF-16, big-endian",
+            Refused("UTF-16"),
+            "x.csv",
+            ROWS.encode_utf16().fold(vec![0xfe, 0xff], |v, c| [v, c.to_be_bytes().to_vec()].concat()),
+        ),
         case("UTF-16 JSONL", Refused("UTF-16"), "x.jsonl", b"\xff\xfe{\0}\0".to_vec()),
         case("semicolons", Refused("no column"), "x.csv", ROWS.replace(',', ";")),
         case("a spreadsheet", Refused("x.csv"), "x.csv", b"PK\x03\x04\x14\0\x06\0\x08\0\xff\xfe".to_vec()),
@@ -51,10 +61,20 @@ pub(crate) fn cases() -> Vec<Case> {
         case("no extension", Refused("no extension"), "x", ROWS),
         case("a row of 17 MiB", Refused("quote left open"), "x.csv", format!("{ROWS}\"{}\",cat\n", "x\n".repeat(9 << 20))),
         case("an open quote before 17 MiB", Refused("quote left open"), "x.csv", format!("{ROWS}\"{}", "a cat,cat\n".repeat(2 << 20))),
-        case("a hundred thousand columns", Refused("no column"), "x.csv", format!("{}\n", (0..100_000).map(|i| i.to_string()).collect::<Vec<_>>().join(",") + "\n1")),
+        case(
+            "a hundred thousand columns",
+            Refused("expected 100000 cells"),
+            "x.csv",
+            format!("{}\n", (0..100_000).map(|i| i.to_string()).collect::<Vec<_>>().join(",") + "\n1"),
+        ),
     ];
     // An open quote in each cell, first or last of its row, first or last row.
-    for (at, cell) in ROWS.match_indices(|c: char| c.is_ascii_lowercase()).map(|(i, _)| i).filter(|i| *i == 0 || b",\n".contains(&ROWS.as_bytes()[i - 1])).enumerate() {
+    for (at, cell) in ROWS
+        .match_indices(|c: char| c.is_ascii_lowercase())
+        .map(|(i, _)| i)
+        .filter(|i| *i == 0 || b",\n".contains(&ROWS.as_bytes()[i - 1]))
+        .enumerate()
+    {
         let text = format!("{}\"{}", &ROWS[..cell], &ROWS[cell..]);
         cases.push(case(format!("an open quote in cell {at}"), Refused("x.csv:"), "x.csv", text.clone()));
         cases.push(case(format!("an open quote in cell {at}, tabs"), Refused("x.tsv:"), "x.tsv", text.replace(',', "\t")));
@@ -96,7 +116,12 @@ fn json_lines() -> Vec<Case> {
         case("an object over lines", Refused("x.jsonl:1"), "x.jsonl", "{\n\"text\": \"a\"\n}\n"),
         case("two objects in a line", Refused("x.jsonl:1"), "x.jsonl", "{\"text\": \"a\"}{\"text\": \"b\"}\n"),
         case("a line of 17 MiB", Refused("more than 16777216 bytes"), "x.jsonl", format!("{{\"text\": \"{}\"}}\n", "x".repeat(17 << 20))),
-        case("a line of a million zeros", Refused("values"), "x.jsonl", format!("{{\"text\": \"a\", \"x\": [{}0]}}\n", "0,".repeat(2 << 20))),
+        case(
+            "a line of a million zeros",
+            Refused("values"),
+            "x.jsonl",
+            format!("{{\"text\": \"a\", \"x\": [{}0]}}\n", "0,".repeat(2 << 20)),
+        ),
         case("a deep line", Refused("x.jsonl:1"), "x.jsonl", format!("{{\"text\": {}\n", "[".repeat(1 << 20))),
     ];
     for column in ["text", "label", "labels", "value", "fits", "answer", "choices", "question", "split", "group", "image", "id"] {
@@ -146,12 +171,21 @@ pub(crate) fn annotations() -> Vec<Case> {
         }
     }
     for (name, text) in [
-        ("empty", String::new()), ("a list", "[]".into()), ("no images", "{\"annotations\": []}".into()), ("cut", "{\"images\": [{".into()),
-        ("deep", "[".repeat(1 << 20)), ("zeros", format!("{{\"images\": [{}0], \"annotations\": []}}", "0,".repeat(2 << 20))),
-        ("nothing in them", "{\"images\": [], \"annotations\": []}".into()), ("a key twice", "{\"images\": [], \"images\": [], \"annotations\": []}".into()),
+        ("empty", String::new()),
+        ("a list", "[]".into()),
+        ("no images", "{\"annotations\": []}".into()),
+        ("cut", "{\"images\": [{".into()),
+        ("deep", "[".repeat(1 << 20)),
+        ("zeros", format!("{{\"images\": [{}0], \"annotations\": []}}", "0,".repeat(2 << 20))),
+        ("nothing in them", "{\"images\": [], \"annotations\": []}".into()),
+        ("a key twice", "{\"images\": [], \"images\": [], \"annotations\": []}".into()),
     ] {
         cases.push(coco(format!("COCO: {name}"), Refused("captions.json"), text.clone()));
-        cases.push(vqa(format!("VQA: {name}"), Refused("questions.json"), text.replace("\"images\"", "\"questions\"").replace("\"annotations\"", "\"x\"")));
+        cases.push(vqa(
+            format!("VQA: {name}"),
+            Refused("questions.json"),
+            text.replace("\"images\"", "\"questions\"").replace("\"annotations\"", "\"x\""),
+        ));
     }
     cases
 }

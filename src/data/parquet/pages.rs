@@ -38,7 +38,9 @@ pub(super) fn check(
         {
             if page.unpacked > FREE && page.unpacked / MAX_RATIO > page.packed {
                 let message = format!("a page of column `{name}` has {} bytes in {}", page.unpacked, page.packed);
-                return Err(Error::input(path.display(), message).hint("the file is built to fill the memory, or holds the same again and again"));
+                return Err(
+                    Error::input(path.display(), message).hint("the file is built to fill the memory, or holds the same again and again")
+                );
             }
             at = at.saturating_add(page.header).saturating_add(page.packed).max(at + 1);
         }
@@ -167,7 +169,8 @@ mod tests {
     fn sizes_stand_in_the_header() {
         let bytes = [
             0x15, 0x00, 0x15, 0xd8, 0x04, 0x15, 0x90, 0x03, // type 0, 300 unpacked, 200 packed
-            0x2c, 0x15, 0x02, 0x15, 0x00, 0x15, 0x06, 0x15, 0x06, 0x1c, 0x18, 0x03, b'a', b'b', b'c', 0x11, 0x00, 0x00, // a header of its own
+            0x2c, 0x15, 0x02, 0x15, 0x00, 0x15, 0x06, 0x15, 0x06, 0x1c, 0x18, 0x03, b'a', b'b', b'c', 0x11, 0x00,
+            0x00, // a header of its own
             0x00, 0xff,
         ];
         let mut file = tempfile::tempfile().unwrap();
