@@ -49,6 +49,8 @@ fn replay(name: &str) {
     for i in 0..count {
         let mut rng = rng::rng(7, &[rng::name_key(name), i as u64]);
         let bytes = mutated(&seeds, &mut rng);
+        // Where it is to be found after a hang or an abort.
+        std::fs::write(Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("fuzz-{name}")), &bytes).unwrap();
         let outcome = std::panic::catch_unwind(|| target(&bytes));
         assert!(outcome.is_ok(), "{name}, mutation {i}: {:?}", String::from_utf8_lossy(&bytes[..bytes.len().min(400)]));
     }

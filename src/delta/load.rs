@@ -72,6 +72,10 @@ impl Delta {
         }
         let task = dir.join(file::TASK);
         let own = if task.exists() { read_tensors(&task)?.0 } else { Vec::new() };
+        let wrong: Vec<String> = own.iter().filter_map(|(name, t)| broken(name, t).transpose()).collect::<Result<_>>()?;
+        if !wrong.is_empty() {
+            return Err(misfits(&task.display().to_string(), wrong));
+        }
         if methods.is_empty() && own.is_empty() {
             return Err(Error::input(dir.display(), format!("holds no adapter: there is neither {} nor {}", file::CONFIG, file::TASK)));
         }
@@ -109,8 +113,7 @@ impl Delta {
     /// With every missing, unexpected, misshapen or broken tensor.
     pub fn apply(&self, clip: &Clip) -> Result<Adapters> {
         let methods: Vec<MethodConfig> = self.methods.iter().map(|(m, _)| m.clone()).collect();
-        let held: usize = self.methods.iter().flat_map(|(_, tensors)| tensors).map(|(_, t)| t.elem_count()).sum();
-        let params = Params::new(0, clip.device()).limited(held.saturating_mul(4).max(SMALL));
+        let params = Params::new(0, clip.device()).limited(self.room());
         let adapters = Adapters::plan_in(params, &methods, clip.sites()).map_err(|e| self.placed(e))?;
         let all: Vec<_> = adapters.params.iter().collect();
         for ((_, tensors), range) in self.methods.iter().zip(&adapters.ranges) {
@@ -119,8 +122,14 @@ impl Delta {
         Ok(adapters)
     }
 
+    /// How many numbers its configuration may describe.
+    pub(crate) fn room(&self) -> usize {
+        let tensors = self.methods.iter().flat_map(|(_, tensors)| tensors).chain(&self.own);
+        tensors.map(|(_, t)| t.elem_count()).sum::<usize>().saturating_mul(4).max(SMALL)
+    }
+
     /// The configuration that an error is about stands in a file.
-    fn placed(&self, error: Error) -> Error {
+    pub(crate) fn placed(&self, error: Error) -> Error {
         match error {
             Error::Input(mut problem) => {
                 problem.place = format!("{}: {}", self.dir.display(), problem.place);
@@ -172,7 +181,7 @@ fn fill(place: &str, tensors: &[(String, Tensor)], params: &[&peft_adapters::Par
     let expected: HashSet<&str> = params.iter().map(|p| p.name.as_str()).collect();
     wrong.extend(tensors.iter().filter(|(n, _)| !expected.contains(n.as_str())).map(|(n, _)| format!("unexpected: {n}")));
     if !wrong.is_empty() {
-        return Err(listed(place, wrong));
+        return Err(misfits(place, wrong));
     }
     for param in params {
         if let Some(t) = given.get(param.name.as_str()) {
@@ -182,7 +191,7 @@ fn fill(place: &str, tensors: &[(String, Tensor)], params: &[&peft_adapters::Par
     Ok(())
 }
 
-fn listed(place: &str, wrong: Vec<String>) -> Error {
+fn misfits(place: &str, wrong: Vec<String>) -> Error {
     const SHOWN: usize = 20;
     let more = wrong.len().saturating_sub(SHOWN);
     let mut lines: Vec<String> = wrong.iter().take(SHOWN).map(|w| format!("  {w}")).collect();

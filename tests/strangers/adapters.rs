@@ -73,6 +73,7 @@ pub(crate) fn cases() -> Vec<Case> {
     }
     cases.extend(files(&base));
     cases.extend(tensors(&base));
+    cases.extend(tasks(&base));
     cases
 }
 
@@ -190,6 +191,51 @@ fn tensors(base: &Rc<Model>) -> Vec<Case> {
     for kind in ["lora_magnitude_vector", "lora_embedding_A", "ia3_l"] {
         let rename = move |all: &mut Named| all[0].0 = all[0].0.replace("lora_A.weight", kind);
         changed(format!("{kind} for lora_A"), "unexpected", Box::new(rename));
+    }
+    cases
+}
+
+/// A task's own weights, and what `peft.json` says of them.
+fn tasks(base: &Rc<Model>) -> Vec<Case> {
+    let mut cases = Vec::new();
+    let mut head = |name: &str, part, rows: usize, value: f64, dtype: DType| {
+        let own = base.clone();
+        cases.push(case(format!("a head: {name}"), Refused(part), base, move |dir| {
+            save(dir, own.base(), &lora());
+            let dim = own.base().clip.config().projection_dim;
+            let fill = |shape: &[usize]| Tensor::full(value, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+            let all = [("head.weight".to_string(), fill(&[rows, dim])), ("head.bias".to_string(), fill(&[rows]))];
+            weights::save(&dir.join("task.safetensors"), &all).unwrap();
+        }));
+    };
+    head("NaN", "not finite", 3, f64::NAN, DType::F32);
+    head("infinite in half precision", "not finite", 3, f64::INFINITY, DType::F16);
+    head("more than f32 holds", "not finite in f32", 3, 1e300, DType::F64);
+    head("whole numbers", "expected floats", 3, 1.0, DType::U8);
+    head("other classes", "task.safetensors", 4, 1.0, DType::F32);
+    for fusion in [
+        r#"{"transformer": {"layers": 1000000000, "dim": 1024, "heads": 1}}"#,
+        r#"{"transformer": {"layers": 1, "dim": 1000000000, "heads": 1}}"#,
+        r#"{"cross_attention": {"layers": 1, "dim": 8, "heads": 0}}"#,
+        r#"{"concat": {"hidden": 18446744073709551615}}"#,
+        r#"{"bilinear": {"rank": 1000000000000}}"#,
+        r#"{"concat": {"hidden": -1}}"#,
+        r#"{"magic": {}}"#,
+        "[]",
+    ] {
+        let own = base.clone();
+        cases.push(case(format!("a fusion: {fusion}"), Refused("adapter"), base, move |dir| {
+            save(dir, own.base(), &lora());
+            put(&dir.join("peft.json"), "task", r#"{"match": {"inputs": "both", "negatives": "given"}}"#);
+            put(&dir.join("peft.json"), "fusion", fusion);
+        }));
+    }
+    for task in [r#"{"magic": {}}"#, "[]", "3", r#"{"match": {"inputs": 1}}"#, r#"{"answer": {"answers": {"known": 1e18}}}"#, "null"] {
+        let own = base.clone();
+        cases.push(case(format!("a task: {task}"), Either, base, move |dir| {
+            save(dir, own.base(), &lora());
+            put(&dir.join("peft.json"), "task", task);
+        }));
     }
     cases
 }

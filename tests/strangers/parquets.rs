@@ -97,6 +97,14 @@ pub(crate) fn cases() -> Vec<Case> {
             bytes
         }));
     }
+    // The crate passes over a list of two billion texts that are not there, one by one.
+    cases.push(case("an endless list in a page's header", Refused("is no header"), || {
+        let mut bytes = texts();
+        let endless =
+            [0x15, 0, 0x15, 0x14, 0x15, 0x14, 0x2c, 0x15, 2, 0x15, 0, 0x15, 6, 0x15, 6, 0x1c, 0x19, 0xf8, 0xff, 0xff, 0xff, 0xff, 7];
+        bytes[4..4 + endless.len()].copy_from_slice(&endless);
+        bytes
+    }));
     cases.push(case("the mark alone", Refused("x.parquet"), || b"PAR1PAR1".to_vec()));
     cases.push(case("encrypted", Refused("x.parquet"), || [b"PARE".to_vec(), vec![0; 100], b"PARE".to_vec()].concat()));
     cases.push(case("twenty thousand rows of one text", Refused("rows in"), || written(TEXTS, &vec![ByteArray::from("a cat"); 20_000])));

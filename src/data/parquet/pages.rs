@@ -1,4 +1,5 @@
-//! The sizes that pages state, before any is unpacked: the crate takes what a page's header says.
+//! Pages' headers, before any page is unpacked: the crate believes the sizes that they state, and passes over a list of four
+//! billion items that are not there one by one.
 
 use std::io::{BufReader, Read, Result};
 use std::path::Path;
@@ -13,6 +14,9 @@ const FREE: u64 = 64 << 20;
 
 /// How many times larger a page may become beyond that. Images do not shrink, texts five to ten times.
 const MAX_RATIO: u64 = 32;
+
+/// A header holds the smallest and the largest value at most.
+const MAX_HEADER: u64 = 16 << 20;
 
 /// Structs in structs; a page's header has two.
 const MAX_DEPTH: usize = 8;
@@ -32,10 +36,11 @@ pub(super) fn check(
         let first = column.dictionary_page_offset().map_or(column.data_page_offset(), |at| at.min(column.data_page_offset()));
         let (Ok(mut at), Ok(len)) = (u64::try_from(first), u64::try_from(column.compressed_size())) else { continue };
         let end = at.saturating_add(len);
-        // What cannot be understood is for the crate to refuse.
-        while at < end
-            && let Ok(page) = header(file, at)
-        {
+        while at < end {
+            let page = header(file, at, end - at).map_err(|_| {
+                Error::input(path.display(), format!("is broken: byte {at} is no header of a page of column `{name}`"))
+                    .hint("the file may be incomplete; fetch or write it again")
+            })?;
             if page.unpacked > FREE && page.unpacked / MAX_RATIO > page.packed {
                 let message = format!("a page of column `{name}` has {} bytes in {}", page.unpacked, page.packed);
                 return Err(
@@ -56,8 +61,8 @@ struct Page {
     packed: u64,
 }
 
-fn header(file: &Shared, at: u64) -> Result<Page> {
-    let mut reader = Compact { inner: BufReader::with_capacity(512, file.from(at)), read: 0 };
+fn header(file: &Shared, at: u64, most: u64) -> Result<Page> {
+    let mut reader = Compact { inner: BufReader::with_capacity(512, file.from(at)), read: 0, most: most.min(MAX_HEADER) };
     let mut page = Page::default();
     reader.structure(0, &mut |field, value| match field {
         2 => page.unpacked = value,
@@ -72,6 +77,8 @@ fn header(file: &Shared, at: u64) -> Result<Page> {
 struct Compact {
     inner: BufReader<Shared>,
     read: u64,
+    /// Bytes that may be read; what is counted takes one at least.
+    most: u64,
 }
 
 fn broken() -> std::io::Error {
@@ -82,7 +89,7 @@ impl Compact {
     fn byte(&mut self) -> Result<u8> {
         let mut byte = [0];
         self.inner.read_exact(&mut byte)?;
-        self.read += 1;
+        self.take(1)?;
         Ok(byte[0])
     }
 
@@ -105,8 +112,12 @@ impl Compact {
     }
 
     fn skip(&mut self, bytes: u64) -> Result<()> {
-        self.inner.seek_relative(i64::try_from(bytes).map_err(|_| broken())?)?;
-        self.read = self.read.checked_add(bytes).ok_or_else(broken)?;
+        self.take(bytes)?;
+        self.inner.seek_relative(i64::try_from(bytes).map_err(|_| broken())?)
+    }
+
+    fn take(&mut self, bytes: u64) -> Result<()> {
+        self.read = self.read.checked_add(bytes).filter(|read| *read <= self.most).ok_or_else(broken)?;
         Ok(())
     }
 
@@ -177,8 +188,13 @@ mod tests {
         file.write_all(b"PAR1").unwrap();
         file.write_all(&bytes).unwrap();
         let file = Shared::new(file);
-        let page = header(&file, 4).unwrap();
+        let page = header(&file, 4, 1 << 20).unwrap();
+        // A list of 2^63 numbers of eight bytes.
+        let mut endless = tempfile::tempfile().unwrap();
+        endless.write_all(&[0x19, 0xf7, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f, 0x00]).unwrap();
+        assert!(header(&Shared::new(endless), 0, u64::MAX).is_err());
         assert_eq!((page.unpacked, page.packed, page.header), (300, 200, bytes.len() as u64 - 1));
-        assert!(header(&file, 4 + bytes.len() as u64).is_err(), "nothing is there");
+        assert!(header(&file, 4 + bytes.len() as u64, 1 << 20).is_err(), "nothing is there");
+        assert!(header(&file, 4, 20).is_err(), "longer than its column");
     }
 }
