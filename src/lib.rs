@@ -143,6 +143,7 @@ pub mod fusion;
 pub mod guard;
 pub mod hub;
 pub mod inspect;
+mod json;
 pub mod measure;
 pub mod merge;
 pub mod model;

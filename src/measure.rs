@@ -10,7 +10,6 @@ use peft_adapters::{ClassFeatures, Patches, Step, rng};
 
 use crate::clip::Clip;
 use crate::clip::base::{Base, Parts};
-use crate::clip::decode::DecodeOptions;
 use crate::clip::model::class_logits;
 use crate::compare::{BaseMeasured, Measured, Second};
 use crate::comparison::Inference;
@@ -195,7 +194,7 @@ pub fn pictures(recipe: &Recipe, ids: &[String]) -> Result<Vec<String>> {
         return Ok(Vec::new());
     }
     let data = recipe.data.open(recipe.train.seed)?;
-    let options = DecodeOptions { background: recipe.images.background, orient: recipe.images.orient, ..Default::default() };
+    let options = recipe.images.options();
     let images = Images::new(Parts::load(recipe.model.spec())?.preprocess, options);
     let one = |id: &String| {
         let example = data.test.iter().chain(&data.val).find(|e| e.id == *id);

@@ -9,7 +9,6 @@ use peft_adapters::{Sites, TaskFacts, ops};
 use serde_json::json;
 
 use crate::clip::base::Base;
-use crate::clip::decode::DecodeOptions;
 use crate::clip::source::Source;
 use crate::data::{Dataset, Images, Split};
 use crate::delta::{self, Adapters, BaseRef, Delta, Manifest, bundled};
@@ -47,7 +46,7 @@ impl Session {
     pub fn open(recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Result<Self> {
         let mut data = fetched(observer, |progress| recipe.data.local(progress))?.open(recipe.train.seed)?;
         let base = load(&recipe, device, observer)?;
-        let options = DecodeOptions { background: recipe.images.background, orient: recipe.images.orient, ..Default::default() };
+        let options = recipe.images.options();
         let images = Arc::new(Images::new(base.preprocess.clone(), options));
         for note in base.source.notes() {
             observer.event(Event::Note(note.clone()));

@@ -90,7 +90,7 @@ fn evenly<'a>(all: &[&'a Example], count: usize) -> Vec<&'a Example> {
 
 /// The whole image, made small.
 fn picture(example: &Example, options: &DecodeOptions) -> Result<RgbImage> {
-    let image = decode::decode(&example.id, &example.bytes()?, options)?;
+    let image = decode::decode(&example.id, &example.bytes_within(options.max_bytes)?, options)?;
     let scale = f64::from(SIDE) / f64::from(image.width().max(image.height()));
     let side = |s: u32| ((f64::from(s) * scale).round() as u32).clamp(1, SIDE);
     Ok(image::imageops::resize(&image, side(image.width()), side(image.height()), FilterType::Triangle))

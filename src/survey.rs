@@ -150,7 +150,7 @@ impl Subject {
         let place = if inner.is_file() { inner.as_path() } else { place };
         if place.is_file() && place.extension().is_some_and(|e| e == "yaml" || e == "yml") {
             let recipe = Recipe::load(place, &[])?;
-            let images = DecodeOptions { background: recipe.images.background, orient: recipe.images.orient, ..Default::default() };
+            let images = recipe.images.options();
             let model = model.unwrap_or(recipe.model.spec()).to_string();
             return Ok(Self { data: recipe.data, images, model, seed: recipe.train.seed });
         }
@@ -214,7 +214,7 @@ struct Look {
 }
 
 fn look(example: &Example, options: &DecodeOptions) -> Result<Look> {
-    let bytes = example.bytes()?;
+    let bytes = example.bytes_within(options.max_bytes)?;
     let image = decode::decode(&example.id, &bytes, options)?;
     Ok(Look { hash: blake3::hash(&bytes), bytes: bytes.len() as u64, width: image.width(), height: image.height() })
 }

@@ -76,6 +76,8 @@ pub struct Params {
     dtype: DType,
     device: Device,
     items: Vec<Param>,
+    /// The most numbers that may be declared.
+    limit: usize,
     /// Set in a view of another set: declaring hands out what is there, without gradients.
     view: bool,
     notes: Vec<String>,
@@ -91,14 +93,23 @@ impl Params {
     /// An empty set of another dtype; f64 serves finite-difference tests.
     #[must_use]
     pub fn with_dtype(seed: u64, dtype: DType, device: &Device) -> Self {
-        Self { seed, dtype, device: device.clone(), items: Vec::new(), view: false, notes: Vec::new() }
+        Self { seed, dtype, device: device.clone(), items: Vec::new(), limit: usize::MAX, view: false, notes: Vec::new() }
+    }
+
+    /// Refuses to declare more than so many numbers: what an adapter from elsewhere asks for is not to take more memory than what
+    /// it brings along.
+    #[must_use]
+    pub fn limited(self, numbers: usize) -> Self {
+        Self { limit: numbers, ..self }
     }
 
     /// The same parameters for evaluation: planning a method with it gives hooks that read the
     /// current values and record no graph.
     #[must_use]
     pub fn view(&self) -> Self {
-        Self { seed: self.seed, dtype: self.dtype, device: self.device.clone(), items: self.items.clone(), view: true, notes: Vec::new() }
+        let Self { seed, dtype, device, items, limit, .. } = self;
+        let (device, items) = (device.clone(), items.clone());
+        Self { seed: *seed, dtype: *dtype, device, items, limit: *limit, view: true, notes: Vec::new() }
     }
 
     /// Declares a parameter and returns the tensor to compute with.
@@ -119,6 +130,7 @@ impl Params {
         if self.items.iter().any(|p| p.name == spec.name) {
             return Err(Error::config(spec.name, "two methods of the recipe train this tensor; select disjoint targets"));
         }
+        self.check_room(&spec)?;
         let mut rng = rng::rng(self.seed, &[rng::name_key(&spec.name)]);
         let (dtype, device) = (self.dtype, &self.device);
         let value = match &spec.start {
@@ -141,6 +153,19 @@ impl Params {
         let tensor = if spec.frozen { var.as_tensor().detach() } else { var.as_tensor().clone() };
         self.items.push(Param { name: spec.name, var, lr_factor: spec.lr_factor, decay, frozen: spec.frozen });
         Ok(tensor)
+    }
+
+    fn check_room(&self, spec: &Spec) -> Result<()> {
+        let wanted = spec.shape.dims().iter().try_fold(1usize, |n, d| n.checked_mul(*d));
+        let held: usize = self.items.iter().map(|p| p.var.elem_count()).sum();
+        match wanted.and_then(|n| n.checked_add(held)).filter(|n| *n <= self.limit) {
+            Some(_) => Ok(()),
+            None => {
+                let message =
+                    format!("has the shape {:?}: the configuration describes more than {} numbers", spec.shape.dims(), self.limit);
+                Err(Error::config(spec.name.as_str(), message))
+            }
+        }
     }
 
     /// Tells the user something that is no error, such as a pattern that matches nothing.

@@ -7,6 +7,8 @@ use crate::error::{Error, Result};
 
 /// Sizes beyond these are mistakes or attacks, not CLIP models.
 const MAX_SIZE: usize = 1 << 20;
+/// No image is larger on its way into a model.
+const MAX_IMAGE_SIDE: usize = 8192;
 const MAX_PARAMETERS: usize = 20_000_000_000;
 
 /// The text encoder's shape.
@@ -133,7 +135,7 @@ impl ClipConfig {
     /// # Errors
     /// When it is no JSON object, or a size is out of range or inconsistent.
     pub fn from_json(place: &str, bytes: &[u8]) -> Result<Self> {
-        let value: Value = serde_json::from_slice(bytes).map_err(|e| Error::input(place, format!("not valid JSON: {e}")))?;
+        let value: Value = crate::json::from_slice(bytes).map_err(|e| Error::input(place, format!("not valid JSON: {e}")))?;
         let Some(root) = value.as_object() else {
             return Err(Error::input(place, "expected a JSON object"));
         };
@@ -180,6 +182,12 @@ impl ClipConfig {
             return Err(Error::input(
                 format!("{place}: vision_config"),
                 format!("`patch_size` {} is larger than `image_size` {}", v.patch_size, v.image_size),
+            ));
+        }
+        if v.image_size > MAX_IMAGE_SIDE {
+            return Err(Error::input(
+                format!("{place}: vision_config"),
+                format!("`image_size`: expected at most {MAX_IMAGE_SIDE}, found {}", v.image_size),
             ));
         }
         if v.num_channels != 3 {

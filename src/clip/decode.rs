@@ -8,8 +8,8 @@ mod colour;
 mod gif;
 mod jpeg;
 mod tiff;
+mod timed;
 
-use std::io::Cursor;
 use std::path::Path;
 
 use image::metadata::Orientation;
@@ -17,12 +17,14 @@ use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbIma
 
 use super::preprocess::Background;
 use crate::error::{Error, Result};
+use crate::guard::guarded;
+use timed::Timed;
 
 /// All extensions (lower-case) that a directory scan takes as images.
 pub const EXTENSIONS: &[&str] = &["png", "apng", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "dib", "tif", "tiff"];
 
-/// Larger files are refused unread.
-const MAX_FILE: u64 = 256 << 20;
+/// Larger files are refused unread, whatever the options say.
+pub const MAX_FILE: u64 = 256 << 20;
 /// What decoders may use beside 16 bytes a pixel (the most that any pixel takes).
 const SLACK: u64 = 64 << 20;
 
@@ -36,13 +38,18 @@ pub struct DecodeOptions {
     pub background: Background,
     /// Whether the EXIF orientation is applied.
     pub orient: bool,
-    /// Images with more pixels are refused before they are decoded.
+    /// Images with more pixels are refused before they are decoded. Decoding takes at most 24 bytes a pixel and 64 MiB.
     pub max_pixels: u64,
+    /// Larger files are refused before they are read.
+    pub max_bytes: u64,
+    /// Seconds after which decoding is given up. The clock is looked at between pieces of 64 KiB of the file, so that it ends
+    /// what a file drags out; what its pixels cost, `max_pixels` bounds. JPEGs are decoded in one piece.
+    pub max_seconds: f64,
 }
 
 impl Default for DecodeOptions {
     fn default() -> Self {
-        Self { background: Background::Keep, orient: true, max_pixels: 100_000_000 }
+        Self { background: Background::Keep, orient: true, max_pixels: 100_000_000, max_bytes: MAX_FILE, max_seconds: 60.0 }
     }
 }
 
@@ -81,15 +88,15 @@ pub fn decode_rgba(place: &str, bytes: &[u8], options: &DecodeOptions) -> Result
 /// # Errors
 /// When it cannot be read or is too large; else as [`decode`].
 pub fn open(path: &Path, options: &DecodeOptions) -> Result<RgbImage> {
-    decode(&path.display().to_string(), &read_file(path)?, options)
+    decode(&path.display().to_string(), &read_file(path, options.max_bytes)?, options)
 }
 
-/// Reads a file of at most 256 MiB.
+/// Reads a file of at most `max_bytes` and of at most 256 MiB.
 ///
 /// # Errors
 /// When it cannot be read or is larger.
-pub fn read_file(path: &Path) -> Result<Vec<u8>> {
-    crate::files::read(path, MAX_FILE)
+pub fn read_file(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
+    crate::files::read(path, max_bytes.min(MAX_FILE))
 }
 
 fn turn(mut image: DynamicImage, orientation: Orientation, options: &DecodeOptions) -> DynamicImage {
@@ -100,21 +107,49 @@ fn turn(mut image: DynamicImage, orientation: Orientation, options: &DecodeOptio
 }
 
 fn pixels(place: &str, bytes: &[u8], options: &DecodeOptions) -> Result<Decoded> {
+    if bytes.len() as u64 > options.max_bytes {
+        return Err(Error::input(place, format!("has {} bytes, expected at most {}", bytes.len(), options.max_bytes)));
+    }
+    let file = Timed::new(bytes, options.max_seconds);
+    let decoded = guarded(|| of_format(place, bytes, file, options))
+        .unwrap_or_else(|| Err(Error::input(place, "the image is damaged in a way that makes its decoder fail")));
+    match decoded {
+        Err(_) if file.is_over() => {
+            let message = format!("decoding took more than {} seconds", options.max_seconds);
+            Err(Error::input(place, message).hint("the file is built to be slow, or `images.max_seconds` is too small for this machine"))
+        }
+        decoded => decoded,
+    }
+}
+
+fn of_format(place: &str, bytes: &[u8], file: Timed<'_>, options: &DecodeOptions) -> Result<Decoded> {
     let format = sniff(place, bytes)?;
     match format {
         ImageFormat::Gif => {
-            let image = gif::first_frame(place, bytes, options)?;
+            let image = gif::first_frame(place, file, options)?;
             return Ok(Decoded { image, orientation: Orientation::NoTransforms });
+        }
+        // The decoder would say no more than that it is too much.
+        ImageFormat::Png => {
+            if let Some([width, height]) = png_size(bytes) {
+                check_size(place, width, height, options)?;
+            }
         }
         ImageFormat::Jpeg => jpeg::check_complete(place, bytes)?,
         ImageFormat::Tiff => {
-            if let Some(decoded) = tiff::special(place, bytes, options)? {
+            if let Some(decoded) = tiff::special(place, bytes, file, options)? {
                 return Ok(decoded);
             }
         }
         _ => {}
     }
-    generic(place, bytes, format, options)
+    generic(place, bytes, file, format, options)
+}
+
+/// Width and height, which stand behind the signature and the first chunk's head.
+fn png_size(bytes: &[u8]) -> Option<[u64; 2]> {
+    let side = |at: usize| Some(u64::from(u32::from_be_bytes(*bytes.get(at..)?.first_chunk()?)));
+    Some([side(16)?, side(20)?]).filter(|_| bytes.get(12..16) == Some(b"IHDR"))
 }
 
 fn sniff(place: &str, bytes: &[u8]) -> Result<ImageFormat> {
@@ -130,14 +165,19 @@ fn sniff(place: &str, bytes: &[u8]) -> Result<ImageFormat> {
 }
 
 /// Decodes with the `image` crate.
-fn generic(place: &str, bytes: &[u8], format: ImageFormat, options: &DecodeOptions) -> Result<Decoded> {
-    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
-    let mut limits = Limits::no_limits();
-    limits.max_alloc = Some(options.max_pixels.saturating_mul(16).saturating_add(SLACK));
-    reader.limits(limits);
+fn generic(place: &str, bytes: &[u8], file: Timed<'_>, format: ImageFormat, options: &DecodeOptions) -> Result<Decoded> {
+    let limits = |pixels: u64| {
+        let mut limits = Limits::no_limits();
+        limits.max_alloc = Some(pixels.saturating_mul(16).saturating_add(SLACK));
+        limits
+    };
+    let mut reader = ImageReader::with_format(file, format);
+    // What stands beside the pixels, such as a colour profile, may be a bomb of its own.
+    reader.limits(limits(0));
     let mut decoder = reader.into_decoder().map_err(|e| failed(place, &e))?;
     let (width, height) = decoder.dimensions();
     check_size(place, u64::from(width), u64::from(height), options)?;
+    decoder.set_limits(limits(u64::from(width) * u64::from(height))).map_err(|e| failed(place, &e))?;
     // Broken EXIF data is no reason to refuse an image.
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
     let mut image = DynamicImage::from_decoder(decoder).map_err(|e| failed(place, &e))?;

@@ -15,8 +15,8 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::hub;
 
-/// The largest file that is read whole; weights are read piece by piece.
-const MAX_FILE: u64 = 1 << 30;
+/// The largest file that is read whole; weights are read piece by piece. The largest vocabularies have 35 MB.
+const MAX_FILE: u64 = 64 << 20;
 
 /// A set of named files.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,7 +82,7 @@ fn fetch(repo: &hub::Repo, progress: &mut hub::Progress<'_>) -> Result<(PathBuf,
 
 /// Whether a `config.json` is transformers', not another library's of the same name.
 fn is_transformers(config: &Path) -> Result<bool> {
-    let value: serde_json::Value = serde_json::from_slice(&files::read(config, MAX_FILE)?).unwrap_or_default();
+    let value: serde_json::Value = crate::json::from_slice(&files::read(config, MAX_FILE)?).unwrap_or_default();
     Ok(["model_type", "text_config", "vision_config", "architectures"].iter().any(|key| value.get(key).is_some()))
 }
 

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::{ImageRef, Raw, RawExample, Source, Split};
 use crate::error::{Error, Result};
-use crate::files;
+use crate::{files, json};
 
 /// Larger annotation files are refused; VQA v2 has 400 MB.
 const MAX_JSON: u64 = 2 << 30;
@@ -103,7 +103,7 @@ pub(super) fn kind(path: &Path) -> Result<Kind> {
         annotations: Option<serde::de::IgnoredAny>,
         questions: Option<serde::de::IgnoredAny>,
     }
-    Ok(match serde_json::from_slice(&files::read(path, MAX_JSON)?) {
+    Ok(match json::from_large_slice(&files::read(path, MAX_JSON)?) {
         Ok(Keys { questions: Some(_), .. }) => Kind::Questions,
         Ok(Keys { images: Some(_), annotations: Some(_), .. }) => Kind::Captions,
         _ => Kind::Other,
@@ -111,13 +111,13 @@ pub(super) fn kind(path: &Path) -> Result<Kind> {
 }
 
 /// Reads an annotation file.
-pub(super) fn json<T: serde::de::DeserializeOwned>(path: &Path, expected: &str) -> Result<T> {
+pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path, expected: &str) -> Result<T> {
     let bytes = files::read(path, MAX_JSON)?;
-    serde_json::from_slice(&bytes).map_err(|e| Error::input(path.display(), format!("expected {expected}: {e}")))
+    json::from_large_slice(&bytes).map_err(|e| Error::input(path.display(), format!("expected {expected}: {e}")))
 }
 
 fn read(path: &Path, images: Option<&Path>, split: Option<Split>, raw: &mut Raw) -> Result<()> {
-    let file: Captions = json(path, "{\"images\": […], \"annotations\": […]}")?;
+    let file: Captions = read_json(path, "{\"images\": […], \"annotations\": […]}")?;
     let mut index: HashMap<u64, usize> = HashMap::new();
     let mut root = None;
     for (i, image) in file.images.into_iter().enumerate() {

@@ -30,6 +30,17 @@ impl ColumnNames {
     }
 }
 
+/// Longer texts are refused. CLIP reads some 77 tokens of one, and Parquet stores a text once for all rows that have it.
+const MAX_CELL: usize = 1 << 20;
+
+fn longest(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len(),
+        Value::Array(items) => items.iter().map(longest).max().unwrap_or(0),
+        _ => 0,
+    }
+}
+
 /// Stands between the texts of several columns.
 const JOIN: &str = ". ";
 
@@ -217,8 +228,14 @@ impl Columns {
 
     /// A column's name and value in a row; nothing where the cell is empty.
     fn find(&self, at: At<'_>, key: &str, named: &Option<String>, default: &[&str]) -> Result<Option<(String, Value)>> {
-        let filled = |name: &str| at.row.get(name).filter(|v| !v.is_null()).map(|v| (name.to_string(), v.clone()));
-        let Some(name) = named else { return Ok(default.iter().find_map(|name| filled(name))) };
+        let filled = |name: &str| -> Result<Option<(String, Value)>> {
+            let Some(value) = at.row.get(name).filter(|v| !v.is_null()) else { return Ok(None) };
+            match longest(value) {
+                bytes if bytes > MAX_CELL => Err(at.wrong(name, &format!("at most {MAX_CELL} bytes"), &bytes.to_string())),
+                _ => Ok(Some((name.to_string(), value.clone()))),
+            }
+        };
+        let Some(name) = named else { return default.iter().find_map(|name| filled(name).transpose()).transpose() };
         if !at.row.contains_key(name) {
             let known: Vec<&str> = at.row.keys().map(String::as_str).collect();
             return Err(Error::input((at.place)(), format!("there is no column `{name}`")).hint(format!(
@@ -227,7 +244,7 @@ impl Columns {
                 known.join(", ")
             )));
         }
-        Ok(filled(name))
+        filled(name)
     }
 
     fn texts(&self, at: At<'_>) -> Result<Vec<String>> {

@@ -110,7 +110,7 @@ impl CoopConfig {
 
     fn read_json(&self, path: &Path) -> Result<Raw> {
         let text = files::read_text(path, MAX_SPLIT)?;
-        let split: SplitFile = serde_json::from_str(&text).map_err(|e| {
+        let split: SplitFile = crate::json::from_large_slice(text.as_bytes()).map_err(|e| {
             Error::input(path.display(), format!("expected {{\"train\": [[path, label, class name], …], \"val\": …, \"test\": …}}: {e}"))
         })?;
         let first = split.train.first().or(split.test.first()).ok_or_else(|| Error::input(path.display(), "lists no image"))?;

@@ -103,7 +103,7 @@ impl Images {
     }
 
     fn read<T>(&self, example: &Example, decode: impl Fn(&str, &[u8], &DecodeOptions) -> Result<T>) -> Result<T> {
-        decode(&example.place(), &example.bytes()?, &self.options)
+        decode(&example.place(), &example.bytes_within(self.options.max_bytes)?, &self.options)
     }
 
     /// [`Images::fetch`] of an image whose bytes are here.

@@ -20,6 +20,7 @@ mod columns;
 mod coop;
 mod folder;
 pub mod images;
+mod labels;
 pub mod loader;
 mod locate;
 mod parquet;
@@ -40,6 +41,7 @@ pub use coop::{CoopConfig, Draw};
 pub use folder::FolderConfig;
 pub(crate) use folder::is_image;
 pub use images::Images;
+pub use labels::check_classes;
 pub use loader::{Batch, Loader, Plan};
 pub use parquet::ParquetConfig;
 pub use paths::Paths;
@@ -205,9 +207,17 @@ impl Example {
     /// # Errors
     /// When it cannot be read.
     pub fn bytes(&self) -> Result<Cow<'static, [u8]>> {
+        self.bytes_within(decode::MAX_FILE)
+    }
+
+    /// [`Example::bytes`] of a file that has at most `limit` of them.
+    ///
+    /// # Errors
+    /// When it is larger, or cannot be read.
+    pub fn bytes_within(&self, limit: u64) -> Result<Cow<'static, [u8]>> {
         match &self.image {
             ImageRef::Embedded(bytes) => Ok(Cow::Borrowed(bytes)),
-            ImageRef::File(path) => decode::read_file(path).map(Cow::Owned),
+            ImageRef::File(path) => decode::read_file(path, limit).map(Cow::Owned),
             ImageRef::Stored(stored) => stored.bytes().map(Cow::Owned),
             ImageRef::Missing => Err(Error::input(&self.id, "has no image")),
         }
@@ -323,7 +333,7 @@ impl DataConfig {
 type Placed = (Example, Option<Split>);
 
 /// Numbers the labels; names are sorted where the source does not fix them.
-fn classes(place: &str, raw: Raw) -> Result<(Vec<String>, Vec<Placed>, Option<String>)> {
+fn classes(place: &str, raw: Raw) -> Result<(Vec<String>, Vec<Placed>, Vec<String>)> {
     let names = match raw.classes {
         Some(names) => names,
         None => {
@@ -336,7 +346,7 @@ fn classes(place: &str, raw: Raw) -> Result<(Vec<String>, Vec<Placed>, Option<St
     };
     let keys = raw.keys.as_ref().unwrap_or(&names);
     let same = check_classes(place, &names);
-    let note = match (same, &raw.keys) {
+    let told = match (same, &raw.keys) {
         // Whoever has keys knows that names are not unique.
         (Err(Error::Input(p)), Some(_)) => Some(p.message),
         (same, _) => same.map(|()| None)?,
@@ -346,7 +356,8 @@ fn classes(place: &str, raw: Raw) -> Result<(Vec<String>, Vec<Placed>, Option<St
     let number = |e: RawExample| Ok((e.split, numbered(place, names.len(), e, &find)?));
     let examples: Vec<(Option<Split>, Example)> = raw.examples.into_iter().map(number).collect::<Result<_>>()?;
     let examples = examples.into_iter().map(|(split, e)| (e, split)).collect();
-    Ok((names, examples, note))
+    let notes = told.into_iter().chain(labels::look_alikes(&names)).collect();
+    Ok((names, examples, notes))
 }
 
 /// An example with the numbers of its classes, of which there are `count`.
@@ -362,24 +373,6 @@ fn numbered(place: &str, count: usize, e: RawExample, find: &dyn Fn(&str) -> Opt
     }
     let RawExample { id, image, texts, question, value, fits, answers, choices, group, .. } = e;
     Ok(Example { id, image, texts, question, label, labels, value, fits, answers, choices, group })
-}
-
-/// Empty and look-alike names make prompts that nobody can tell apart.
-///
-/// # Errors
-/// When a name is empty, or two are equal after trimming and case folding.
-pub fn check_classes(place: &str, names: &[String]) -> Result<()> {
-    let mut seen: HashMap<String, &String> = HashMap::new();
-    for name in names {
-        let key = name.split_whitespace().collect::<Vec<_>>().join(" ").to_lowercase();
-        if key.is_empty() {
-            return Err(Error::input(place, "a class name is empty"));
-        }
-        if let Some(other) = seen.insert(key, name) {
-            return Err(Error::input(place, format!("classes `{other}` and `{name}` give the same prompt")).hint("rename one of them"));
-        }
-    }
-    Ok(())
 }
 
 impl Dataset {

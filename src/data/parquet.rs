@@ -12,6 +12,7 @@ use super::{DataConfig, Dataset, Raw, Source, Split, check_classes, shards};
 use crate::error::{Error, Result};
 
 mod file;
+mod pages;
 mod rows;
 mod values;
 

@@ -241,6 +241,19 @@ impl Reading {
     }
 }
 
+/// Texts of rows that stay in memory have at most so many bytes: Parquet stores a text once, however many rows have it.
+const MAX_TEXTS: usize = 1 << 30;
+
+fn text_bytes(e: &RawExample) -> usize {
+    let lists = [&e.texts, &e.answers, &e.choices].into_iter().flatten().chain(e.labels.iter().flatten());
+    lists.chain([&e.question, &e.label, &e.group].into_iter().flatten()).chain([&e.id]).map(String::len).sum()
+}
+
+fn too_much_text(place: &str) -> Error {
+    Error::input(place, format!("the texts of its rows have more than {MAX_TEXTS} bytes"))
+        .hint("CLIP reads some 77 tokens of a text; shorten them, or stream the training split (`stream: true`)")
+}
+
 /// What one walk over all rows finds.
 #[derive(Default)]
 struct Walk {
@@ -249,6 +262,8 @@ struct Walk {
     listed: Vec<RawExample>,
     held_out: Vec<RawExample>,
     streamed: bool,
+    /// Bytes of what is listed.
+    texts: usize,
     names: BTreeSet<String>,
     bad: Vec<Error>,
     bad_count: usize,
@@ -276,6 +291,11 @@ fn walk(reading: &Reading, streaming: Streaming) -> Result<Walk> {
                 }
             }
         }
+        let kept = example.split != Some(Split::Train) || !walk.streamed;
+        walk.texts += if kept { text_bytes(&example) } else { 0 };
+        if walk.texts > MAX_TEXTS {
+            return Err(too_much_text(&reading.shards.place()));
+        }
         if example.split != Some(Split::Train) {
             walk.held_out.push(example);
             return Ok(());
@@ -296,9 +316,16 @@ fn walk(reading: &Reading, streaming: Streaming) -> Result<Walk> {
 /// Every row of a set, undivided.
 pub(super) fn list<S: Shards + 'static>(shards: Arc<S>) -> Result<Raw> {
     let mut raw = Raw { classes: shards.classes(), ..Default::default() };
+    let (place, mut texts) = (shards.place(), 0);
     Reading::new(shards).scan(&mut |_, row| {
         match row {
-            Ok(example) => raw.examples.push(example),
+            Ok(example) => {
+                texts += text_bytes(&example);
+                if texts > MAX_TEXTS {
+                    return Err(too_much_text(&place));
+                }
+                raw.examples.push(example);
+            }
             Err(error) => raw.bad.push(error),
         }
         Ok(())
@@ -355,10 +382,10 @@ pub(super) fn open<S: Shards + 'static>(config: &DataConfig, shards: Arc<S>, dra
     let mut examples = std::mem::take(&mut walk.listed);
     examples.append(&mut walk.held_out);
     let raw = Raw { classes: Some(names), examples, ..Default::default() };
-    let (classes, placed, note) = classes(&place, raw)?;
+    let (classes, placed, told) = classes(&place, raw)?;
     let plain = DataConfig { split: None, ..config.clone() };
     let mut data = split::divide(&place, &plain, classes, placed, draw)?;
-    (data.skipped, data.notes) = (walk.bad_count, [notes, data.notes, note.into_iter().collect()].concat());
+    (data.skipped, data.notes) = (walk.bad_count, [notes, data.notes, told].concat());
     if walk.streamed {
         let stream = Stream::new(reading, walk.train, &data.classes, options, config.skip_bad);
         check_groups(&place, &data, &stream)?;

@@ -1,13 +1,17 @@
 //! CSV, TSV and JSONL tables, and HF's imagefolder with `metadata.csv` or `metadata.jsonl`.
 
+use std::cell::Cell;
+use std::collections::HashSet;
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use serde_json::Value;
 
 use super::columns::{At, Row, shown, with_columns};
 use super::{ImageRef, Raw, RawExample, Source, Split};
 use crate::error::{Error, Result};
-use crate::files;
+use crate::{files, json};
 
 /// Longer rows of a JSONL file are refused.
 const MAX_LINE: u64 = 16 << 20;
@@ -162,16 +166,51 @@ fn rows(path: &Path, each: Each<'_>) -> Result<()> {
 
 type Each<'a> = &'a mut dyn FnMut(usize, Result<&Row>);
 
+/// Stands behind the last row. Where it is part of a cell, a quote was never closed, and rows went into that cell.
+const END: &str = "\u{1}end of the table\u{1}";
+
+/// Refuses rows that are longer than any row: what an open quote makes of a large table.
+struct Capped<R> {
+    inner: R,
+    /// Bytes since the last row.
+    read: Rc<Cell<u64>>,
+}
+
+impl<R: Read> Read for Capped<R> {
+    fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
+        let count = self.inner.read(out)?;
+        self.read.set(self.read.get() + count as u64);
+        match self.read.get() > MAX_LINE {
+            true => Err(std::io::Error::other(format!("a row has more than {MAX_LINE} bytes; is a quote left open?"))),
+            false => Ok(count),
+        }
+    }
+}
+
 fn delimited(path: &Path, delimiter: u8, each: Each<'_>) -> Result<()> {
-    let file = files::open(path)?;
-    let mut reader = csv::ReaderBuilder::new().delimiter(delimiter).from_reader(std::io::BufReader::new(file));
+    let file = utf8(path)?;
+    let read = Rc::new(Cell::new(0));
+    let end = format!("\n{END}\n");
+    let rows = Capped { inner: file.chain(end.as_bytes()), read: read.clone() };
+    let mut reader = csv::ReaderBuilder::new().delimiter(delimiter).flexible(true).from_reader(rows);
     let wrong = |e: csv::Error| {
         let line = e.position().map(|p| format!(":{}", p.line())).unwrap_or_default();
-        Error::input(format!("{}{line}", path.display()), e)
+        let utf8 = matches!(e.kind(), csv::ErrorKind::Utf8 { .. });
+        let error = Error::input(format!("{}{line}", path.display()), e);
+        if utf8 { error.hint("save the table as UTF-8") } else { error }
     };
     let header: Vec<String> =
         reader.headers().map_err(wrong)?.iter().map(|h| h.trim_start_matches('\u{feff}').trim().to_string()).collect();
+    let at = |line: usize, message: String| Error::input(format!("{}:{line}", path.display()), message);
+    if header.iter().any(|h| h.contains(END)) {
+        return if header.len() == 1 && header[0].len() == END.len() { Ok(()) } else { Err(at(1, UNCLOSED.into())) };
+    }
+    let mut seen = HashSet::new();
+    if let Some(twice) = header.iter().find(|h| !h.is_empty() && !seen.insert(*h)) {
+        return Err(at(1, format!("the column `{twice}` occurs twice")));
+    }
     for record in reader.records() {
+        read.set(0);
         let record = match record {
             Ok(record) => record,
             Err(e) if matches!(e.kind(), csv::ErrorKind::Io(_)) => return Err(wrong(e)),
@@ -181,15 +220,36 @@ fn delimited(path: &Path, delimiter: u8, each: Each<'_>) -> Result<()> {
             }
         };
         let line = record.position().map_or(0, |p| p.line() as usize);
+        if record.iter().any(|c| c.contains(END)) {
+            if record.len() > 1 || record[0].len() > END.len() {
+                each(line, Err(at(line, UNCLOSED.into())));
+            }
+            break;
+        }
+        if record.len() != header.len() {
+            each(line, Err(at(line, format!("expected {} cells as in the header, found {}", header.len(), record.len()))));
+            continue;
+        }
         let cells = record.iter().map(|c| if c.is_empty() { Value::Null } else { Value::String(c.to_string()) });
         each(line, Ok(&header.iter().cloned().zip(cells).collect()));
     }
     Ok(())
 }
 
+const UNCLOSED: &str = "a quote that opens in this row is never closed, so that all rows behind it are one cell";
+
+/// Opens a table; other encodings than UTF-8 begin with their mark.
+fn utf8(path: &Path) -> Result<BufReader<std::fs::File>> {
+    let mut file = BufReader::new(files::open(path)?);
+    let start = file.fill_buf().map_err(|e| Error::read(path, e))?;
+    if start.starts_with(b"\xff\xfe") || start.starts_with(b"\xfe\xff") {
+        return Err(Error::input(path.display(), "is UTF-16, expected UTF-8").hint("save the table as UTF-8"));
+    }
+    Ok(file)
+}
+
 fn json_lines(path: &Path, each: Each<'_>) -> Result<()> {
-    use std::io::{BufRead, Read};
-    let mut reader = std::io::BufReader::new(files::open(path)?);
+    let mut reader = utf8(path)?;
     let mut line = Vec::new();
     for number in 1.. {
         line.clear();
@@ -204,7 +264,8 @@ fn json_lines(path: &Path, each: Each<'_>) -> Result<()> {
         if line.trim_ascii().is_empty() {
             continue;
         }
-        match serde_json::from_slice::<Row>(&line) {
+        let mark: &[u8] = if number == 1 { b"\xef\xbb\xbf" } else { b"" };
+        match json::from_slice::<Row>(line.strip_prefix(mark).unwrap_or(&line)) {
             Ok(row) => each(number, Ok(&row)),
             Err(e) => each(number, Err(Error::input(place(), format!("expected a JSON object: {e}")))),
         }

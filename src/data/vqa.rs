@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::coco::{Entry, find, json};
+use super::coco::{Entry, find, read_json};
 use super::{ImageRef, Raw, RawExample, Source, Split};
 use crate::error::{Error, Result};
 
@@ -104,7 +104,7 @@ impl VqaConfig {
             None => None,
         };
         let path = &files.questions;
-        let file: Questions = json(path, "{\"questions\": […]}")?;
+        let file: Questions = read_json(path, "{\"questions\": […]}")?;
         let pattern = self.pattern(path, file.data_subtype.as_deref())?;
         let mut root = None;
         for (i, question) in file.questions.into_iter().enumerate() {
@@ -154,7 +154,7 @@ impl VqaConfig {
 }
 
 fn answers(path: &Path, bad: &mut Vec<Error>) -> Result<HashMap<u64, Vec<String>>> {
-    let file: Annotations = json(path, "{\"annotations\": […]}")?;
+    let file: Annotations = read_json(path, "{\"annotations\": […]}")?;
     let mut all = HashMap::with_capacity(file.annotations.len());
     for (i, annotation) in file.annotations.into_iter().enumerate() {
         let place = || format!("{}: annotation {i}", path.display());

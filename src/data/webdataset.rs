@@ -23,6 +23,9 @@ const MAX_IMAGE: u64 = 256 << 20;
 /// Larger `.txt`, `.cls` and `.json` members are refused.
 const MAX_TEXT: u64 = 16 << 20;
 
+/// Long names and PAX records of a member, which the crate reads into memory, are refused when they have more bytes.
+const MAX_HEADERS: u64 = 1 << 20;
+
 /// Class names: a list, or a JSON file with one (or with an object `{"0": "cat", …}`).
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(untagged)]
@@ -81,7 +84,7 @@ impl ClassList {
         let wrong = |found: &str| {
             Error::input(path.display(), format!("expected a JSON list of class names or an object {{\"0\": \"cat\", …}}, found {found}"))
         };
-        let value = serde_json::from_slice(&disk::read(path, MAX_TEXT)?).map_err(|e| wrong(&format!("no JSON: {e}")))?;
+        let value = crate::json::from_slice(&disk::read(path, MAX_TEXT)?).map_err(|e| wrong(&format!("no JSON: {e}")))?;
         let names: Option<Vec<String>> = match &value {
             Value::Array(names) => names.iter().map(|n| n.as_str().map(str::to_string)).collect(),
             Value::Object(names) => (0..names.len()).map(|i| Some(names.get(&i.to_string())?.as_str()?.to_string())).collect(),
@@ -250,6 +253,24 @@ impl TarRows {
         Ok(Self { path, file, len, at: 0, pending: None, number: 0, image, classes, last: None, done: false })
     }
 
+    /// Looks at the sizes of what stands before a member's own header.
+    fn check_headers(&self, start: u64) -> Result<()> {
+        let mut at = start;
+        let mut header = tar::Header::new_old();
+        while self.file.from(at).read_exact(header.as_mut_bytes()).is_ok() {
+            let kind = header.entry_type();
+            let extends =
+                kind.is_gnu_longname() || kind.is_gnu_longlink() || kind.is_pax_local_extensions() || kind.is_pax_global_extensions();
+            let Some(size) = header.entry_size().ok().filter(|_| extends) else { break };
+            at = at.saturating_add(512).saturating_add(size.div_ceil(512).saturating_mul(512));
+            if size > MAX_HEADERS || at - start > 4 * MAX_HEADERS {
+                let place = format!("{}: byte {start}", self.path.display());
+                return Err(Error::input(place, format!("a name or PAX record has {size} bytes, expected at most {MAX_HEADERS}")));
+            }
+        }
+        Ok(())
+    }
+
     /// The next member that belongs to an example.
     fn member(&mut self) -> Result<Option<Member>> {
         loop {
@@ -257,6 +278,7 @@ impl TarRows {
             if start >= self.len {
                 return Ok(None);
             }
+            self.check_headers(start)?;
             let mut archive = tar::Archive::new(self.file.window(start));
             let broken =
                 |e: std::io::Error| Error::input(format!("{}: byte {start}", self.path.display()), format!("is broken or no tar: {e}"));
@@ -332,11 +354,13 @@ impl TarRows {
                     let column = if column.is_empty() { "label" } else { column };
                     cells.insert(column.into(), self.class(text.trim()).map_err(wrong)?);
                 }
-                (column, _) => match (column, serde_json::from_str(&text).map_err(|e| wrong(format!("expected JSON: {e}")))?) {
-                    ("", Value::Object(object)) => cells.extend(object),
-                    ("", _) => return Err(wrong("expected a JSON object".into())),
-                    (column, value) => _ = cells.insert(column.into(), value),
-                },
+                (column, _) => {
+                    match (column, crate::json::from_slice(text.as_bytes()).map_err(|e| wrong(format!("expected JSON: {e}")))?) {
+                        ("", Value::Object(object)) => cells.extend(object),
+                        ("", _) => return Err(wrong("expected a JSON object".into())),
+                        (column, value) => _ = cells.insert(column.into(), value),
+                    }
+                }
             }
         }
         let wanted = self.image.as_deref();

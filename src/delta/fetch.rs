@@ -8,7 +8,7 @@ use crate::files;
 use crate::hub::{Progress, Repo, Snapshot};
 
 /// The largest `peft.json` that is read.
-const MAX_JSON: u64 = 256 << 20;
+const MAX_JSON: u64 = 64 << 20;
 
 /// Where the files of an adapter are; those of a hub id are fetched where they are not in the cache.
 ///
@@ -39,7 +39,7 @@ fn fetch(repo: &Repo, progress: &mut Progress<'_>) -> Result<PathBuf> {
     if let Some(path) = snapshot.get(file::MANIFEST, progress)? {
         let place = format!("{repo} ({})", file::MANIFEST);
         let manifest: Manifest =
-            serde_json::from_slice(&files::read(&path, MAX_JSON)?).map_err(|e| Error::input(place, format!("not as expected: {e}")))?;
+            crate::json::from_slice(&files::read(&path, MAX_JSON)?).map_err(|e| Error::input(place, format!("not as expected: {e}")))?;
         parts.extend(manifest.methods.iter().map(|m| format!("{}/", m.dir)));
     }
     let mut found = snapshot.get(file::TASK, progress)?.is_some();

@@ -1,6 +1,6 @@
 //! Reading an adapter, ours, HF PEFT's or CLIP-LoRA's: whatever does not fit is listed in one error.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
@@ -20,7 +20,11 @@ use crate::sign;
 const MAX_BYTES: u64 = 64 << 30;
 
 /// The largest configuration; class names of a large set take a few MiB.
-const MAX_JSON: u64 = 256 << 20;
+const MAX_JSON: u64 = 64 << 20;
+
+/// A configuration may describe this many numbers (64 MiB), or four times as many as its file holds, so that what does not fit is
+/// told tensor by tensor and a rank of a million is not.
+const SMALL: usize = 16 << 20;
 
 /// An adapter directory's content.
 #[derive(Debug)]
@@ -71,6 +75,10 @@ impl Delta {
         }
         let task = dir.join(file::TASK);
         let own = if task.exists() { read_tensors(&task)?.0 } else { Vec::new() };
+        let wrong: Vec<String> = own.iter().filter_map(|(name, t)| broken(name, t).transpose()).collect::<Result<_>>()?;
+        if !wrong.is_empty() {
+            return Err(misfits(&task.display().to_string(), wrong));
+        }
         if methods.is_empty() && own.is_empty() {
             return Err(Error::input(dir.display(), format!("holds no adapter: there is neither {} nor {}", file::CONFIG, file::TASK)));
         }
@@ -108,12 +116,30 @@ impl Delta {
     /// With every missing, unexpected, misshapen or broken tensor.
     pub fn apply(&self, clip: &Clip) -> Result<Adapters> {
         let methods: Vec<MethodConfig> = self.methods.iter().map(|(m, _)| m.clone()).collect();
-        let adapters = Adapters::plan(&methods, clip.sites(), 0, clip.device())?;
+        let params = Params::new(0, clip.device()).limited(self.room());
+        let adapters = Adapters::plan_in(params, &methods, clip.sites()).map_err(|e| self.placed(e))?;
         let all: Vec<_> = adapters.params.iter().collect();
         for ((_, tensors), range) in self.methods.iter().zip(&adapters.ranges) {
             fill(&self.dir.display().to_string(), tensors, &all[range.clone()])?;
         }
         Ok(adapters)
+    }
+
+    /// How many numbers its configuration may describe.
+    pub(crate) fn room(&self) -> usize {
+        let tensors = self.methods.iter().flat_map(|(_, tensors)| tensors).chain(&self.own);
+        tensors.map(|(_, t)| t.elem_count()).sum::<usize>().saturating_mul(4).max(SMALL)
+    }
+
+    /// The configuration that an error is about stands in a file.
+    pub(crate) fn placed(&self, error: Error) -> Error {
+        match error {
+            Error::Input(mut problem) => {
+                problem.place = format!("{}: {}", self.dir.display(), problem.place);
+                Error::Input(problem)
+            }
+            other => other,
+        }
     }
 
     /// Fills parameters that were planned from a recipe, `train.init_adapter`.
@@ -153,10 +179,12 @@ fn fill(place: &str, tensors: &[(String, Tensor)], params: &[&peft_adapters::Par
             Some(t) => wrong.extend(broken(&param.name, t)?),
         }
     }
-    let expected: std::collections::HashSet<&str> = params.iter().map(|p| p.name.as_str()).collect();
+    let mut seen = HashSet::new();
+    wrong.extend(tensors.iter().filter(|(n, _)| !seen.insert(n.as_str())).map(|(n, _)| format!("twice: {n}")));
+    let expected: HashSet<&str> = params.iter().map(|p| p.name.as_str()).collect();
     wrong.extend(tensors.iter().filter(|(n, _)| !expected.contains(n.as_str())).map(|(n, _)| format!("unexpected: {n}")));
     if !wrong.is_empty() {
-        return Err(listed(place, wrong));
+        return Err(misfits(place, wrong));
     }
     for param in params {
         if let Some(t) = given.get(param.name.as_str()) {
@@ -166,7 +194,7 @@ fn fill(place: &str, tensors: &[(String, Tensor)], params: &[&peft_adapters::Par
     Ok(())
 }
 
-fn listed(place: &str, wrong: Vec<String>) -> Error {
+fn misfits(place: &str, wrong: Vec<String>) -> Error {
     const SHOWN: usize = 20;
     let more = wrong.len().saturating_sub(SHOWN);
     let mut lines: Vec<String> = wrong.iter().take(SHOWN).map(|w| format!("  {w}")).collect();
@@ -194,7 +222,7 @@ pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<O
         return Ok(None);
     }
     let bytes = files::read(path, MAX_JSON)?;
-    serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::input(path.display(), format!("not as expected: {e}")))
+    crate::json::from_slice(&bytes).map(Some).map_err(|e| Error::input(path.display(), format!("not as expected: {e}")))
 }
 
 type Named = Vec<(String, Tensor)>;

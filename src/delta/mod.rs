@@ -47,7 +47,10 @@ impl Adapters {
     /// # Errors
     /// When a configuration does not fit the model or two methods train the same tensor.
     pub fn plan(methods: &[MethodConfig], sites: &Sites, seed: u64, device: &Device) -> Result<Self> {
-        let mut params = Params::new(seed, device);
+        Self::plan_in(Params::new(seed, device), methods, sites)
+    }
+
+    fn plan_in(mut params: Params, methods: &[MethodConfig], sites: &Sites) -> Result<Self> {
         let (mut patches, mut ranges) = (Patches::none(), Vec::new());
         for method in methods {
             let from = params.len();

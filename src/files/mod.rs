@@ -30,7 +30,9 @@ pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>> {
     if size > limit {
         return too_large(size);
     }
-    let mut bytes = Vec::with_capacity(size as usize);
+    let mut bytes = Vec::new();
+    let room = usize::try_from(size).ok().and_then(|size| bytes.try_reserve_exact(size).ok());
+    room.ok_or_else(|| Error::fault(path.display(), format!("has {size} bytes, more than there is memory for")))?;
     // The file may grow while it is read.
     file.take(limit + 1).read_to_end(&mut bytes).map_err(|e| Error::read(path, e))?;
     if bytes.len() as u64 > limit { too_large(bytes.len() as u64) } else { Ok(bytes) }

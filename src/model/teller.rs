@@ -12,6 +12,7 @@ use crate::clip::base::Base;
 use crate::data::{Example, ImageRef};
 use crate::delta::{Delta, Manifest};
 use crate::error::{Error, Result};
+use crate::fusion::FusionConfig;
 use crate::task::{Definition, Forward, Needs, Task, TaskConfig, TaskParts, Told};
 
 /// What is to be judged.
@@ -65,7 +66,7 @@ impl Teller {
     pub(super) fn of(delta: &Delta, base: &Base) -> Result<Option<Self>> {
         let Some((task, manifest)) = told(delta.manifest.as_ref()).zip(delta.manifest.as_ref()) else { return Ok(None) };
         let place = delta.dir.display();
-        let fusion = match &manifest.fusion {
+        let fusion: Option<FusionConfig> = match &manifest.fusion {
             serde_json::Value::Null => None,
             value => Some(serde_json::from_value(value.clone()).map_err(|e| Error::input(&place, format!("fusion in peft.json: {e}")))?),
         };
@@ -78,9 +79,12 @@ impl Teller {
             label_smoothing: 0.0,
             seed: 0,
         };
-        let mut params = Params::new(0, base.clip.device());
+        if let Some(fusion) = &fusion {
+            fusion.validate(&format!("{place}: fusion in peft.json"))?;
+        }
+        let mut params = Params::new(0, base.clip.device()).limited(delta.room());
         let definition: &dyn Definition = task.definition();
-        let mut task = definition.build(&parts, &mut params)?;
+        let mut task = definition.build(&parts, &mut params).map_err(|e| delta.placed(e))?;
         delta.fill_own(&params)?;
         task.set_scalars(&manifest.scalars);
         Ok(Some(Self { needs: task.needs(), task: Arc::new(Mutex::new(task)) }))

@@ -7,6 +7,7 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+use crate::clip::decode::{DecodeOptions, MAX_FILE};
 use crate::clip::spec::Spec;
 use crate::data::DataConfig;
 use crate::error::{Error, Result};
@@ -147,11 +148,43 @@ pub struct ImageConfig {
     pub background: crate::clip::preprocess::Background,
     /// Whether EXIF orientation is applied.
     pub orient: bool,
+    /// Images with more pixels are refused before they are decoded; each thread may need 24 bytes for each of them.
+    pub max_pixels: u64,
+    /// Larger image files are refused before they are read; at most 268435456.
+    pub max_bytes: u64,
+    /// Seconds after which decoding an image is given up.
+    pub max_seconds: f64,
 }
 
 impl Default for ImageConfig {
     fn default() -> Self {
-        Self { background: crate::clip::preprocess::Background::Keep, orient: true }
+        let DecodeOptions { background, orient, max_pixels, max_bytes, max_seconds } = DecodeOptions::default();
+        Self { background, orient, max_pixels, max_bytes, max_seconds }
+    }
+}
+
+impl ImageConfig {
+    /// As decoders take it.
+    #[must_use]
+    pub fn options(&self) -> DecodeOptions {
+        let Self { background, orient, max_pixels, max_bytes, max_seconds } = *self;
+        DecodeOptions { background, orient, max_pixels, max_bytes, max_seconds }
+    }
+
+    fn validate(&self, place: &str) -> Result<()> {
+        let wrong = |key: &str, expected: String, found: String| {
+            Err(Error::input(format!("{place}: images.{key}"), format!("expected {expected}, found {found}")))
+        };
+        if self.max_pixels == 0 {
+            return wrong("max_pixels", "at least 1".into(), "0".into());
+        }
+        if !(1..=MAX_FILE).contains(&self.max_bytes) {
+            return wrong("max_bytes", format!("1 to {MAX_FILE}"), self.max_bytes.to_string());
+        }
+        match self.max_seconds > 0.0 {
+            true => Ok(()),
+            false => wrong("max_seconds", "a number above 0".into(), self.max_seconds.to_string()),
+        }
     }
 }
 
@@ -180,6 +213,7 @@ impl Recipe {
             compare.validate(place)?;
         }
         self.train.validate(place)?;
+        self.images.validate(place)?;
         let task = self.task.definition();
         task.validate(place)?;
         if let Some(fusion) = &self.fusion {

@@ -1,20 +1,19 @@
 //! The first frame of a GIF, as Pillow shows it.
 
-use std::io::Cursor;
-
 use image::{DynamicImage, Rgba, RgbaImage};
 
+use super::timed::Timed;
 use super::{DecodeOptions, check_size};
 use crate::error::{Error, Result};
 
 /// Decodes indices, not colours: transparent pixels keep the colour of their palette entry, and
 /// what the frame does not cover is the transparent entry, or black.
-pub(super) fn first_frame(place: &str, bytes: &[u8], options: &DecodeOptions) -> Result<DynamicImage> {
+pub(super) fn first_frame(place: &str, file: Timed<'_>, options: &DecodeOptions) -> Result<DynamicImage> {
     let damaged = |e: ::gif::DecodingError| Error::input(place, format!("the image is truncated or damaged: {e}"));
     let mut settings = ::gif::DecodeOptions::new();
     settings.set_color_output(::gif::ColorOutput::Indexed);
     settings.set_memory_limit(::gif::MemoryLimit::Unlimited);
-    let mut decoder = settings.read_info(Cursor::new(bytes)).map_err(damaged)?;
+    let mut decoder = settings.read_info(file).map_err(damaged)?;
     let (width, height) = (u32::from(decoder.width()), u32::from(decoder.height()));
     check_size(place, width.into(), height.into(), options)?;
     let Some(frame) = decoder.next_frame_info().map_err(damaged)? else {

@@ -1,7 +1,7 @@
 //! The TIFFs that the `image` crate does not read, or not with Pillow's colours: palettes, whose
 //! indices are decoded as grey values and looked up, and CMYK.
 
-use std::io::Cursor;
+use std::io::{Cursor, Read, Seek};
 
 use ::tiff::decoder::{Decoder, DecodingResult, Limits};
 use ::tiff::tags::Tag;
@@ -9,6 +9,7 @@ use ::tiff::{ColorType, TiffError};
 use image::RgbImage;
 use image::metadata::Orientation;
 
+use super::timed::Timed;
 use super::{DecodeOptions, Decoded, check_size, colour};
 use crate::error::{Error, Result};
 
@@ -18,7 +19,7 @@ const PALETTE: u16 = 3;
 const SEPARATED: u16 = 5;
 
 /// The image, if it is of such a kind.
-pub(super) fn special(place: &str, bytes: &[u8], options: &DecodeOptions) -> Result<Option<Decoded>> {
+pub(super) fn special(place: &str, bytes: &[u8], file: Timed<'_>, options: &DecodeOptions) -> Result<Option<Decoded>> {
     let Some(at) = photometric(bytes) else { return Ok(None) };
     let little = bytes[0] == b'I';
     match read16(bytes, at, little) {
@@ -26,21 +27,21 @@ pub(super) fn special(place: &str, bytes: &[u8], options: &DecodeOptions) -> Res
             let mut grey = bytes.to_vec();
             let value = if little { BLACK_IS_ZERO.to_le_bytes() } else { BLACK_IS_ZERO.to_be_bytes() };
             grey[at..at + 2].copy_from_slice(&value);
-            decode(place, &grey, options)
+            decode(place, Cursor::new(grey), options)
         }
-        Some(SEPARATED) => decode(place, bytes, options),
+        Some(SEPARATED) => decode(place, file, options),
         _ => Ok(None),
     }
 }
 
-fn decode(place: &str, bytes: &[u8], options: &DecodeOptions) -> Result<Option<Decoded>> {
+fn decode(place: &str, file: impl Read + Seek, options: &DecodeOptions) -> Result<Option<Decoded>> {
     let failed = |e: TiffError| match e {
         TiffError::UnsupportedError(e) => {
             Error::input(place, format!("this kind of image is not supported: {e}")).hint("convert it to PNG")
         }
         e => Error::input(place, format!("the image is truncated or damaged: {e}")),
     };
-    let mut decoder = Decoder::new(Cursor::new(bytes)).map_err(failed)?;
+    let mut decoder = Decoder::new(file).map_err(failed)?;
     let (width, height) = decoder.dimensions().map_err(failed)?;
     check_size(place, width.into(), height.into(), options)?;
     let mut limits = Limits::default();

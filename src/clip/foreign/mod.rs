@@ -116,7 +116,7 @@ pub(super) fn clip_tokenizer(config: &ClipConfig) -> Result<Tokenizer> {
 }
 
 fn json_object(path: &Path) -> Result<Value> {
-    serde_json::from_slice(&files::read(path, MAX_CONFIG)?).map_err(|e| Error::input(path.display(), format!("not valid JSON: {e}")))
+    crate::json::from_slice(&files::read(path, MAX_CONFIG)?).map_err(|e| Error::input(path.display(), format!("not valid JSON: {e}")))
 }
 
 fn unknown_arch(place: &str) -> Error {
@@ -321,7 +321,7 @@ fn preprocessor(place: &str, config: &Value, size: usize) -> Result<Value> {
 /// The configuration of a base in HF layout for images of another size, and what to say about it.
 pub(super) fn resized_files(place: &str, config: &[u8], preprocess: Option<&[u8]>, size: usize) -> Result<(Files, Option<String>)> {
     let object = |name: &str, bytes: &[u8]| {
-        serde_json::from_slice::<Map<String, Value>>(bytes)
+        crate::json::from_slice::<Map<String, Value>>(bytes)
             .map_err(|e| Error::input(format!("{place}/{name}"), format!("not valid JSON: {e}")))
     };
     let mut config = object("config.json", config)?;

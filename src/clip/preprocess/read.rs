@@ -14,7 +14,7 @@ struct Keys<'a> {
 }
 
 pub(super) fn from_json(place: &str, bytes: &[u8]) -> Result<Preprocess> {
-    let value: Value = serde_json::from_slice(bytes).map_err(|e| Error::input(place, format!("not valid JSON: {e}")))?;
+    let value: Value = crate::json::from_slice(bytes).map_err(|e| Error::input(place, format!("not valid JSON: {e}")))?;
     let Some(map) = value.as_object() else {
         return Err(Error::input(place, "expected a JSON object"));
     };

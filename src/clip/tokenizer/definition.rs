@@ -78,7 +78,7 @@ fn read_object(source: &Source, name: &str) -> Result<Map<String, Value>> {
 }
 
 fn object(place: &str, bytes: &[u8]) -> Result<Map<String, Value>> {
-    serde_json::from_slice(bytes).map_err(|e| Error::input(place, format!("not a valid JSON object: {e}")))
+    crate::json::from_slice(bytes).map_err(|e| Error::input(place, format!("not a valid JSON object: {e}")))
 }
 
 /// Keeps what decides ids. Truncation and padding would cut and fill behind our back, dropout
@@ -91,6 +91,7 @@ fn from_tokenizer(place: &str, bytes: &[u8]) -> Result<Value> {
             kept.insert(key.to_string(), value);
         }
     }
+    check_growth(place, kept.get("normalizer"))?;
     let Some(model) = kept.get_mut("model").and_then(Value::as_object_mut) else {
         return Err(Error::input(place, "expected an object `model`"));
     };
@@ -102,6 +103,36 @@ fn from_tokenizer(place: &str, bytes: &[u8]) -> Result<Value> {
         Some(other) => return Err(Error::input(place, format!("`continuing_subword_prefix`: expected none, found {other}"))),
     }
     Ok(Value::Object(kept))
+}
+
+/// How many times longer a text may become before it is split. CLIP's own normaliser may double it.
+const MAX_GROWTH: usize = 64;
+
+/// Every `Replace` can make a text longer, and the next one what the one before made of it: ten in a row, and a word fills the memory.
+fn check_growth(place: &str, normalizer: Option<&Value>) -> Result<()> {
+    let growth = normalizer.map_or(1, growth);
+    if growth <= MAX_GROWTH {
+        return Ok(());
+    }
+    Err(Error::input(place, format!("`normalizer`: would make a text more than {MAX_GROWTH} times as long"))
+        .hint("a CLIP's normaliser replaces white space by one space"))
+}
+
+fn growth(normalizer: &Value) -> usize {
+    let length = |key: &str| normalizer.get(key).and_then(Value::as_str).map_or(0, str::len);
+    match normalizer.get("type").and_then(Value::as_str) {
+        Some("Sequence") => {
+            let all = normalizer.get("normalizers").and_then(Value::as_array);
+            all.into_iter().flatten().fold(1, |product: usize, n| product.saturating_mul(growth(n)))
+        }
+        // An expression may match nothing, so that what replaces it stands between all characters.
+        Some("Replace") => match normalizer.pointer("/pattern/String").and_then(Value::as_str).map_or(0, str::len) {
+            0 => length("content").saturating_add(1),
+            pattern => length("content").div_ceil(pattern).max(1),
+        },
+        Some("Prepend") => length("prepend").saturating_add(1),
+        _ => 1,
+    }
 }
 
 /// What transformers' `CLIPTokenizer` builds from a vocabulary and merges.

@@ -23,6 +23,7 @@ use super::foreign;
 use super::source::Source;
 use crate::error::{Error, Result};
 use crate::files::write_atomic;
+use crate::json;
 use check::Chosen;
 use container::{Bytes, Container};
 pub(crate) use open_clip::state_dict;
@@ -187,7 +188,7 @@ fn open_shards(source: &Source, index: &str) -> Result<Vec<Container<'static>>> 
 
 /// The files that an index names, each with its tensors.
 pub(crate) fn shards(place: &str, index: &[u8]) -> Result<BTreeMap<String, BTreeSet<String>>> {
-    let json: Value = serde_json::from_slice(index).map_err(|e| Error::input(place, format!("not valid JSON: {e}")))?;
+    let json: Value = json::from_slice(index).map_err(|e| Error::input(place, format!("not valid JSON: {e}")))?;
     let Some(map) = json.get("weight_map").and_then(Value::as_object).filter(|m| !m.is_empty()) else {
         return Err(Error::input(place, "expected an object `weight_map` of tensors and their files"));
     };

@@ -3,8 +3,8 @@
 //! A pickle is a program; Python runs whatever it names. This machine knows the opcodes of plain
 //! data and four names of PyTorch; anything else is refused. The classes of a TorchScript archive
 //! (`__torch__.…`) are opaque: their objects are bags of attributes, their code is not looked at.
-//! Values live in arenas, so hostile nesting cannot exhaust the stack, and no opcode makes more
-//! than it was given bytes for.
+//! Values live in arenas, so hostile nesting cannot exhaust the stack. Opcodes of one byte make values of many, and what is
+//! remembered can be used again and again, so numbers of values, dimensions and the bytes of names are bounded.
 
 mod walk;
 
@@ -77,6 +77,12 @@ enum Callable {
 /// Tuples deeper than any that PyTorch writes.
 const MAX_DEPTH: usize = 16;
 
+/// Values on the stack, in memory and in dicts, each of some 32 bytes; a CLIP's pickle has some 20 000.
+const MAX_VALUES: usize = 1 << 20;
+
+/// Dimensions of a tensor.
+const MAX_RANK: usize = 8;
+
 #[derive(Default)]
 struct Machine<'a> {
     rest: &'a [u8],
@@ -86,6 +92,8 @@ struct Machine<'a> {
     dicts: Vec<Vec<(Value, Value)>>,
     /// The dict of attributes of each object.
     objects: Vec<Option<usize>>,
+    /// Pairs in all dicts.
+    pairs: usize,
 }
 
 /// The tensors of a pickled state dict, or of a TorchScript module under their attributes' paths.
@@ -97,17 +105,25 @@ pub(super) fn state_dict(pickle: &[u8]) -> Outcome<Vec<Rebuilt>> {
 /// The whole content.
 pub(super) fn tree(pickle: &[u8]) -> Outcome<Node> {
     let (machine, top) = run(pickle)?;
-    machine.node("", &top, 0, &mut 0)
+    machine.node("", &top, 0, &mut walk::Budget::default())
 }
 
 fn run(pickle: &[u8]) -> Outcome<(Machine<'_>, Value)> {
     let mut machine = Machine { rest: pickle, ..Machine::default() };
-    while machine.step()? {}
+    while machine.step()? {
+        if machine.size() > MAX_VALUES {
+            return Err(format!("it has more than {MAX_VALUES} values"));
+        }
+    }
     let top = machine.pop()?;
     Ok((machine, top))
 }
 
 impl Machine<'_> {
+    fn size(&self) -> usize {
+        self.stack.len() + self.marks.len() + self.memo.len() + self.dicts.len() + self.objects.len() + self.pairs
+    }
+
     /// One opcode; false after the last.
     fn step(&mut self) -> Outcome<bool> {
         let op = self.take::<1>()?[0];
@@ -347,6 +363,7 @@ impl Machine<'_> {
                 let mut items = items.into_iter();
                 while let (Some(key), Some(value)) = (items.next(), items.next()) {
                     dict.push((key, value));
+                    self.pairs += 1;
                 }
                 Ok(())
             }
@@ -357,6 +374,9 @@ impl Machine<'_> {
 
 fn sizes(value: &Value) -> Outcome<Vec<usize>> {
     let Value::Tuple(items, _) = value else { return Err("a tensor's shape is no tuple".into()) };
+    if items.len() > MAX_RANK {
+        return Err(format!("a tensor has {} dimensions, expected at most {MAX_RANK}", items.len()));
+    }
     items
         .iter()
         .map(|v| match v {

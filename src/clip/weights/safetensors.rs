@@ -10,6 +10,7 @@ use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
 use super::container::{Bytes, Container, Entry, elements};
 use crate::error::{Error, Result};
+use crate::json;
 
 /// The format's own limit.
 const MAX_HEADER: u64 = 100_000_000;
@@ -93,7 +94,7 @@ pub(super) fn open<'a>(place: &str, bytes: Bytes<'a>) -> Result<(Container<'a>, 
     if size > MAX_HEADER || size > len - 8 {
         return Err(damaged(format!("the header should have {size} bytes, the file has {len}")));
     }
-    let header: Header = serde_json::from_slice(&bytes.read(8..8 + size)?).map_err(|e| damaged(format!("header: {e}")))?;
+    let header: Header = json::from_slice(&bytes.read(8..8 + size)?).map_err(|e| damaged(format!("header: {e}")))?;
     let mut entries =
         header.tensors.into_iter().map(|(name, info)| entry(name, info)).collect::<std::result::Result<Vec<_>, _>>().map_err(damaged)?;
     let data = len - 8 - size;

@@ -1,6 +1,7 @@
 //! `pytorch_model.bin`, `.pt`: a zip archive of one pickle and raw storages. TorchScript archives are
 //! the same with code beside it, which is left alone.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::io::{Cursor, Read, Seek};
 use std::ops::Range;
@@ -14,7 +15,10 @@ use super::pickle::{self, Node, Rebuilt};
 use crate::error::{Error, Result};
 
 /// A CLIP's pickle has some 100 kB.
-const MAX_PICKLE: u64 = 64 << 20;
+const MAX_PICKLE: u64 = 16 << 20;
+
+/// Tied weights share a storage; otherwise tensors have no more bytes than their file. More would make a small file large in memory.
+const MAX_SHARED: u64 = 2;
 
 /// Where each record lies, or why that is of no use.
 type Records = HashMap<String, std::result::Result<Range<u64>, String>>;
@@ -41,18 +45,24 @@ pub(super) fn open_tree<'a>(place: &str, bytes: Bytes<'a>) -> Result<(Node, Arch
     let archive = Archive::open(place, bytes)?;
     let tree = pickle::tree(&archive.bytes.read(archive.pickle.clone())?)
         .map_err(|why| refuse(place, format!("its pickle was refused: {why}")))?;
-    Ok((tree, Archived(archive)))
+    Ok((tree, Archived { archive, read: Cell::new(0) }))
 }
 
 /// What tensors of a tree are read from.
-pub(super) struct Archived<'a>(Archive<'a>);
+pub(super) struct Archived<'a> {
+    archive: Archive<'a>,
+    /// Bytes of all tensors so far.
+    read: Cell<u64>,
+}
 
 impl Archived<'_> {
     /// One tensor.
     pub(super) fn tensor(&self, rebuilt: &Rebuilt) -> Result<Tensor> {
-        let archive = &self.0;
+        let archive = &self.archive;
         let len = archive.bytes.len();
         let entry = entry(rebuilt.clone(), &archive.prefix, &archive.records, len).map_err(|why| refuse(&archive.place, why))?;
+        self.read.set(self.read.get().saturating_add(entry.range.end - entry.range.start));
+        archive.check_shared(self.read.get())?;
         container::tensor(&archive.place, &archive.bytes, &entry)
     }
 }
@@ -84,12 +94,20 @@ impl<'a> Archive<'a> {
         Ok(Self { place: place.to_string(), bytes, records, prefix, pickle })
     }
 
+    fn check_shared(&self, total: u64) -> Result<()> {
+        match total / MAX_SHARED > self.bytes.len() {
+            true => Err(refuse(&self.place, format!("its tensors have {total} bytes, many of them in one storage"))),
+            false => Ok(()),
+        }
+    }
+
     fn container(self, tensors: Vec<Rebuilt>) -> Result<Container<'a>> {
-        let entries = tensors
+        let entries: Vec<Entry> = tensors
             .into_iter()
             .map(|tensor| entry(tensor, &self.prefix, &self.records, self.bytes.len()))
             .collect::<std::result::Result<_, _>>()
             .map_err(|why| refuse(&self.place, why))?;
+        self.check_shared(entries.iter().map(|e| e.range.end - e.range.start).sum())?;
         Ok(Container { place: self.place, bytes: self.bytes, entries })
     }
 }

@@ -12,6 +12,7 @@ use parquet::errors::ParquetError;
 use parquet::file::reader::{ChunkReader, FileReader, Length, SerializedFileReader};
 use parquet::schema::types::{ColumnPath, Type};
 
+use super::pages;
 use super::values::{class_names, features};
 use crate::data::columns::Columns;
 use crate::data::stored::Shared;
@@ -120,8 +121,10 @@ pub(super) fn broken(place: impl std::fmt::Display, error: &ParquetError) -> Err
 impl Inner {
     fn open(path: &Path, columns: &Columns) -> Result<Self> {
         let file = Shared::new(files::open(path)?);
-        let reader = guarded(|| SerializedFileReader::new(file)).map_err(|e| broken(path.display(), &e))?;
+        let size = Length::len(&file);
+        let reader = guarded(|| SerializedFileReader::new(file.clone())).map_err(|e| broken(path.display(), &e))?;
         let metadata = reader.metadata();
+        check_rows(path, metadata.row_groups().iter().map(|g| u64::try_from(g.num_rows()).unwrap_or(u64::MAX)), size)?;
         let pairs = metadata.file_metadata().key_value_metadata();
         let info = pairs.and_then(|all| all.iter().find(|p| p.key == "huggingface")).and_then(|p| p.value.as_deref());
         let features = features(info);
@@ -136,6 +139,7 @@ impl Inner {
         let image = image.map(|name| image_column(path, &reader, &name)).transpose()?;
         check_codecs(path, &reader)?;
         let wanted = wanted(columns);
+        pages::check(path, &file, &reader, &|name| image.as_ref().is_some_and(|i| i.name == name) || wanted.iter().any(|w| w == name))?;
         let class = |name: &str| (name.to_string(), features.get(name).and_then(class_names));
         let class_columns = columns.class_columns().into_iter().flatten().filter(|name| known.contains(name)).map(class).collect();
         let projection = project(schema, &wanted, image.as_ref()).map_err(|e| broken(path.display(), &e))?;
@@ -155,6 +159,15 @@ impl Inner {
     pub(super) fn may_lack_images(&self, group: usize) -> bool {
         let column = |leaf: usize| self.reader.metadata().row_group(group).column(leaf).statistics().and_then(|s| s.null_count_opt());
         self.image.as_ref().and_then(|i| i.bytes).is_some_and(|leaf| column(leaf) != Some(0))
+    }
+}
+
+/// Rows that differ take a byte at least. Repetitions take none, so that a file of a kilobyte could have a billion rows.
+fn check_rows(path: &Path, groups: impl Iterator<Item = u64>, size: u64) -> Result<()> {
+    let rows = groups.fold(0, u64::saturating_add);
+    match rows > size {
+        true => Err(Error::input(path.display(), format!("has {rows} rows in {size} bytes, so that most of them say the same"))),
+        false => Ok(()),
     }
 }
 

@@ -45,7 +45,7 @@ pub(super) fn object(row: parquet::record::Row) -> Row {
 
 /// The features of `datasets` in a file's metadata: `{"info": {"features": {column: {"_type": "ClassLabel", …}}}}`.
 pub(super) fn features(text: Option<&str>) -> Map<String, Value> {
-    let info: Option<Value> = text.and_then(|t| serde_json::from_str(t).ok());
+    let info: Option<Value> = text.and_then(|t| crate::json::from_slice(t.as_bytes()).ok());
     match info.as_ref().and_then(|i| i.pointer("/info/features")) {
         Some(Value::Object(features)) => features.clone(),
         _ => Map::new(),
