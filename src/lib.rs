@@ -138,6 +138,7 @@ pub mod guard;
 pub mod hub;
 pub mod inspect;
 pub mod measure;
+pub mod memory;
 pub mod merge;
 pub mod model;
 pub mod named;

@@ -177,7 +177,8 @@ impl RunDir {
         line.push('\n');
         file.write_all(line.as_bytes()).map_err(|e| Error::write(self.path.join(METRICS), e))?;
         let Some(events) = &mut self.events else { return Ok(()) };
-        events.scalars(record.step, [("train/loss", record.loss), ("train/lr", record.lr), ("train/grad_norm", record.grad_norm)])
+        let all = [("train/loss", record.loss), ("train/lr", record.lr), ("train/grad_norm", record.grad_norm)];
+        events.scalars(record.step, all.into_iter().filter(|(_, v)| v.is_finite()))
     }
 
     /// Notes why the run ended early, for whoever lists runs. Signals are no failure.

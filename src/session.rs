@@ -20,12 +20,12 @@ use crate::recipe::{ModelConfig, Recipe};
 use crate::report::{Evaluation, TrainReport, peak_rss_mib};
 use crate::run::{Existing, Opened, RunDir};
 use crate::task::{Needs, Task, TaskParts};
-use crate::train::{Event, FeatureSource, Features, Observer, Run, Sampling, Trainer};
+use crate::train::{Event, FeatureSource, Features, Micro, Observer, Run, Sampling, Trainer, check_finite};
 
 mod check;
 mod page;
 
-pub use check::{Checked, check};
+pub use check::{Checked, Verdict, check};
 
 /// What a recipe names, opened.
 pub struct Session {
@@ -171,6 +171,7 @@ impl Session {
             data: &self.data,
             images: self.images.clone(),
             config,
+            micro: Micro::of(config),
             metric: metric.unwrap_or_else(|| self.recipe.task.definition().metric().to_string()),
             features,
         })
@@ -287,13 +288,18 @@ pub fn train(recipe: Recipe, existing: Existing, device: &Device, observer: &mut
     let (mut adapters, task) = session.plan()?;
     tell(&adapters, observer);
     session.discard_replaced(&adapters)?;
+    let micro = session.fitting(&mut adapters, &*task, observer)?;
     let mut trainer = session.trainer(&mut adapters, task)?;
+    trainer.micro = micro;
     trainer.adapters.check_steps(trainer.total_steps())?;
     let run = match RunDir::open(&session.recipe, existing)? {
         Opened::Finished(report) => return Ok((*report, true)),
         Opened::Open(run) => run,
     };
     let mut state = trainer.begin()?;
+    if micro != Micro::of(&session.recipe.train) {
+        state.set_micro(micro);
+    }
     if existing == Existing::Resume {
         trainer.resume(&mut state, &run.checkpoint())?;
     }
@@ -327,6 +333,7 @@ impl Session {
             trainer.calibrate(logged)?;
             logged.event(Event::Phase("before", Some(self.data.split(split).len())));
             let before = trainer.evaluate(split, logged)?;
+            check_finite("evaluation before training", &before)?;
             logged.run.log_evaluation(&split.to_string(), run.state().step, &before)?;
             run.set_before(before);
         }
@@ -340,9 +347,17 @@ impl Session {
             total: self.total_parameters(trainer.adapters),
         });
         let checkpoint = logged.run.checkpoint();
-        trainer.train(run, Some(&checkpoint), logged)?;
+        if let Err(error) = trainer.train(run, Some(&checkpoint), logged) {
+            self.keep_best(trainer, run, logged)?;
+            return Err(error);
+        }
+        if run.state().health.numbers.skipped_steps > 0 {
+            let count = run.state().health.numbers.skipped_steps;
+            logged.event(Event::Warning(format!("{count} steps were left out, since their loss or gradients were not finite")));
+        }
         logged.event(Event::Phase("after", Some(self.data.split(split).len())));
         let after = trainer.evaluate(split, logged)?;
+        check_finite("evaluation after training", &after)?;
         logged.run.log_evaluation(&split.to_string(), run.state().step, &after)?;
         for warning in trainer.task.warnings() {
             logged.event(Event::Warning(warning));
@@ -357,6 +372,19 @@ impl Session {
         let page = self.page(&report, &logged.run, split, &changes, &unfoldable)?;
         logged.run.finish(&report, predictions, &page)?;
         Ok(report)
+    }
+
+    /// Numbers have ended the run: its best epoch so far becomes the adapter, which can be evaluated and started from.
+    fn keep_best(&self, trainer: &mut Trainer<'_>, run: &mut Run, logged: &mut Logged<'_>) -> Result<()> {
+        if !run.is_lost() {
+            return Ok(());
+        }
+        let Some(best) = trainer.keep_best(run)? else { return Ok(()) };
+        let dir = logged.run.adapter();
+        delta::save(&dir, trainer.adapters, &self.sites(), &self.manifest(&*trainer.task, &best)?)?;
+        let epoch = run.state().best.as_ref().map_or(0, |b| b.epoch);
+        logged.event(Event::Note(format!("the best epoch so far, {epoch}, is kept in {}", dir.display())));
+        Ok(())
     }
 
     fn report(&self, trainer: &Trainer<'_>, run: &Run, split: Split, after: Evaluation, bytes: u64, path: &Path) -> TrainReport {
@@ -386,6 +414,8 @@ impl Session {
             peak_rss_mib: peak_rss_mib(),
             examples: [Split::Train, Split::Val, Split::Test].map(|s| self.data.count(s)),
             skipped_images: self.data.skipped + state.skipped,
+            numbers: state.health.numbers,
+            micro: state.micro.map(|m| [m.batch, m.accumulate]),
             device: crate::device::name(self.base.clip.device()),
             run: path.to_path_buf(),
         }
@@ -453,9 +483,8 @@ impl Session {
         }
         observer.event(Event::Phase("evaluate", Some(examples)));
         let found = trainer.evaluate(options.split, observer)?;
-        match found.loss.is_finite() {
-            true => Ok(found),
-            false => Err(Error::fault("evaluation", "the loss is not finite").hint("the adapter's weights may be too large for this base")),
-        }
+        let hint = "the adapter's weights may be too large for this base, or train.dtype too narrow";
+        check_finite("evaluation", &found).map_err(|e| e.hint(hint))?;
+        Ok(found)
     }
 }

@@ -13,16 +13,20 @@ use crate::clip::base::Base;
 use crate::clip::{Clip, Encoded};
 use crate::data::{Dataset, Example, Images, Plan, Split};
 use crate::delta::Adapters;
+use crate::device::out_of_memory;
 use crate::error::{Error, Result};
 use crate::optim::{Ema, Optimizer};
 use crate::report::{self, EpochRecord, Evaluation};
 use crate::task::{Forward, Needs, Task};
 
 mod activations;
+mod blame;
 pub mod checkpoint;
 mod config;
 mod features;
 mod fit;
+mod health;
+mod micro;
 pub mod observer;
 mod step;
 
@@ -30,6 +34,8 @@ pub use activations::{Bank, CacheConfig};
 pub use checkpoint::{Best, State};
 pub use config::{Dtype, EarlyStopping, PatchDropout, Sampling, TrainConfig};
 pub use features::{FeatureSource, Features};
+pub use health::{Followed, Health, LossScale, OnNonFinite};
+pub use micro::Micro;
 pub use observer::{Event, Observer, Silent, StepRecord};
 pub use step::Stepper;
 
@@ -53,6 +59,8 @@ pub struct Trainer<'a> {
     pub images: Arc<Images>,
     /// How.
     pub config: &'a TrainConfig,
+    /// What goes through the model at once.
+    pub micro: Micro,
     /// The number that chooses the best epoch.
     pub metric: String,
     /// Image features.
@@ -66,6 +74,8 @@ pub struct Run {
     ema: Option<Ema>,
     best: Option<Vec<Tensor>>,
     started: Instant,
+    /// Whether numbers ended it.
+    lost: bool,
 }
 
 impl Run {
@@ -73,6 +83,17 @@ impl Run {
     #[must_use]
     pub fn state(&self) -> &State {
         &self.state
+    }
+
+    /// Whether the run ended because its numbers are not finite.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.lost
+    }
+
+    /// Notes micro-batches that differ from the recipe's.
+    pub fn set_micro(&mut self, micro: Micro) {
+        self.state.micro = Some(micro);
     }
 
     /// Notes the evaluation before training.
@@ -93,7 +114,7 @@ impl<'a> Trainer<'a> {
     pub fn plan(&self) -> Plan {
         Plan {
             examples: self.data.count(Split::Train),
-            batch: self.config.batch,
+            batch: self.micro.batch,
             shuffle: self.config.shuffle,
             drop_last: self.task.drop_last(),
             seed: self.config.seed,
@@ -107,7 +128,7 @@ impl<'a> Trainer<'a> {
         if self.adapters.params.count() == 0 {
             return 0;
         }
-        self.config.total_steps(self.plan().per_epoch())
+        self.config.total_steps(self.micro.steps(self.plan().per_epoch()))
     }
 
     /// A run before its first step.
@@ -117,11 +138,12 @@ impl<'a> Trainer<'a> {
     pub fn begin(&self) -> Result<Run> {
         let params = &self.adapters.params;
         Ok(Run {
-            state: State::default(),
+            state: State { health: Health::new(self.config.dtype), ..State::default() },
             optimizer: self.config.optimizer.build(params)?,
             ema: self.config.ema.map(|decay| Ema::new(decay, params)).transpose()?,
             best: None,
             started: Instant::now(),
+            lost: false,
         })
     }
 
@@ -147,6 +169,7 @@ impl<'a> Trainer<'a> {
         if let Some(ema) = &mut run.ema {
             ema.restore(params, &mut take)?;
         }
+        self.micro = state.micro.unwrap_or(self.micro);
         run.state = state;
         for (index, patch) in self.adapters.patches.iter_mut().enumerate() {
             let prefix = format!("patch.{index}.");
@@ -201,15 +224,13 @@ impl<'a> Trainer<'a> {
         let mut stepper = Stepper::new(self, run.state.step, total, observer)?;
         while run.state.step < total && !run.state.stopped_early {
             let start = Instant::now();
-            let record = stepper.step(self, run)?;
+            let Some(record) = self.step_that_fits(&mut stepper, run, observer)? else {
+                stepper = Stepper::new(self, run.state.step, total, observer)?;
+                continue;
+            };
             run.state.step_seconds += start.elapsed().as_secs_f64();
             run.state.images += record.images;
-            for reason in stepper.take_skipped() {
-                run.state.skipped += 1;
-                if run.state.skipped <= SHOWN {
-                    observer.event(Event::Note(format!("left out: {}", reason.replace('\n', " "))));
-                }
-            }
+            tell(&mut stepper, run, observer);
             observer.event(Event::Step(&record));
             let epoch_done = run.state.step.is_multiple_of(stepper.steps_per_epoch()) || run.state.step == total;
             if epoch_done {
@@ -227,6 +248,25 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
+    /// One step; `None` where the device's memory did not suffice and a smaller micro-batch is to be tried.
+    fn step_that_fits(&mut self, stepper: &mut Stepper, run: &mut Run, observer: &mut dyn Observer) -> Result<Option<StepRecord>> {
+        let error = match stepper.step(self, run) {
+            Ok(record) => return Ok(Some(record)),
+            Err(error) => error,
+        };
+        // What a step does after `judge` is either an update or the end.
+        run.lost = run.state.health.in_a_row > 0;
+        if !out_of_memory(&error) || !stepper.untouched() {
+            return Err(error);
+        }
+        let smaller = if self.config.auto_batch { self.micro.split() } else { None };
+        let Some(smaller) = smaller else { return Err(no_memory(self.config, self.micro, &error)) };
+        observer.event(Event::Warning(format!("step {}: the device is out of memory with {}; now {smaller}", run.state.step + 1, self.micro)));
+        self.micro = smaller;
+        run.state.micro = Some(smaller);
+        Ok(None)
+    }
+
     fn end_epoch(&mut self, run: &mut Run, epoch: usize, validate: bool, observer: &mut dyn Observer) -> Result<()> {
         let (sum, count) = std::mem::take(&mut run.state.epoch_loss);
         let mut record = EpochRecord { epoch, step: run.state.step, train_loss: sum / count.max(1) as f64, val: None };
@@ -235,6 +275,8 @@ impl<'a> Trainer<'a> {
                 ema.swap_in(&self.adapters.params)?;
             }
             let mut val = self.evaluate(Split::Val, observer)?;
+            run.lost = !val.loss.is_finite();
+            check_finite(&format!("validation after epoch {epoch}"), &val)?;
             self.judge(run, epoch, &val)?;
             if let Some(ema) = &mut run.ema {
                 ema.swap_out(&self.adapters.params)?;
@@ -270,6 +312,19 @@ impl<'a> Trainer<'a> {
         let patience = self.config.early_stopping.as_ref().map_or(0, |e| e.patience);
         run.state.stopped_early = patience > 0 && run.state.without_improvement >= patience;
         Ok(())
+    }
+
+    /// After numbers have ended a run: puts the parameters of the best epoch so far in place and says what it reached on
+    /// validation, if there is one.
+    ///
+    /// # Errors
+    /// When parameters cannot be set.
+    pub fn keep_best(&mut self, run: &mut Run) -> Result<Option<Evaluation>> {
+        let found = run.state.best.as_ref().and_then(|b| run.state.epochs.iter().find(|e| e.epoch == b.epoch)?.val.clone());
+        if found.is_some() {
+            self.finish(run)?;
+        }
+        Ok(found)
     }
 
     /// The parameters of the best epoch; the last ones (their average) where nothing was validated.
@@ -374,6 +429,38 @@ fn snapshot(params: &Params) -> Result<Vec<Tensor>> {
 
 fn assign(params: &Params, values: &[Tensor]) -> Result<()> {
     params.iter().zip(values).try_for_each(|(p, v)| Ok(p.var.set(v)?))
+}
+
+/// Passes on what the last step had to say.
+fn tell(stepper: &mut Stepper, run: &mut Run, observer: &mut dyn Observer) {
+    for reason in stepper.take_skipped() {
+        run.state.skipped += 1;
+        if run.state.skipped <= SHOWN {
+            observer.event(Event::Note(format!("left out: {}", reason.replace('\n', " "))));
+        }
+    }
+    stepper.take_warnings().into_iter().for_each(|warning| observer.event(Event::Warning(warning)));
+}
+
+/// Refuses a split whose loss is not finite: nothing could be chosen by it, and JSON could not hold it.
+///
+/// # Errors
+/// When it is not.
+pub fn check_finite(what: &str, found: &Evaluation) -> Result<()> {
+    if found.loss.is_finite() {
+        return Ok(());
+    }
+    Err(Error::fault(what, "the loss is not finite")
+        .hint("lower train.lr; with `train.dtype: f16` try bf16, whose range is that of f32"))
+}
+
+fn no_memory(config: &TrainConfig, micro: Micro, error: &Error) -> Error {
+    let hint = match (config.auto_batch, micro.batch) {
+        (_, 1) => "use `train.checkpointing: true`, or a smaller model",
+        (true, _) | (false, _) if config.checkpointing => "lower train.batch, or let `train.auto_batch: true` find one",
+        _ => "lower train.batch, let `train.auto_batch: true` find one, or use `train.checkpointing: true`",
+    };
+    Error::fault("train.batch", format!("the device is out of memory with {micro}: {error}")).hint(hint)
 }
 
 fn interrupted(run: &Run, total: usize, signal: i32, saved: bool) -> Error {
