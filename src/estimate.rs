@@ -9,9 +9,10 @@ use crate::train::{Dtype, TrainConfig};
 pub struct Estimate {
     /// Frozen weights.
     pub base: u64,
-    /// Trained weights, gradients, optimiser state, averages, best epoch.
+    /// Trained weights, optimiser state, averages, best epoch.
     pub trained: u64,
-    /// What a step keeps for the backward pass, and what it works on.
+    /// What a step keeps for the backward pass and works on, or all gradients where these are more: as the pass goes,
+    /// gradients take the place of activations.
     pub activations: u64,
     /// Images in memory, the program itself, and what the allocator holds back.
     pub other: u64,
@@ -28,8 +29,15 @@ impl Estimate {
 /// The program, its threads' stacks, tokeniser and buffers, as measured without a model to speak of.
 const PROGRAM: u64 = 64 << 20;
 
-/// Freed pages stay with the allocator, and not every hole fits: a tenth of the whole, as measured on `builtin:tiny` and ViT-B/32.
-const SLACK: f64 = 0.1;
+/// Freed pages stay with the allocator, and not every hole fits. For small and middling blocks that is a tenth of the
+/// whole, as measured on `builtin:tiny` and ViT-B/32; where the blocks that a step is made of are larger, a quarter.
+const SLACK: [f64; 2] = [0.1, 0.25];
+
+/// Half of a chunk of mimalloc's arenas in bytes. No block crosses into the next chunk, so larger ones stand alone in theirs.
+const LARGE: usize = 16 << 20;
+
+/// Images that go through the tower at once while nothing is trained, at least.
+pub(crate) const EVALUATED: usize = 64;
 
 /// How much of an example set there is.
 #[derive(Debug, Clone, Copy)]
@@ -42,6 +50,8 @@ pub struct Load {
     pub image_tokens: usize,
     /// Images that stay decoded in memory between epochs.
     pub images: usize,
+    /// Whether what enters the first trained block is the same in every epoch, so that it may be kept.
+    pub constant: bool,
     /// Numbers of the base that are given up because the parameters have taken their place.
     pub replaced: usize,
 }
@@ -57,17 +67,32 @@ struct Tower<'a> {
 }
 
 impl Tower<'_> {
+    /// Floats that are worked on while `rows` sequences pass a block.
+    fn working(&self, rows: usize) -> usize {
+        rows * self.tokens * (4 * self.dim + 2 * self.mlp)
+    }
+
+    /// The tower's parameters among these.
+    fn own<'n>(&self, trained: &[&'n str]) -> Vec<&'n str> {
+        trained.iter().filter(|n| n.contains(self.name)).copied().collect()
+    }
+
+    /// Blocks below the first trained one; `None` where nothing of the tower is trained.
+    fn below(&self, trained: &[&str]) -> Option<usize> {
+        self.own(trained).iter().map(|n| self.layer(n)).min()
+    }
+
     /// Floats from forward to backward, and those that are worked on meanwhile.
     fn floats(&self, trained: &[&str], train: &TrainConfig) -> usize {
-        let own: Vec<&str> = trained.iter().filter(|n| n.contains(self.name)).copied().collect();
+        let own = self.own(trained);
         let rows = match (train.grad_cache, train.checkpointing) {
             (Some(rows), _) => rows,
             (None, true) => (block::GROUP / self.tokens.max(1)).max(1),
             (None, false) => self.rows,
         };
         let together = rows.min(self.rows) * self.tokens;
-        let working = together * (4 * self.dim + 2 * self.mlp);
-        let Some(first) = own.iter().map(|n| self.layer(n)).min() else { return working };
+        let working = self.working(rows.min(self.rows));
+        let Some(first) = self.below(trained) else { return working };
         let held = self.layers.saturating_sub(first);
         let block = together * self.per_token(&own);
         working + if train.checkpointing { held * self.rows * self.tokens * self.dim + block } else { held * block }
@@ -87,6 +112,17 @@ impl Tower<'_> {
     fn per_token(&self, own: &[&str]) -> usize {
         let has = |parts: &[&str]| own.iter().any(|n| parts.iter().any(|p| n.contains(p)));
         let mut kept = 5 * self.dim + self.mlp;
+        // IA³ multiplies: besides the products' input it needs what it multiplies, here and there.
+        if has(&["ia3_l"]) {
+            let scaled = |part: &str| own.iter().any(|n| n.contains("ia3_l") && n.contains(part));
+            return kept
+                + [("q_proj", self.dim), ("k_proj", self.dim), ("v_proj", self.dim), ("out_proj", self.dim), ("fc1", self.mlp), ("fc2", self.mlp)]
+                    .iter()
+                    .filter(|(part, _)| scaled(part))
+                    .map(|(_, width)| width)
+                    .sum::<usize>()
+                + self.dim;
+        }
         for (parts, width) in [
             (["q_proj", "k_proj", "v_proj"].as_slice(), self.dim),
             (&["out_proj"], self.dim),
@@ -126,17 +162,28 @@ pub fn estimate(config: &ClipConfig, adapters: &Adapters, train: &TrainConfig, l
         },
     ];
     let trained: Vec<&str> = adapters.params.iter().map(|p| p.name.as_str()).collect();
-    let activations: usize = towers.iter().map(|tower| tower.floats(&trained, train)).sum();
+    let [vision, text] = &towers;
+    let step = vision.floats(&trained, train) + text.floats(&trained, train);
+    let evaluation = vision.working(train.batch.max(EVALUATED)) + text.working(text.rows);
+    let numbers = adapters.params.count() as u64 * 4;
     let image = (v.image_size * v.image_size * 3) as u64;
-    // Value, gradient, two moments, best epoch.
-    let copies = 5 + usize::from(train.ema.is_some());
+    let kept = match vision.below(&trained).filter(|depth| load.constant && *depth > 0) {
+        Some(_) => (load.images * vision.tokens * vision.dim * 4) as u64,
+        None => 0,
+    };
+    // Value, moments, best epoch.
+    let copies = 2 + train.optimizer.moments() + u64::from(train.ema.is_some());
     let mut all = Estimate {
         base: (base.saturating_sub(load.replaced) * width) as u64,
-        trained: (adapters.params.count() * 4 * copies) as u64,
-        activations: (activations * width) as u64,
+        trained: numbers * copies,
+        activations: ((step.max(evaluation) * width) as u64).max(numbers),
         // Decoded images and batches that wait are bytes, the batch in use is floats.
-        other: PROGRAM + (load.images as u64 * image).min(1 << 30) + train.batch as u64 * image * (4 + 4),
+        other: PROGRAM
+            + (load.images as u64 * image).min(1 << 30)
+            + train.batch as u64 * image * (4 + 4)
+            + if kept <= (train.activation_cache.memory_mib as u64) << 20 { kept } else { 0 },
     };
-    all.other += (all.total() as f64 * SLACK) as u64;
+    let large = towers.iter().any(|t| t.rows * t.tokens * t.dim * width > LARGE);
+    all.other += (all.total() as f64 * SLACK[usize::from(large)]) as u64;
     all
 }

@@ -55,12 +55,26 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     write(path, bytes, readable)
 }
 
+/// [`write_atomic`] of what `fill` writes to the path that it gets.
+///
+/// # Errors
+/// As [`write_atomic`], and what `fill` returns.
+pub fn write_with(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    publish(path, |file| fill(file.path()), readable)
+}
+
 fn write(path: &Path, bytes: &[u8], rights: impl Fn(&Path)) -> Result<()> {
+    publish(path, |file| file.write_all(bytes).map_err(|e| Error::write(path, e)), rights)
+}
+
+fn publish(path: &Path, fill: impl FnOnce(&mut tempfile::NamedTempFile) -> Result<()>, rights: impl Fn(&Path)) -> Result<()> {
     let parent = parent(path);
     fs::create_dir_all(&parent).map_err(|e| Error::write(&parent, e))?;
     let mut file = tempfile::Builder::new().prefix(".tmp-").tempfile_in(&parent).map_err(|e| Error::write(path, e))?;
-    file.write_all(bytes).map_err(|e| Error::write(path, e))?;
-    file.as_file().sync_all().map_err(|e| Error::write(path, e))?;
+    fill(&mut file)?;
+    // By its name: `fill` may have put another file in the place of the handle's.
+    let written = fs::OpenOptions::new().write(true).open(file.path());
+    written.and_then(|f| f.sync_all()).map_err(|e| Error::write(path, e))?;
     rights(file.path());
     file.persist(path).map_err(|e| Error::write(path, e.error))?;
     sync_dir(&parent);

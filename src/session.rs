@@ -14,6 +14,7 @@ use crate::clip::source::Source;
 use crate::data::{Dataset, Images, Split};
 use crate::delta::{self, Adapters, BaseRef, Delta, Manifest, bundled};
 use crate::error::{Error, Result};
+use crate::estimate;
 use crate::fetch::fetched;
 use crate::merge;
 use crate::recipe::{ModelConfig, Recipe};
@@ -157,7 +158,7 @@ impl Session {
         let config = &self.recipe.train;
         let source = FeatureSource {
             images: self.images.clone(),
-            batch: config.batch.max(64),
+            batch: config.batch.max(estimate::EVALUATED),
             cache: config.activation_cache.clone(),
             identity: self.identity()?,
             tokens: task.needs() == Needs::Tokens,

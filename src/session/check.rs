@@ -164,6 +164,7 @@ impl Session {
             tokens: clip.text_trunk(&text.with_names(vec![name]), 0, view)?.x.dim(1)?,
             image_tokens: clip.image_trunk(&blank, 1, view)?.x.dim(1)?,
             images: self.data.count(Split::Train) + self.data.val.len(),
+            constant: self.data.stream.is_none() && self.recipe.train.augment.is_none() && self.recipe.train.patch_dropout.is_none(),
             replaced,
         })
     }

@@ -22,7 +22,7 @@ use super::config::ClipConfig;
 use super::foreign;
 use super::source::Source;
 use crate::error::{Error, Result};
-use crate::files::write_atomic;
+use crate::files::write_with;
 use check::Chosen;
 use container::{Bytes, Container};
 pub(crate) use open_clip::state_dict;
@@ -277,8 +277,13 @@ pub(crate) fn save_with(path: &Path, tensors: &[(String, Tensor)], metadata: Has
             return Err(Error::fault(&place, format!("two tensors are named `{name}`")));
         }
     }
-    let bytes = ::safetensors::serialize(sorted, Some(metadata)).map_err(|e| Error::fault(&place, e))?;
-    write_atomic(path, &bytes)
+    // One tensor after the other: the file never stands in memory as a whole.
+    write_with(path, |file| {
+        ::safetensors::serialize_to_file(sorted, Some(metadata), file).map_err(|e| match e {
+            ::safetensors::SafeTensorError::IoError(e) => Error::write(path, e),
+            e => Error::fault(&place, e),
+        })
+    })
 }
 
 #[cfg(test)]
