@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 use peft_adapters::probe::{Found, Probe, non_finite_rows};
-use peft_adapters::{Patch, Step, Tower};
+use peft_adapters::{Step, Tower};
 
 use super::step::{Feed, Input, Part, Scene, Stepper, listed};
 use super::Trainer;

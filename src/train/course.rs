@@ -48,8 +48,6 @@ impl Trainer<'_> {
             Ok(record) => return Ok(Some(record)),
             Err(error) => error,
         };
-        // What a step does after `judge` is either an update or the end.
-        run.lost = run.state.health.in_a_row > 0;
         if !out_of_memory(&error) || !stepper.untouched() {
             return Err(error);
         }
@@ -63,7 +61,7 @@ impl Trainer<'_> {
 
     fn end_epoch(&mut self, run: &mut Run, epoch: usize, validate: bool, observer: &mut dyn Observer) -> Result<()> {
         let (sum, count) = std::mem::take(&mut run.state.epoch_loss);
-        let mut record = EpochRecord { epoch, step: run.state.step, train_loss: sum / count.max(1) as f64, val: None };
+        let mut record = EpochRecord { epoch, step: run.state.step, train_loss: sum / count as f64, val: None };
         if validate && !self.data.val.is_empty() {
             if let Some(ema) = &mut run.ema {
                 ema.swap_in(&self.adapters.params)?;

@@ -327,7 +327,7 @@ impl Stepper {
     }
 
     /// Goes on without a step, where the recipe says so and not too many in a row went the same way.
-    fn leave_out(&mut self, config: &TrainConfig, run: &Run, why: &str, ids: &[String]) -> Result<()> {
+    fn leave_out(&mut self, config: &TrainConfig, run: &mut Run, why: &str, ids: &[String]) -> Result<()> {
         let (step, Health { in_a_row, numbers, .. }) = (run.state.step + 1, &run.state.health);
         let files = listed(ids);
         if config.on_nonfinite == OnNonFinite::Skip && *in_a_row < MOST_IN_A_ROW {
@@ -336,10 +336,11 @@ impl Stepper {
             }
             return Ok(());
         }
-        let again = match in_a_row {
+        let again = match *in_a_row {
             0 | 1 => String::new(),
             n => format!(", as in the {} steps before", n - 1),
         };
+        run.lost = true;
         Err(Error::fault(format!("step {step}"), format!("{why}{again}; the batch holds {files}")).hint(
             "lower train.lr, set train.clip_norm, look at these files, or leave such steps out with `train.on_nonfinite: skip`; \
              `--resume` would come here again, but train.init_adapter can start from the run's adapter/",
