@@ -116,11 +116,18 @@ impl Tower<'_> {
         if has(&["ia3_l"]) {
             let scaled = |part: &str| own.iter().any(|n| n.contains("ia3_l") && n.contains(part));
             return kept
-                + [("q_proj", self.dim), ("k_proj", self.dim), ("v_proj", self.dim), ("out_proj", self.dim), ("fc1", self.mlp), ("fc2", self.mlp)]
-                    .iter()
-                    .filter(|(part, _)| scaled(part))
-                    .map(|(_, width)| width)
-                    .sum::<usize>()
+                + [
+                    ("q_proj", self.dim),
+                    ("k_proj", self.dim),
+                    ("v_proj", self.dim),
+                    ("out_proj", self.dim),
+                    ("fc1", self.mlp),
+                    ("fc2", self.mlp),
+                ]
+                .iter()
+                .filter(|(part, _)| scaled(part))
+                .map(|(_, width)| width)
+                .sum::<usize>()
                 + self.dim;
         }
         for (parts, width) in [

@@ -54,6 +54,9 @@ impl Probe {
 /// When the tensor cannot be read.
 pub fn non_finite_rows(value: &Tensor) -> TensorResult<Vec<usize>> {
     let rows = value.dims().first().copied().unwrap_or(1);
+    if value.elem_count() == 0 {
+        return Ok(Vec::new());
+    }
     let value = value.detach().to_dtype(DType::F32)?.reshape((rows, ()))?;
     // A finite value times zero is zero, everything else NaN.
     let sums = (value * 0.0)?.sum(1)?.to_vec1::<f32>()?;

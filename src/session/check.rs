@@ -129,9 +129,9 @@ impl Session {
         if !self.recipe.train.auto_batch {
             return Ok(wanted);
         }
-        if task.drop_last() {
-            return Err(Error::input("train.auto_batch", "would change the loss, which compares the examples of a batch with each other")
-                .hint("train.grad_cache bounds memory and leaves the loss as it is"));
+        if task.over_batch() {
+            return Err(Error::input("train.auto_batch", "would change the loss, in which the examples of a batch depend on each other")
+                .hint("leave it out; train.grad_cache and train.checkpointing bound memory and leave the loss as it is"));
         }
         let device = self.base.clip.device();
         let Some(there) = available().filter(|_| device.is_cpu()) else { return Ok(wanted) };

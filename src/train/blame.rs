@@ -4,8 +4,8 @@ use candle_core::Tensor;
 use peft_adapters::probe::{Found, Probe, non_finite_rows};
 use peft_adapters::{Step, Tower};
 
-use super::step::{Feed, Input, Part, Scene, Stepper, listed};
 use super::Trainer;
+use super::step::{Feed, Input, Part, Scene, Stepper, listed};
 use crate::clip::model::all_finite;
 use crate::data::Example;
 use crate::data::images::{Cached, Variation};

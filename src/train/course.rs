@@ -53,7 +53,11 @@ impl Trainer<'_> {
         }
         let smaller = if self.config.auto_batch { self.micro.split() } else { None };
         let Some(smaller) = smaller else { return Err(no_memory(self.config, self.micro, &error)) };
-        observer.event(Event::Warning(format!("step {}: the device is out of memory with {}; now {smaller}", run.state.step + 1, self.micro)));
+        observer.event(Event::Warning(format!(
+            "step {}: the device is out of memory with {}; now {smaller}",
+            run.state.step + 1,
+            self.micro
+        )));
         self.micro = smaller;
         run.state.micro = Some(smaller);
         Ok(None)

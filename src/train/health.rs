@@ -6,7 +6,7 @@ use super::config::Dtype;
 use crate::report::Numbers;
 
 /// Steps in a row that `on_nonfinite: skip` leaves out before the run counts as lost.
-pub const MOST_IN_A_ROW: usize = 10;
+pub(super) const MOST_IN_A_ROW: usize = 10;
 
 /// What to do at a step whose loss or gradients are not finite.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

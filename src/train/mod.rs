@@ -320,8 +320,7 @@ pub fn check_finite(what: &str, found: &Evaluation) -> Result<()> {
     if found.loss.is_finite() {
         return Ok(());
     }
-    Err(Error::fault(what, "the loss is not finite")
-        .hint("lower train.lr; with `train.dtype: f16` try bf16, whose range is that of f32"))
+    Err(Error::fault(what, "the loss is not finite").hint("lower train.lr; with `train.dtype: f16` try bf16, whose range is that of f32"))
 }
 
 /// Gradients by name, for patches that want to see them.
