@@ -85,8 +85,8 @@ pub struct Health {
 pub struct Followed {
     /// What it began with.
     pub first: f64,
-    /// Its exponential average over about twenty steps.
-    pub average: f64,
+    /// Which of the last twenty were far beyond that, a bit each, the last one the lowest.
+    pub beyond: u32,
 }
 
 impl Health {
@@ -120,20 +120,21 @@ impl Health {
         Verdict::NonFinite
     }
 
-    /// Follows the loss of sound steps. It has diverged where its average over about twenty steps is more than twice what it
-    /// began with, and one more: fluctuations of a small loss are no divergence. Says so once.
+    /// Follows the loss of sound steps. It has diverged where half of the last twenty are beyond twice what it began with,
+    /// and one more: single spikes and fluctuations of a small loss are no divergence. Says so once.
     pub(super) fn follow(&mut self, step: usize, loss: f64) -> Option<String> {
-        const KEEP: f64 = 0.95;
-        let followed = self.loss.get_or_insert(Followed { first: loss, average: loss });
-        followed.average = KEEP * followed.average + (1.0 - KEEP) * loss;
-        let Followed { first, average } = *followed;
-        if self.numbers.diverged_at.is_some() || average <= 2.0 * first.abs() + 1.0 {
+        const LAST: u32 = 20;
+        let followed = self.loss.get_or_insert(Followed { first: loss, beyond: 0 });
+        let limit = 2.0 * followed.first.abs() + 1.0;
+        followed.beyond = (followed.beyond << 1 | u32::from(loss > limit)) & ((1 << LAST) - 1);
+        if self.numbers.diverged_at.is_some() || followed.beyond.count_ones() < LAST / 2 {
             return None;
         }
         self.numbers.diverged_at = Some(step);
+        let first = followed.first;
         Some(format!(
-            "the loss has diverged: {first:.4} at first, {average:.4} on average at step {step}; lower train.lr, lengthen the \
-             warm-up or set train.clip_norm. The best epoch is what will be kept"
+            "the loss has diverged: {first:.4} at first, {loss:.4} at step {step} and beyond {limit:.4} in half of the last {LAST}; \
+             lower train.lr, lengthen the warm-up or set train.clip_norm. The best epoch is what will be kept"
         ))
     }
 }
@@ -168,7 +169,7 @@ mod tests {
         };
         assert_eq!(told(&mut (0..200).map(|i| 1.1 + f64::from(i % 7) / 2.0)), (0, None));
         assert_eq!(told(&mut (0..200).map(|i| 0.01 + f64::from(i % 2))), (0, None), "small and restless");
-        assert_eq!(told(&mut (0..50).map(|i| if i == 20 { 20.0 } else { 1.0 })), (0, None), "one spike");
+        assert_eq!(told(&mut (0..50).map(|i| if i % 20 == 10 { 1e6 } else { 1.0 })), (0, None), "spikes");
         let (said, at) = told(&mut (0..200).map(|i| 1.1 + f64::from(i)));
         assert!(said == 1 && at.is_some_and(|at| at < 15), "{at:?}");
     }
