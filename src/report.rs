@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 pub struct Evaluation {
     /// Examples evaluated.
     pub examples: usize,
-    /// Mean loss.
+    /// Mean loss; NaN, as JSON null, of no examples.
+    #[serde(deserialize_with = "number")]
     pub loss: f64,
     /// By name: `accuracy`, `macro_f1`, `image_to_text_recall_at_1`, …
     pub metrics: BTreeMap<String, f64>,

@@ -303,6 +303,9 @@ pub fn train(recipe: Recipe, existing: Existing, device: &Device, observer: &mut
     }
     if existing == Existing::Resume {
         trainer.resume(&mut state, &run.checkpoint())?;
+        if trainer.micro != micro {
+            observer.event(Event::Note(format!("the run goes on with {}, as it began", trainer.micro)));
+        }
     }
     let mut logged = Logged { inner: observer, run: *run, failed: None };
     logged.run.open_metrics(state.state().step, session.recipe.train.tensorboard)?;

@@ -317,7 +317,7 @@ fn assign(params: &Params, values: &[Tensor]) -> Result<()> {
 /// # Errors
 /// When it is not.
 pub fn check_finite(what: &str, found: &Evaluation) -> Result<()> {
-    if found.loss.is_finite() {
+    if found.loss.is_finite() || found.examples == 0 {
         return Ok(());
     }
     Err(Error::fault(what, "the loss is not finite").hint("lower train.lr; with `train.dtype: f16` try bf16, whose range is that of f32"))
