@@ -30,14 +30,6 @@ pub fn name(device: &Device) -> String {
     }
 }
 
-/// Whether an error says that a device's memory did not suffice. candle hands on what CUDA's and Metal's drivers say.
-#[must_use]
-pub fn out_of_memory(error: &Error) -> bool {
-    let Error::Tensor(error) = error else { return false };
-    let text = format!("{error} {error:?}").to_lowercase();
-    ["out_of_memory", "out of memory", "alloc_failed", "failed to create metal resource"].iter().any(|t| text.contains(t))
-}
-
 fn unknown(spec: &str) -> Error {
     Error::input("--device", format!("expected auto, cpu, cuda, cuda:N or metal, found `{spec}`"))
 }

@@ -6,7 +6,6 @@ use std::time::Instant;
 use super::observer::{Event, Observer, StepRecord};
 use super::{Best, Micro, Run, Stepper, TrainConfig, Trainer, assign, check_finite, snapshot};
 use crate::data::Split;
-use crate::device::out_of_memory;
 use crate::error::{Error, Result};
 use crate::report::{self, EpochRecord, Evaluation};
 
@@ -48,7 +47,7 @@ impl Trainer<'_> {
             Ok(record) => return Ok(Some(record)),
             Err(error) => error,
         };
-        if !out_of_memory(&error) || !stepper.untouched() {
+        if !error.is_out_of_memory() || !stepper.untouched() {
             return Err(error);
         }
         let smaller = if self.config.auto_batch { self.micro.split() } else { None };
