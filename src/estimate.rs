@@ -176,7 +176,7 @@ fn of(config: &ClipConfig, trained: &[&str], count: usize, train: &TrainConfig, 
     ];
     let [vision, text] = &towers;
     let step = vision.floats(trained, train) + text.floats(trained, train);
-    let evaluation = vision.working(train.batch.max(EVALUATED)) + text.working(text.rows);
+    let evaluation = vision.working(train.batch.max(EVALUATED).min(load.images)) + text.working(text.rows);
     let numbers = count as u64 * 4;
     let image = (v.image_size * v.image_size * 3) as u64;
     let kept = match vision.below(trained).filter(|depth| load.constant && *depth > 0) {
