@@ -98,6 +98,14 @@ impl Error {
         self
     }
 
+    /// Whether a device's memory did not suffice. candle hands on what CUDA's and Metal's drivers say, as text.
+    #[must_use]
+    pub fn is_out_of_memory(&self) -> bool {
+        let Self::Tensor(error) = self else { return false };
+        let text = format!("{error} {error:?}").to_lowercase();
+        ["out_of_memory", "out of memory", "alloc_failed", "failed to create metal resource"].iter().any(|t| text.contains(t))
+    }
+
     /// The process exit code for this error.
     pub fn exit_code(&self) -> i32 {
         match self {

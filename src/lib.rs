@@ -145,6 +145,7 @@ pub mod hub;
 pub mod inspect;
 mod json;
 pub mod measure;
+pub mod memory;
 pub mod merge;
 pub mod model;
 pub mod named;

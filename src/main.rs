@@ -7,6 +7,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// mimalloc's `purge_delay`: how long freed pages stay, in milliseconds; the crate has no name for it.
 const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
 
+#[allow(unsafe_code, reason = "settings of the process, before it has other threads")]
 fn main() -> std::process::ExitCode {
     // Pages that are given back are cleared by the kernel when they are wanted again, which was a
     // third of a training step. Kept, resident memory stays at its peak.

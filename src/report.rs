@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 pub struct Evaluation {
     /// Examples evaluated.
     pub examples: usize,
-    /// Mean loss.
+    /// Mean loss; NaN, as JSON null, of no examples.
+    #[serde(deserialize_with = "number")]
     pub loss: f64,
     /// By name: `accuracy`, `macro_f1`, `image_to_text_recall_at_1`, …
     pub metrics: BTreeMap<String, f64>,
@@ -72,11 +73,33 @@ pub struct EpochRecord {
     pub epoch: usize,
     /// Optimiser steps so far.
     pub step: usize,
-    /// Mean training loss over the epoch.
+    /// Mean training loss over the epoch's steps; NaN, as JSON null, where every one of them was left out.
+    #[serde(deserialize_with = "number")]
     pub train_loss: f64,
     /// The validation split.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub val: Option<Evaluation>,
+}
+
+/// JSON has no NaN; serde writes null.
+pub(crate) fn number<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    Ok(Option::<f64>::deserialize(from)?.unwrap_or(f64::NAN))
+}
+
+/// How the numbers of a run behaved.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Numbers {
+    /// Steps left out because loss or gradients were not finite.
+    pub skipped_steps: usize,
+    /// With f16: steps left out because the scaled loss overflowed.
+    pub overflowed_steps: usize,
+    /// With f16: what the loss was multiplied by in the end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f64>,
+    /// The step at which the training loss was seen to have diverged.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub diverged_at: Option<usize>,
 }
 
 /// `report.json`.
@@ -132,6 +155,12 @@ pub struct TrainReport {
     pub examples: [usize; 3],
     /// Images that could not be read and were left out.
     pub skipped_images: usize,
+    /// How the numbers behaved.
+    #[serde(default)]
+    pub numbers: Numbers,
+    /// Examples that went through the model at once, and how often in a step, where `train.auto_batch` chose.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub micro: Option<[usize; 2]>,
     /// The device.
     pub device: String,
     /// The run directory.

@@ -204,7 +204,8 @@ impl RunDir {
         line.push('\n');
         file.put(line.as_bytes())?;
         let Some(events) = &mut self.events else { return Ok(()) };
-        events.scalars(record.step, [("train/loss", record.loss), ("train/lr", record.lr), ("train/grad_norm", record.grad_norm)])
+        let all = [("train/loss", record.loss), ("train/lr", record.lr), ("train/grad_norm", record.grad_norm)];
+        events.scalars(record.step, all.into_iter().filter(|(_, v)| v.is_finite()))
     }
 
     /// Returns when what was logged is on the disk: a checkpoint must not know of steps that `metrics.jsonl` lacks.

@@ -13,18 +13,19 @@ use crate::clip::source::Source;
 use crate::data::{Dataset, Images, Split};
 use crate::delta::{self, Adapters, BaseRef, Delta, Manifest, bundled};
 use crate::error::{Error, Result};
+use crate::estimate;
 use crate::fetch::fetched;
 use crate::merge;
 use crate::recipe::{ModelConfig, Recipe};
 use crate::report::{Evaluation, TrainReport, peak_rss_mib};
 use crate::run::{Existing, Opened, RunDir};
 use crate::task::{Needs, Task, TaskParts};
-use crate::train::{Event, FeatureSource, Features, Observer, Run, Sampling, Trainer};
+use crate::train::{Event, FeatureSource, Features, Micro, Observer, Run, Sampling, Trainer, check_finite};
 
 mod check;
 mod page;
 
-pub use check::{Checked, check};
+pub use check::{Checked, Verdict, check};
 
 /// What a recipe names, opened.
 pub struct Session {
@@ -156,7 +157,7 @@ impl Session {
         let config = &self.recipe.train;
         let source = FeatureSource {
             images: self.images.clone(),
-            batch: config.batch.max(64),
+            batch: config.batch.max(estimate::EVALUATED),
             cache: config.activation_cache.clone(),
             identity: self.identity()?,
             tokens: task.needs() == Needs::Tokens,
@@ -170,6 +171,7 @@ impl Session {
             data: &self.data,
             images: self.images.clone(),
             config,
+            micro: Micro::of(config),
             metric: metric.unwrap_or_else(|| self.recipe.task.definition().metric().to_string()),
             features,
         })
@@ -294,15 +296,23 @@ pub fn train(recipe: Recipe, existing: Existing, device: &Device, observer: &mut
     let (mut adapters, task) = session.plan()?;
     tell(&adapters, observer);
     session.discard_replaced(&adapters)?;
+    let micro = session.fitting(&mut adapters, &*task, observer)?;
     let mut trainer = session.trainer(&mut adapters, task)?;
+    trainer.micro = micro;
     trainer.adapters.check_steps(trainer.total_steps())?;
     let run = match RunDir::open(&session.recipe, existing)? {
         Opened::Finished(report) => return Ok((*report, true)),
         Opened::Open(run) => run,
     };
     let mut state = trainer.begin()?;
+    if micro != Micro::of(&session.recipe.train) {
+        state.set_micro(micro);
+    }
     if existing == Existing::Resume {
         trainer.resume(&mut state, &run.checkpoint())?;
+        if trainer.micro != micro {
+            observer.event(Event::Note(format!("the run goes on with {}, as it began", trainer.micro)));
+        }
     }
     let mut logged = Logged { inner: observer, run: *run, failed: None };
     logged.run.open_metrics(state.state().step, session.recipe.train.tensorboard)?;
@@ -330,6 +340,7 @@ impl Session {
             trainer.calibrate(logged)?;
             logged.event(Event::Phase("before", Some(self.data.split(split).len())));
             let before = trainer.evaluate(split, logged)?;
+            check_finite("evaluation before training", &before)?;
             logged.run.log_evaluation(&split.to_string(), run.state().step, &before)?;
             run.set_before(before);
         }
@@ -343,10 +354,18 @@ impl Session {
             total: self.total_parameters(trainer.adapters),
         });
         let checkpoint = logged.run.checkpoint();
-        trainer.train(run, Some(&checkpoint), logged)?;
+        if let Err(error) = trainer.train(run, Some(&checkpoint), logged) {
+            self.keep_best(trainer, run, logged)?;
+            return Err(error);
+        }
+        if run.state().health.numbers.skipped_steps > 0 {
+            let count = run.state().health.numbers.skipped_steps;
+            logged.event(Event::Warning(format!("{count} steps were left out, since their loss or gradients were not finite")));
+        }
         logged.run.check()?;
         logged.event(Event::Phase("after", Some(self.data.split(split).len())));
         let after = trainer.evaluate(split, logged)?;
+        check_finite("evaluation after training", &after)?;
         logged.run.log_evaluation(&split.to_string(), run.state().step, &after)?;
         for warning in trainer.task.warnings() {
             logged.event(Event::Warning(warning));
@@ -361,6 +380,19 @@ impl Session {
         let page = self.page(&report, &logged.run, split, &changes, &unfoldable)?;
         logged.run.finish(&report, predictions, &page)?;
         Ok(report)
+    }
+
+    /// Numbers have ended the run: its best epoch so far becomes the adapter, which can be evaluated and started from.
+    fn keep_best(&self, trainer: &mut Trainer<'_>, run: &mut Run, logged: &mut Logged<'_>) -> Result<()> {
+        if !run.is_lost() {
+            return Ok(());
+        }
+        let Some(best) = trainer.keep_best(run)? else { return Ok(()) };
+        let dir = logged.run.adapter();
+        delta::save(&dir, trainer.adapters, &self.sites(), &self.manifest(&*trainer.task, &best)?)?;
+        let epoch = run.state().best.as_ref().map_or(0, |b| b.epoch);
+        logged.event(Event::Note(format!("the best epoch so far, {epoch}, is kept in {}", dir.display())));
+        Ok(())
     }
 
     fn report(&self, trainer: &Trainer<'_>, run: &Run, split: Split, after: Evaluation, bytes: u64, path: &Path) -> TrainReport {
@@ -390,6 +422,8 @@ impl Session {
             peak_rss_mib: peak_rss_mib(),
             examples: [Split::Train, Split::Val, Split::Test].map(|s| self.data.count(s)),
             skipped_images: self.data.skipped + state.skipped,
+            numbers: state.health.numbers,
+            micro: state.micro.map(|m| [m.batch, m.accumulate]),
             device: crate::device::name(self.base.clip.device()),
             run: path.to_path_buf(),
         }
@@ -457,9 +491,8 @@ impl Session {
         }
         observer.event(Event::Phase("evaluate", Some(examples)));
         let found = trainer.evaluate(options.split, observer)?;
-        match found.loss.is_finite() {
-            true => Ok(found),
-            false => Err(Error::fault("evaluation", "the loss is not finite").hint("the adapter's weights may be too large for this base")),
-        }
+        let hint = "the adapter's weights may be too large for this base, or train.dtype too narrow";
+        check_finite("evaluation", &found).map_err(|e| e.hint(hint))?;
+        Ok(found)
     }
 }

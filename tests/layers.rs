@@ -5,13 +5,14 @@ use std::path::Path;
 
 /// Each module and what it may import; `session` and `cli` put everything together, `faults` tests it. What is right about
 /// this table is the direction: nothing below knows of recipes, nothing but `cli` of the command line.
-const TABLE: [(&str, &[&str]); 43] = [
+const TABLE: [(&str, &[&str]); 44] = [
     ("error", &[]),
     ("named", &[]),
     ("guard", &[]),
     ("builtin", &[]),
     ("report", &[]),
     ("device", &["error"]),
+    ("memory", &[]),
     ("files", &["error"]),
     ("sign", &["error", "files"]),
     ("hub", &["error", "files"]),

@@ -171,6 +171,7 @@ fn weight_product(dst: &mut [f32], dy: &[f32], x: &[f32], mnk: [usize; 3]) {
 }
 
 /// Strides: rows and columns of the left, then of the right operand.
+#[allow(unsafe_code, reason = "the product alone, without what `ops` adds")]
 fn raw(dst: &mut [f32], x: &[f32], w: &[f32], [m, n, k]: [usize; 3], s: [usize; 4], threads: gemm::Parallelism) {
     assert!(dst.len() >= m * n && x.len() >= m * k && w.len() >= n * k);
     let s = s.map(|s| s as isize);
@@ -313,6 +314,7 @@ fn layers(title: &str, size: Size, rounds: usize) {
 
 /// As the `peft` command does: one pool, of two threads or as many as `THREADS` says, and no
 /// pages given back to the system between steps.
+#[allow(unsafe_code, reason = "settings of the process, as in `main`")]
 fn set_up() {
     const PURGE_DELAY: i32 = 15;
     let threads = std::env::var("THREADS").ok().and_then(|t| t.parse().ok()).unwrap_or(2);

@@ -37,6 +37,7 @@ pub mod patches;
 pub mod phm;
 pub mod pissa;
 pub mod prefix;
+pub mod probe;
 pub mod prolip;
 pub mod registry;
 pub mod rng;

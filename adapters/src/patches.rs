@@ -36,6 +36,11 @@ impl Patches {
         self.list.push(patch);
     }
 
+    /// Takes away the patch that runs last.
+    pub fn pop(&mut self) -> Option<Box<dyn Patch>> {
+        self.list.pop()
+    }
+
     /// Adds all of `others` in front of the patch at `index`.
     pub fn insert(&mut self, index: usize, others: Self) {
         self.list.splice(index..index, others.list);

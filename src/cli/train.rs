@@ -82,7 +82,7 @@ fn check_text(checked: &session::Checked, yaml: &str) -> String {
     format!(
         "{yaml}\n# {train} training{streamed}, {val} validation and {test} test examples; {} classes; {} texts encoded a step\n\
          # {} of {} parameters are trained, {} steps\n\
-         # about {:.0} MiB: {:.0} for the base, {:.0} for what is trained, {:.0} for activations, {:.0} for images and the program\n",
+         # about {:.0} MiB: {:.0} for the base, {:.0} for what is trained, {:.0} for activations, {:.0} for images and the program\n{}{}",
         checked.classes.len(),
         checked.texts_per_step,
         checked.trainable_parameters,
@@ -93,7 +93,21 @@ fn check_text(checked: &session::Checked, yaml: &str) -> String {
         mib(m.trained),
         mib(m.activations),
         mib(m.other),
+        short(checked),
+        checked.micro.map(|m| format!("# train.auto_batch: {m}\n")).unwrap_or_default(),
     )
+}
+
+/// What is to be said where memory may not suffice.
+fn short(checked: &session::Checked) -> String {
+    let Some(there) = &checked.available else { return String::new() };
+    let mib = there.bytes >> 20;
+    let way = "lower train.batch, or use `train.auto_batch: true` or `train.checkpointing: true`";
+    match checked.verdict {
+        session::Verdict::TooLarge => format!("# warning: {mib} MiB are left ({}), which is too little: {way}\n", there.bound),
+        session::Verdict::Tight => format!("# warning: {mib} MiB are left ({}), which may be too little: {way}\n", there.bound),
+        _ => format!("# {mib} MiB are left ({})\n", there.bound),
+    }
 }
 
 fn document(report: &TrainReport) -> Value {
@@ -116,6 +130,8 @@ fn document(report: &TrainReport) -> Value {
         "peak_rss_mib": report.peak_rss_mib,
         "steps": report.steps,
         "best_epoch": report.best_epoch,
+        "numbers": report.numbers,
+        "micro": report.micro,
         "run": report.run,
     })
 }

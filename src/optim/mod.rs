@@ -46,6 +46,15 @@ impl OptimizerConfig {
         }
     }
 
+    /// Numbers that it remembers for each parameter.
+    #[must_use]
+    pub fn moments(&self) -> u64 {
+        match self {
+            Self::AdamW(_) => 2,
+            Self::Sgd(_) => 1,
+        }
+    }
+
     /// The optimiser with empty state for `params`.
     ///
     /// # Errors

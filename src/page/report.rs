@@ -6,7 +6,7 @@ use super::charts::{Axis, Plot, Scale, Series, Style, chart};
 use super::{bytes, document, matrix, metric, number, words};
 use crate::change::Change;
 use crate::error::Result;
-use crate::report::{Classification, Prediction, TrainReport, is_fraction};
+use crate::report::{Classification, Numbers, Prediction, TrainReport, is_fraction};
 use crate::train::StepRecord;
 
 /// A test example that was taken for something else, or a number that is off.
@@ -233,7 +233,7 @@ fn resources(r: &TrainReport) -> Markup {
         ("trained parameters", format!("{} of {} ({share:.2} %)", r.trainable_parameters, r.total_parameters)),
         ("adapter", bytes(r.adapter_bytes)),
         ("epochs", format!("{}{best}{stopped}", r.epochs.len())),
-        ("steps", r.steps.to_string()),
+        ("steps", format!("{}{}", r.steps, trouble(&r.numbers))),
         ("training", format!("{} s, evaluation included", number(r.seconds))),
         ("speed", r.images_per_second().map_or_else(|| "–".into(), |v| format!("{} images/s", number(v)))),
         ("peak memory", r.peak_rss_mib.map_or_else(|| "–".into(), |v| format!("{v:.0} MiB"))),
@@ -241,6 +241,18 @@ fn resources(r: &TrainReport) -> Markup {
         ("skipped images", r.skipped_images.to_string()),
     ];
     facts(all.into_iter())
+}
+
+/// What of the steps' numbers is worth saying.
+fn trouble(numbers: &Numbers) -> String {
+    let Numbers { skipped_steps, overflowed_steps, diverged_at, .. } = numbers;
+    let mut all = String::new();
+    for (count, why) in [(skipped_steps, "not finite"), (overflowed_steps, "overflow of f16")] {
+        if *count > 0 {
+            all += &format!(", {count} left out ({why})");
+        }
+    }
+    all + &diverged_at.map(|at| format!(", diverged at {at}")).unwrap_or_default()
 }
 
 fn facts<'t>(all: impl Iterator<Item = (&'t str, String)>) -> Markup {

@@ -276,6 +276,10 @@ pub(super) fn sigmoid(x: f32) -> f32 {
 }
 
 impl Task for Match {
+    fn over_batch(&self) -> bool {
+        self.count() > 0
+    }
+
     fn check(&self, examples: &[Example]) -> Result<()> {
         let texts = self.config.inputs.text() || self.count() > 0;
         for e in examples {

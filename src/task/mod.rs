@@ -319,6 +319,11 @@ pub trait Task: Send {
         false
     }
 
+    /// Whether an example's part of the loss depends on the others of its batch, so that splitting the batch changes it.
+    fn over_batch(&self) -> bool {
+        self.drop_last()
+    }
+
     /// What is worth a warning: texts that were cut.
     fn warnings(&self) -> Vec<String> {
         Vec::new()

@@ -6,6 +6,8 @@ use std::path::Path;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
+use super::health::Health;
+use super::micro::Micro;
 use crate::clip::weights;
 use crate::error::{Error, Result};
 use crate::report::{EpochRecord, Evaluation};
@@ -42,6 +44,12 @@ pub struct State {
     /// Images that a stream left out.
     #[serde(default)]
     pub skipped: usize,
+    /// How the numbers behave.
+    #[serde(default)]
+    pub health: Health,
+    /// What `train.auto_batch` has come to, where that is not what the recipe says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub micro: Option<Micro>,
 }
 
 /// The best epoch.

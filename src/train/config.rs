@@ -7,6 +7,7 @@ use peft_adapters::Tape;
 use serde::{Deserialize, Serialize};
 
 use super::activations::CacheConfig;
+use super::health::OnNonFinite;
 use crate::data::AugmentConfig;
 use crate::error::{Error, Result};
 use crate::named;
@@ -26,6 +27,10 @@ pub struct TrainConfig {
     pub batch: usize,
     /// Micro-batches in an optimiser step.
     pub accumulate: usize,
+    /// Where memory runs out, halve `batch` and double `accumulate` until it suffices. Steps stay means over the same
+    /// examples, equal up to rounding but for what is drawn for each micro-batch (dropout). Not for losses over the batch.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub auto_batch: bool,
     /// Peak learning rate.
     pub lr: f64,
     /// `adamw` or `sgd`, with options.
@@ -53,8 +58,12 @@ pub struct TrainConfig {
     pub sampling: Sampling,
     /// Random transforms of training images.
     pub augment: AugmentConfig,
-    /// What the frozen model computes in: f32, bf16 or f16. Adapter weights stay f32.
+    /// What the frozen model computes in: f32, bf16 or f16. Adapter weights stay f32. With f16 the loss is scaled.
     pub dtype: Dtype,
+    /// `stop`: a loss or a gradient that is not finite ends the run. `skip`: that step is left out and counted, up to ten
+    /// in a row.
+    #[serde(skip_serializing_if = "stops")]
+    pub on_nonfinite: OnNonFinite,
     /// Draws initial weights, order, shots, augmentation and dropout.
     pub seed: u64,
     /// Decay of an average of the weights that is evaluated and saved in their place; off when left out.
@@ -123,6 +132,12 @@ fn is_natural(sampling: &Sampling) -> bool {
     *sampling == Sampling::Natural
 }
 
+// serde hands out references.
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn stops(what: &OnNonFinite) -> bool {
+    *what == OnNonFinite::Stop
+}
+
 fn is_default(cache: &CacheConfig) -> bool {
     *cache == CacheConfig::default()
 }
@@ -167,6 +182,7 @@ impl Default for TrainConfig {
             steps: None,
             batch: 32,
             accumulate: 1,
+            auto_batch: false,
             lr: 1e-3,
             optimizer: OptimizerConfig::default(),
             schedule: ScheduleConfig::default(),
@@ -178,6 +194,7 @@ impl Default for TrainConfig {
             sampling: Sampling::Natural,
             augment: AugmentConfig::default(),
             dtype: Dtype::F32,
+            on_nonfinite: OnNonFinite::Stop,
             seed: 0,
             ema: None,
             patch_dropout: None,
@@ -260,13 +277,10 @@ impl TrainConfig {
         self.epochs.unwrap_or(DEFAULT_EPOCHS)
     }
 
-    /// Optimiser steps in all, given the micro-batches of an epoch. Steps never cross an epoch's end.
+    /// Optimiser steps in all, given those of an epoch.
     #[must_use]
-    pub fn total_steps(&self, batches_per_epoch: usize) -> usize {
-        match self.steps {
-            Some(steps) => steps,
-            None => self.epochs() * self.steps_per_epoch(batches_per_epoch),
-        }
+    pub fn total_steps(&self, steps_per_epoch: usize) -> usize {
+        self.steps.unwrap_or(self.epochs() * steps_per_epoch)
     }
 
     /// What a step computes twice to save memory, if anything.
@@ -276,11 +290,5 @@ impl TrainConfig {
             Some(rows) => Some(Tape::by_rows(rows)),
             None => self.checkpointing.then(Tape::by_blocks),
         }
-    }
-
-    /// Optimiser steps of an epoch.
-    #[must_use]
-    pub fn steps_per_epoch(&self, batches_per_epoch: usize) -> usize {
-        batches_per_epoch.div_ceil(self.accumulate).max(1)
     }
 }

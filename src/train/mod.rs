@@ -14,16 +14,19 @@ use crate::clip::{Clip, Encoded};
 use crate::data::{Dataset, Example, Images, Plan, Split};
 use crate::delta::Adapters;
 use crate::error::{Error, Result};
-use crate::files;
 use crate::optim::{Ema, Optimizer};
-use crate::report::{self, EpochRecord, Evaluation};
+use crate::report::Evaluation;
 use crate::task::{Forward, Needs, Task};
 
 mod activations;
+mod blame;
 pub mod checkpoint;
 mod config;
+mod course;
 mod features;
 mod fit;
+mod health;
+mod micro;
 pub mod observer;
 mod pace;
 mod step;
@@ -32,15 +35,13 @@ pub use activations::{Bank, CacheConfig};
 pub use checkpoint::{Best, State};
 pub use config::{Dtype, EarlyStopping, PatchDropout, Sampling, TrainConfig};
 pub use features::{FeatureSource, Features};
+pub use health::{Followed, Health, LossScale, OnNonFinite};
+pub use micro::Micro;
 pub use observer::{Event, Observer, Silent, StepRecord};
-use pace::Pace;
 pub use step::Stepper;
 
 /// Texts that are judged at once where images are not looked at.
 const TEXTS: usize = 256;
-
-/// Images that were left out are named up to this number.
-const SHOWN: usize = 20;
 
 /// What a run is made of.
 pub struct Trainer<'a> {
@@ -56,6 +57,8 @@ pub struct Trainer<'a> {
     pub images: Arc<Images>,
     /// How.
     pub config: &'a TrainConfig,
+    /// What goes through the model at once.
+    pub micro: Micro,
     /// The number that chooses the best epoch.
     pub metric: String,
     /// Image features.
@@ -69,6 +72,8 @@ pub struct Run {
     ema: Option<Ema>,
     best: Option<Vec<Tensor>>,
     started: Instant,
+    /// Whether numbers ended it.
+    lost: bool,
 }
 
 impl Run {
@@ -76,6 +81,17 @@ impl Run {
     #[must_use]
     pub fn state(&self) -> &State {
         &self.state
+    }
+
+    /// Whether the run ended because its numbers are not finite.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.lost
+    }
+
+    /// Notes micro-batches that differ from the recipe's.
+    pub fn set_micro(&mut self, micro: Micro) {
+        self.state.micro = Some(micro);
     }
 
     /// Notes the evaluation before training.
@@ -96,7 +112,7 @@ impl<'a> Trainer<'a> {
     pub fn plan(&self) -> Plan {
         Plan {
             examples: self.data.count(Split::Train),
-            batch: self.config.batch,
+            batch: self.micro.batch,
             shuffle: self.config.shuffle,
             drop_last: self.task.drop_last(),
             seed: self.config.seed,
@@ -110,7 +126,7 @@ impl<'a> Trainer<'a> {
         if self.adapters.params.count() == 0 {
             return 0;
         }
-        self.config.total_steps(self.plan().per_epoch())
+        self.config.total_steps(self.micro.steps(self.plan().per_epoch()))
     }
 
     /// A run before its first step.
@@ -120,11 +136,12 @@ impl<'a> Trainer<'a> {
     pub fn begin(&self) -> Result<Run> {
         let params = &self.adapters.params;
         Ok(Run {
-            state: State::default(),
+            state: State { health: Health::new(self.config.dtype), ..State::default() },
             optimizer: self.config.optimizer.build(params)?,
             ema: self.config.ema.map(|decay| Ema::new(decay, params)).transpose()?,
             best: None,
             started: Instant::now(),
+            lost: false,
         })
     }
 
@@ -150,6 +167,7 @@ impl<'a> Trainer<'a> {
         if let Some(ema) = &mut run.ema {
             ema.restore(params, &mut take)?;
         }
+        self.micro = state.micro.unwrap_or(self.micro);
         run.state = state;
         for (index, patch) in self.adapters.patches.iter_mut().enumerate() {
             let prefix = format!("patch.{index}.");
@@ -198,96 +216,6 @@ impl<'a> Trainer<'a> {
         self.finish(run)?;
         self.tune(observer)?;
         self.calibrate(observer)
-    }
-
-    fn steps(&mut self, run: &mut Run, total: usize, checkpoints: Option<&Path>, observer: &mut dyn Observer) -> Result<()> {
-        let mut stepper = Stepper::new(self, run.state.step, total, observer)?;
-        let mut pace = Pace::new(files::now());
-        while run.state.step < total && !run.state.stopped_early {
-            let start = Instant::now();
-            let record = stepper.step(self, run)?;
-            run.state.step_seconds += start.elapsed().as_secs_f64();
-            run.state.images += record.images;
-            for reason in stepper.take_skipped() {
-                run.state.skipped += 1;
-                if run.state.skipped <= SHOWN {
-                    observer.event(Event::Note(format!("left out: {}", reason.replace('\n', " "))));
-                }
-            }
-            observer.event(Event::Step(&record));
-            files::stepped();
-            let epoch_done = run.state.step.is_multiple_of(stepper.steps_per_epoch()) || run.state.step == total;
-            if epoch_done {
-                self.end_epoch(run, record.epoch, record.epoch % self.config.evaluate_every == 0 || run.state.step == total, observer)?;
-            }
-            observer.failed()?;
-            let stop = observer.stop();
-            let wished = stop.is_some() || self.config.checkpoint_steps.is_some_and(|n| run.state.step.is_multiple_of(n));
-            let from = files::now();
-            if let Some(dir) = checkpoints.filter(|_| wished || pace.due(epoch_done, from)) {
-                observer.saving()?;
-                self.save(run, dir)?;
-                pace.wrote(from, files::now());
-            }
-            if let Some(signal) = stop.filter(|_| run.state.step < total) {
-                return Err(interrupted(run, total, signal, checkpoints.is_some()));
-            }
-        }
-        Ok(())
-    }
-
-    fn end_epoch(&mut self, run: &mut Run, epoch: usize, validate: bool, observer: &mut dyn Observer) -> Result<()> {
-        let (sum, count) = std::mem::take(&mut run.state.epoch_loss);
-        let mut record = EpochRecord { epoch, step: run.state.step, train_loss: sum / count.max(1) as f64, val: None };
-        if validate && !self.data.val.is_empty() {
-            if let Some(ema) = &mut run.ema {
-                ema.swap_in(&self.adapters.params)?;
-            }
-            let mut val = self.evaluate(Split::Val, observer)?;
-            self.judge(run, epoch, &val)?;
-            if let Some(ema) = &mut run.ema {
-                ema.swap_out(&self.adapters.params)?;
-            }
-            // The history keeps numbers only.
-            (val.predictions, val.classification) = (Vec::new(), None);
-            record.val = Some(val);
-        }
-        observer.event(Event::Epoch(&record));
-        run.state.epochs.push(record);
-        Ok(())
-    }
-
-    /// Keeps the best epoch: higher metric (lower for losses and errors), then lower loss, then the earlier one.
-    fn judge(&self, run: &mut Run, epoch: usize, val: &Evaluation) -> Result<()> {
-        let metric = val.metric(&self.metric).ok_or_else(|| {
-            let known: Vec<&str> = val.metrics.keys().map(String::as_str).chain(["loss"]).collect();
-            Error::input("train.early_stopping.metric", format!("`{}` is not a metric of this task", self.metric))
-                .hint(format!("there are {}", known.join(", ")))
-        })?;
-        let sign = if report::lower_is_better(&self.metric) { -1.0 } else { 1.0 };
-        let better = run.state.best.as_ref().is_none_or(|b| {
-            let (new, old) = (sign * metric, sign * b.metric);
-            new > old || (new == old && val.loss < b.loss)
-        });
-        if better {
-            run.state.best = Some(Best { epoch, metric, loss: val.loss });
-            run.best = Some(snapshot(&self.adapters.params)?);
-            run.state.without_improvement = 0;
-        } else {
-            run.state.without_improvement += 1;
-        }
-        let patience = self.config.early_stopping.as_ref().map_or(0, |e| e.patience);
-        run.state.stopped_early = patience > 0 && run.state.without_improvement >= patience;
-        Ok(())
-    }
-
-    /// The parameters of the best epoch; the last ones (their average) where nothing was validated.
-    fn finish(&mut self, run: &mut Run) -> Result<()> {
-        match (&run.best, &mut run.ema) {
-            (Some(best), _) => assign(&self.adapters.params, best),
-            (None, Some(ema)) => ema.swap_in(&self.adapters.params),
-            (None, None) => Ok(()),
-        }
     }
 
     /// Evaluates a split with the parameters as they are.
@@ -385,9 +313,15 @@ fn assign(params: &Params, values: &[Tensor]) -> Result<()> {
     params.iter().zip(values).try_for_each(|(p, v)| Ok(p.var.set(v)?))
 }
 
-fn interrupted(run: &Run, total: usize, signal: i32, saved: bool) -> Error {
-    let what = if saved { "the state is saved; go on with --resume" } else { "nothing was saved" };
-    Error::Interrupted { message: format!("stopped after step {} of {total}; {what}", run.state.step), signal }
+/// Refuses a split whose loss is not finite: nothing could be chosen by it, and JSON could not hold it.
+///
+/// # Errors
+/// When it is not.
+pub fn check_finite(what: &str, found: &Evaluation) -> Result<()> {
+    if found.loss.is_finite() || found.examples == 0 {
+        return Ok(());
+    }
+    Err(Error::fault(what, "the loss is not finite").hint("lower train.lr; with `train.dtype: f16` try bf16, whose range is that of f32"))
 }
 
 /// Gradients by name, for patches that want to see them.

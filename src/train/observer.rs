@@ -1,7 +1,7 @@
 //! How a run is watched and stopped. The library itself prints nothing.
 
 use crate::error::Result;
-use crate::report::{EpochRecord, Evaluation};
+use crate::report::{EpochRecord, Evaluation, number};
 
 /// What happens during a run.
 #[derive(Debug)]
@@ -40,12 +40,17 @@ pub struct StepRecord {
     pub step: usize,
     /// From 1.
     pub epoch: usize,
-    /// Mean over the step's examples.
+    /// Mean over the step's examples; NaN, as JSON null, where it is not finite.
+    #[serde(deserialize_with = "number")]
     pub loss: f64,
     /// Learning rate.
     pub lr: f64,
-    /// Global gradient norm before clipping.
+    /// Global gradient norm before clipping; as `loss`.
+    #[serde(deserialize_with = "number")]
     pub grad_norm: f64,
+    /// Whether nothing was updated, since a number was not finite.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub skipped: bool,
     /// Images of the step.
     #[serde(skip)]
     pub images: usize,

@@ -6,21 +6,25 @@ use candle_core::{DType, Tensor};
 use peft_adapters::{Patches, Step, Tape, rng};
 use rand::seq::SliceRandom;
 
+use super::health::{Health, MOST_IN_A_ROW, OnNonFinite, Verdict};
 use super::observer::{Event, Observer, StepRecord};
-use super::{Bank, Run, Trainer, by_name};
+use super::{Bank, Run, TrainConfig, Trainer, by_name};
 use crate::clip::{Clip, Encoded, Trunk};
 use crate::data::loader::LoaderConfig;
 use crate::data::{Batch, Example, Loader, Plan, Split};
 use crate::error::{Error, Result};
 use crate::fusion::Pass;
 use crate::optim::{Accumulated, clip_factor, global_norm};
-use crate::task::{Forward, Needs};
+use crate::task::{Forward, Needs, Task};
 
 /// CLIP's bound on the logit scale's logarithm, ln 100 (Radford et al. 2021, section 2.5).
 const MAX_LOGIT_SCALE: f64 = 4.605_170_185_988_092;
 
+/// Steps that were left out are told one by one up to this number.
+const SHOWN: usize = 5;
+
 /// Where batches come from.
-enum Feed {
+pub(super) enum Feed {
     /// Images, decoded ahead.
     Images(Loader),
     /// Features that never change, [N, P].
@@ -30,7 +34,7 @@ enum Feed {
 }
 
 /// What a batch holds, [B, …].
-enum Input {
+pub(super) enum Input {
     Pixels(Tensor),
     Trunk(Trunk),
     Features(Tensor),
@@ -68,23 +72,53 @@ impl Input {
 /// The part of a step that goes forward and backward at once.
 struct MicroBatch {
     input: Input,
-    examples: Vec<Example>,
-    epoch: usize,
+    part: Part,
+}
+
+/// Which part it is.
+pub(super) struct Part {
+    pub(super) examples: Vec<Example>,
+    pub(super) epoch: usize,
     /// Counts micro-batches from the start of training.
-    position: usize,
+    pub(super) position: usize,
+}
+
+/// What a forward pass needs of a trainer.
+pub(super) struct Scene<'t, 'p> {
+    pub(super) clip: &'t Clip,
+    pub(super) patches: &'t Patches,
+    pub(super) tape: Option<&'p Tape<'t>>,
+    pub(super) config: &'p TrainConfig,
+    pub(super) task: &'p mut dyn Task,
+}
+
+/// What the forward and backward passes of a step give.
+struct Passed {
+    loss: f64,
+    epoch: usize,
+    images: usize,
+    sums: Accumulated,
+    ids: Vec<String>,
+    /// The first micro-batch whose loss is not finite.
+    lost: Option<Part>,
 }
 
 /// Makes steps.
 pub struct Stepper {
-    plan: Plan,
-    feed: Feed,
+    pub(super) plan: Plan,
+    pub(super) feed: Feed,
     total: usize,
     steps_per_epoch: usize,
     accumulate: usize,
-    examples: Arc<Vec<Example>>,
+    /// Of the split; none where it is streamed.
+    pub(super) examples: Arc<Vec<Example>>,
     waited: f64,
     /// Why images were left out, from batches of epoch 0, which sees each image once.
     skipped: Vec<String>,
+    /// What a watcher should know.
+    warnings: Vec<String>,
+    /// Whether the step under way has begun to change weights.
+    updating: bool,
 }
 
 impl Stepper {
@@ -95,7 +129,7 @@ impl Stepper {
     pub fn new(trainer: &mut Trainer<'_>, done: usize, total: usize, observer: &mut dyn Observer) -> Result<Self> {
         let plan = trainer.plan();
         let config = trainer.config;
-        let steps_per_epoch = config.steps_per_epoch(plan.per_epoch());
+        let steps_per_epoch = trainer.micro.steps(plan.per_epoch());
         let stream = trainer.data.stream.clone().filter(|s| s.is_fixed() || !trainer.can_keep_features());
         let examples = Arc::new(match &stream {
             Some(_) => Vec::new(),
@@ -105,11 +139,13 @@ impl Stepper {
             feed: Feed::Bank(Tensor::zeros(0, DType::F32, &candle_core::Device::Cpu)?),
             total,
             steps_per_epoch,
-            accumulate: config.accumulate,
+            accumulate: trainer.micro.accumulate,
             examples: examples.clone(),
             plan: plan.clone(),
             waited: 0.0,
             skipped: Vec::new(),
+            warnings: Vec::new(),
+            updating: false,
         };
         let constant = if stream.is_none() { constant(trainer, &examples, observer)? } else { None };
         stepper.feed = match constant {
@@ -138,6 +174,16 @@ impl Stepper {
         std::mem::take(&mut self.skipped)
     }
 
+    /// What is worth a warning since the last call.
+    pub fn take_warnings(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.warnings)
+    }
+
+    /// Whether a step that failed has left everything as it was.
+    pub(super) fn untouched(&self) -> bool {
+        !self.updating
+    }
+
     /// The first micro-batch of a step, counted from the start of training.
     fn position(&self, step: usize) -> usize {
         let (epoch, at) = (step / self.steps_per_epoch, step % self.steps_per_epoch);
@@ -152,108 +198,165 @@ impl Stepper {
     }
 
     fn fetch(&mut self, position: usize, trainer: &Trainer<'_>) -> Result<MicroBatch> {
-        let plan = &self.plan;
-        let clip = trainer.clip();
-        let (input, indices) = match &mut self.feed {
-            Feed::Images(loader) => {
-                let batch = loader.next_batch()?.ok_or_else(|| Error::fault("loader", "ended before the last step"))?;
-                let Batch { pixels, examples, epoch, skipped } = batch;
-                if epoch == 0 {
-                    self.skipped.extend(skipped);
-                }
-                return Ok(MicroBatch { input: Input::Pixels(pixels), examples, epoch, position });
+        if let Feed::Images(loader) = &mut self.feed {
+            let batch = loader.next_batch()?.ok_or_else(|| Error::fault("loader", "ended before the last step"))?;
+            let Batch { pixels, examples, epoch, skipped } = batch;
+            if epoch == 0 {
+                self.skipped.extend(skipped);
             }
+            return Ok(MicroBatch { input: Input::Pixels(pixels), part: Part { examples, epoch, position } });
+        }
+        let indices = self.plan.indices(position);
+        let input = self.constant(&indices, trainer.clip())?.ok_or_else(|| Error::fault("step", "nothing is kept of images"))?;
+        let examples = indices.iter().map(|&i| self.examples[i].clone()).collect();
+        Ok(MicroBatch { input, part: Part { examples, epoch: position / self.plan.per_epoch().max(1), position } })
+    }
+
+    /// What is kept of these examples between epochs, if anything is.
+    pub(super) fn constant(&self, indices: &[usize], clip: &Clip) -> Result<Option<Input>> {
+        Ok(match &self.feed {
+            Feed::Images(_) => None,
             Feed::Bank(bank) => {
-                let indices = plan.indices(position);
                 let rows: Vec<u32> = indices.iter().map(|&i| i as u32).collect();
                 let rows = Tensor::from_vec(rows, indices.len(), bank.device())?;
-                (Input::Features(bank.index_select(&rows, 0)?), indices)
+                Some(Input::Features(bank.index_select(&rows, 0)?))
             }
-            Feed::Trunk(bank) => {
-                let indices = plan.indices(position);
-                (Input::Trunk(bank.trunk(&indices, clip)?), indices)
-            }
-        };
-        let examples = indices.iter().map(|&i| self.examples[i].clone()).collect();
-        Ok(MicroBatch { input, examples, epoch: position / plan.per_epoch().max(1), position })
+            Feed::Trunk(bank) => Some(Input::Trunk(bank.trunk(indices, clip)?)),
+        })
     }
 
     /// One optimiser step.
     ///
     /// # Errors
-    /// When an image cannot be read, an operation fails, or loss or gradients are not finite.
+    /// When an image cannot be read, an operation fails, or loss or gradients are not finite and the recipe does not say that
+    /// such steps are left out.
     pub fn step(&mut self, trainer: &mut Trainer<'_>, run: &mut Run) -> Result<StepRecord> {
         let step = run.state.step;
+        let factor = run.state.health.factor();
+        let Passed { loss, epoch, images, mut sums, ids, lost } = self.passes(trainer, step, factor)?;
+        let grads = sums.take();
+        let norm = if lost.is_some() { f64::NAN } else { global_norm(&grads)? };
+        let lr = trainer.config.schedule.lr(trainer.config.lr, step, self.total);
+        let health = &mut run.state.health;
+        let verdict = health.judge(loss, norm);
+        match verdict {
+            Verdict::Sound => {
+                self.warnings.extend(health.follow(step + 1, loss));
+                let scale = trainer.config.clip_norm.map_or(1.0, |max| clip_factor(norm, max));
+                self.updating = true;
+                self.update(trainer, run, &grads, lr, scale)?;
+                self.updating = false;
+            }
+            Verdict::Overflow => {}
+            Verdict::NonFinite => {
+                let why = self.blame(trainer, lost.as_ref(), &grads)?;
+                self.leave_out(trainer.config, run, &why, &ids)?;
+            }
+        }
+        run.state.step += 1;
+        if loss.is_finite() {
+            run.state.epoch_loss = (run.state.epoch_loss.0 + loss, run.state.epoch_loss.1 + 1);
+        }
+        Ok(StepRecord { step: step + 1, epoch: epoch + 1, loss, lr, grad_norm: norm, skipped: verdict != Verdict::Sound, images })
+    }
+
+    /// Forward and backward through all micro-batches of a step; after a loss that is not finite they are only passed over.
+    fn passes(&mut self, trainer: &mut Trainer<'_>, step: usize, factor: f64) -> Result<Passed> {
         let end = match (step + 1) % self.steps_per_epoch {
             0 => (step / self.steps_per_epoch + 1) * self.plan.per_epoch(),
             _ => self.position(step + 1),
         };
         let positions: Vec<usize> = (self.position(step)..end).collect();
-        let sizes: usize = positions.iter().map(|&p| self.plan.size(p)).sum();
-        let mut sums = Accumulated::default();
-        let (mut loss, mut epoch, mut seen) = (0.0, 0, Vec::new());
+        let images: usize = positions.iter().map(|&p| self.plan.size(p)).sum();
+        let mut all = Passed { loss: 0.0, epoch: 0, images, sums: Accumulated::default(), ids: Vec::new(), lost: None };
         for position in positions {
-            let batch = self.next(position, trainer)?;
-            // Of what it was meant to have: images that were left out change no other batch's weight.
-            let weight = self.plan.size(position) as f64 / sizes as f64;
-            epoch = batch.epoch;
-            seen.extend(batch.examples.iter().map(|e| e.id.clone()));
-            let value = self.backward(trainer, batch, weight, &mut sums)?;
-            if !value.is_finite() {
-                return Err(non_finite("loss", step + 1, &seen));
+            let MicroBatch { input, part } = self.next(position, trainer)?;
+            all.epoch = part.epoch;
+            all.ids.extend(part.examples.iter().map(|e| e.id.clone()));
+            if all.lost.is_some() {
+                continue;
             }
-            loss += value * weight;
+            // Of what it was meant to have: images that were left out change no other batch's weight.
+            let weight = self.plan.size(position) as f64 / images as f64;
+            let value = self.backward(trainer, input, &part, (weight, factor), &mut all.sums)?;
+            all.loss += value * weight;
+            all.lost = (!value.is_finite()).then_some(part);
         }
-        let grads = sums.take();
-        let norm = global_norm(&grads)?;
-        if !norm.is_finite() {
-            return Err(non_finite("gradient", step + 1, &seen));
-        }
-        let scale = trainer.config.clip_norm.map_or(1.0, |max| clip_factor(norm, max));
-        let lr = trainer.config.schedule.lr(trainer.config.lr, step, self.total);
-        self.update(trainer, run, &grads, lr, scale)?;
-        run.state.step += 1;
-        run.state.epoch_loss = (run.state.epoch_loss.0 + loss, run.state.epoch_loss.1 + 1);
-        Ok(StepRecord { step: step + 1, epoch: epoch + 1, loss, lr, grad_norm: norm, images: sizes })
+        Ok(all)
     }
 
-    /// Forward and backward of a micro-batch; `weight` times its gradients are added to `sums`.
-    fn backward(&self, trainer: &mut Trainer<'_>, batch: MicroBatch, weight: f64, sums: &mut Accumulated) -> Result<f64> {
-        let MicroBatch { input, examples, epoch, position } = batch;
-        let clip = trainer.clip();
-        let seed = trainer.config.seed;
-        trainer.adapters.patches.prepare(&Step { training: true, seed, step: position as u64 })?;
-        let patches = &trainer.adapters.patches;
-        let tape = trainer.config.tape();
-        let keep = match input {
-            Input::Pixels(_) => self.kept_patches(trainer, examples.len(), position)?,
-            _ => None,
-        };
-        let images = input.encode(clip, keep.as_ref(), patches, tape.as_ref(), trainer.task.needs() == Needs::Tokens)?;
-        let pass = Pass { training: true, seed, position: position as u64 };
-        let on = Forward { clip, patches, epoch, pass, tape: tape.as_ref() };
-        let mut loss = trainer.task.loss(&on, &images, &examples.iter().collect::<Vec<_>>())?;
-        if let Some(term) = patches.regulariser()? {
-            loss = (loss + term.to_dtype(DType::F32)?)?;
-        }
-        let value = f64::from(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?);
+    /// Forward and backward of a micro-batch; `weight` times its gradients are added to `sums`. The loss is multiplied by
+    /// `factor` on the way back.
+    fn backward(
+        &self,
+        trainer: &mut Trainer<'_>,
+        input: Input,
+        part: &Part,
+        (weight, factor): (f64, f64),
+        sums: &mut Accumulated,
+    ) -> Result<f64> {
+        let Trainer { base, adapters, task, config, .. } = trainer;
+        adapters.patches.prepare(&Step { training: true, seed: config.seed, step: part.position as u64 })?;
+        let tape = config.tape();
+        let scene = Scene { clip: &base.clip, patches: &adapters.patches, tape: tape.as_ref(), config, task: &mut **task };
+        let loss = self.loss(scene, input, part)?;
+        let value = f64::from(loss.to_scalar::<f32>()?);
         if value.is_finite() {
-            let params = &trainer.adapters.params;
-            tape.unwrap_or_default().backward(&loss, |grads| sums.add(params, grads, weight))?;
+            let loss = if factor == 1.0 { loss } else { (loss * factor)? };
+            tape.unwrap_or_default().backward(&loss, |grads| sums.add(&adapters.params, grads, weight / factor))?;
         }
         Ok(value)
     }
 
+    /// The loss of a micro-batch with what methods add to it, f32.
+    pub(super) fn loss(&self, scene: Scene<'_, '_>, input: Input, part: &Part) -> Result<Tensor> {
+        let Scene { clip, patches, tape, config, task } = scene;
+        let Part { examples, epoch, position } = part;
+        let keep = match input {
+            Input::Pixels(_) => self.kept_patches(config, clip, examples.len(), *position)?,
+            _ => None,
+        };
+        let images = input.encode(clip, keep.as_ref(), patches, tape, task.needs() == Needs::Tokens)?;
+        let pass = Pass { training: true, seed: config.seed, position: *position as u64 };
+        let on = Forward { clip, patches, epoch: *epoch, pass, tape };
+        let loss = task.loss(&on, &images, &examples.iter().collect::<Vec<_>>())?.to_dtype(DType::F32)?;
+        Ok(match patches.regulariser()? {
+            Some(term) => (loss + term.to_dtype(DType::F32)?)?,
+            None => loss,
+        })
+    }
+
+    /// Goes on without a step, where the recipe says so and not too many in a row went the same way.
+    fn leave_out(&mut self, config: &TrainConfig, run: &mut Run, why: &str, ids: &[String]) -> Result<()> {
+        let (step, Health { in_a_row, numbers, .. }) = (run.state.step + 1, &run.state.health);
+        let files = listed(ids);
+        if config.on_nonfinite == OnNonFinite::Skip && *in_a_row < MOST_IN_A_ROW {
+            if numbers.skipped_steps <= SHOWN {
+                self.warnings.push(format!("step {step} is left out: {why}; the batch holds {files}"));
+            }
+            return Ok(());
+        }
+        let again = match *in_a_row {
+            0 | 1 => String::new(),
+            n => format!(", as in the {} steps before", n - 1),
+        };
+        run.lost = true;
+        Err(Error::fault(format!("step {step}"), format!("{why}{again}; the batch holds {files}")).hint(
+            "lower train.lr, set train.clip_norm, look at these files, or leave such steps out with `train.on_nonfinite: skip`; \
+             `--resume` would come here again, but train.init_adapter can start from the run's adapter/",
+        ))
+    }
+
     /// [B, K] u32: the patches that stay, sorted, drawn anew for each image.
-    fn kept_patches(&self, trainer: &Trainer<'_>, count: usize, position: usize) -> Result<Option<Tensor>> {
-        let Some(dropout) = &trainer.config.patch_dropout else { return Ok(None) };
+    fn kept_patches(&self, config: &TrainConfig, clip: &Clip, count: usize, position: usize) -> Result<Option<Tensor>> {
+        let Some(dropout) = &config.patch_dropout else { return Ok(None) };
         let until = dropout.until * self.position(self.total) as f64;
-        let patches = trainer.clip().vision().patch_count();
+        let patches = clip.vision().patch_count();
         let keep = ((patches as f64 * (1.0 - dropout.fraction)).round() as usize).max(1);
         if position as f64 >= until || keep == patches {
             return Ok(None);
         }
-        let mut rng = rng::rng(trainer.config.seed, &[rng::name_key("patches"), position as u64]);
+        let mut rng = rng::rng(config.seed, &[rng::name_key("patches"), position as u64]);
         let mut all: Vec<u32> = (0..patches as u32).collect();
         let mut kept = Vec::with_capacity(count * keep);
         for _ in 0..count {
@@ -261,7 +364,7 @@ impl Stepper {
             chosen.sort_unstable();
             kept.extend_from_slice(chosen);
         }
-        Ok(Some(Tensor::from_vec(kept, (count, keep), trainer.clip().device())?))
+        Ok(Some(Tensor::from_vec(kept, (count, keep), clip.device())?))
     }
 
     fn update(&self, trainer: &mut Trainer<'_>, run: &mut Run, grads: &[Option<Tensor>], lr: f64, scale: f64) -> Result<()> {
@@ -298,12 +401,12 @@ fn constant(trainer: &mut Trainer<'_>, examples: &[Example], observer: &mut dyn 
     Ok(trainer.features.trunk(Split::Train, examples, clip, view, observer)?.map(Feed::Trunk))
 }
 
-fn non_finite(what: &str, step: usize, examples: &[String]) -> Error {
+/// The first few of these.
+pub(super) fn listed(ids: &[String]) -> String {
     const SHOWN: usize = 8;
-    let mut ids: Vec<&str> = examples.iter().take(SHOWN).map(String::as_str).collect();
-    if examples.len() > SHOWN {
-        ids.push("…");
+    let mut shown: Vec<&str> = ids.iter().take(SHOWN).map(String::as_str).collect();
+    if ids.len() > SHOWN {
+        shown.push("…");
     }
-    Error::fault(format!("step {step}"), format!("the {what} is not finite; the batch holds {}", ids.join(", ")))
-        .hint("the last checkpoint is kept; lower train.lr, set train.clip_norm, or look at these files")
+    shown.join(", ")
 }

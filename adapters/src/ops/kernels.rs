@@ -78,6 +78,7 @@ pub(super) fn tensor<T: Float>(values: Vec<T>, like: &Tensor) -> Result<Tensor> 
 }
 
 /// A buffer that is written before it is read: zeroing costs as much as many of the operations.
+#[allow(unsafe_code, reason = "a vector without a pass that clears it")]
 pub(super) fn uninit<T: Float>(len: usize) -> Vec<T> {
     let mut buffer = Vec::with_capacity(len);
     // SAFETY: every bit pattern is a float, the capacity is `len`, and callers write

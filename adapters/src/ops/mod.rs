@@ -18,6 +18,7 @@ mod attention;
 mod embedding;
 mod float;
 pub mod floor;
+#[allow(unsafe_code, reason = "matrices as pointers, which gemm takes")]
 mod gemm;
 pub(crate) mod graph;
 mod kernels;

@@ -44,6 +44,7 @@ macro_rules! vectorised {
                 fn avx512<$t: $crate::ops::float::Float>($($arg: $ty),*) {
                     body($($arg),*);
                 }
+                #[allow(unsafe_code, reason = "instructions that not every machine has")]
                 match $crate::ops::simd::level() {
                     // SAFETY: the machine has the instructions, `level` has just said so.
                     $crate::ops::simd::Level::Avx512 => return unsafe { avx512($($arg),*) },

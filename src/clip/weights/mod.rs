@@ -11,9 +11,11 @@ mod safetensors;
 mod torch;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
-use ::safetensors::tensor::View;
+use ::safetensors::SafeTensorError;
+use ::safetensors::tensor::{Metadata, TensorInfo, View};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use serde_json::Value;
@@ -22,7 +24,7 @@ use super::config::ClipConfig;
 use super::foreign;
 use super::source::Source;
 use crate::error::{Error, Result};
-use crate::files::write_atomic;
+use crate::files::Fresh;
 use crate::json;
 use check::Chosen;
 use container::{Bytes, Container};
@@ -269,7 +271,7 @@ pub fn save(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
     save_with(path, tensors, HashMap::from([("format".to_string(), "pt".to_string())]))
 }
 
-/// [`save`] with other metadata.
+/// [`save`] with other metadata. One tensor after the other: the file never stands in memory as a whole.
 pub(crate) fn save_with(path: &Path, tensors: &[(String, Tensor)], metadata: HashMap<String, String>) -> Result<()> {
     let place = path.display().to_string();
     let mut sorted = BTreeMap::new();
@@ -278,8 +280,30 @@ pub(crate) fn save_with(path: &Path, tensors: &[(String, Tensor)], metadata: Has
             return Err(Error::fault(&place, format!("two tensors are named `{name}`")));
         }
     }
-    let bytes = ::safetensors::serialize(sorted, Some(metadata)).map_err(|e| Error::fault(&place, e))?;
-    write_atomic(path, &bytes)
+    // The order of the library's own writer: wider types first, so that every tensor is aligned.
+    let mut sorted: Vec<(&str, Tensor)> = sorted.into_iter().collect();
+    sorted.sort_by(|(_, a), (_, b)| View::dtype(b).cmp(&View::dtype(a)));
+    let header = header(&sorted, metadata).map_err(|e| Error::fault(&place, e))?;
+    let mut file = Fresh::new(path)?;
+    let mut put = |bytes: &[u8]| file.write_all(bytes).map_err(|e| Error::write(path, e));
+    put(&(header.len() as u64).to_le_bytes())?;
+    put(&header)?;
+    sorted.iter().try_for_each(|(_, tensor)| put(&tensor.data()))?;
+    file.publish(false)
+}
+
+/// The JSON in front of the tensors, filled up to whole words.
+fn header(tensors: &[(&str, Tensor)], metadata: HashMap<String, String>) -> std::result::Result<Vec<u8>, SafeTensorError> {
+    let mut end = 0;
+    let one = |(name, tensor): &(&str, Tensor)| {
+        let from = end;
+        end += tensor.data_len();
+        ((*name).to_string(), TensorInfo { dtype: View::dtype(tensor), shape: tensor.dims().to_vec(), data_offsets: (from, end) })
+    };
+    let infos = tensors.iter().map(one).collect();
+    let mut json = serde_json::to_vec(&Metadata::new(Some(metadata), infos)?)?;
+    json.resize(json.len().next_multiple_of(size_of::<u64>()), b' ');
+    Ok(json)
 }
 
 #[cfg(test)]

@@ -160,6 +160,11 @@ pub(super) struct Criterion {
 }
 
 impl Criterion {
+    /// Whether what the sum is divided by is the batch's own: the weights of its classes.
+    pub(super) fn is_over_batch(&self) -> bool {
+        self.weights.is_some() && matches!(self.loss, Loss::CrossEntropy {})
+    }
+
     /// # Shapes
     /// `logits` [B, C]; the labels of B examples → scalar
     pub(super) fn of(&self, logits: &Tensor, labels: &[&[u32]], smoothing: f64) -> Result<Tensor> {

@@ -229,6 +229,10 @@ struct Classify {
 }
 
 impl Task for Classify {
+    fn over_batch(&self) -> bool {
+        self.criterion.is_over_batch()
+    }
+
     fn check(&self, examples: &[Example]) -> Result<()> {
         for e in examples {
             match (self.config.several(), e.label, &e.labels) {
