@@ -38,7 +38,7 @@ const TABLE: [(&str, &[&str]); 44] = [
     ("undo", &["clip", "delta", "error", "merge"]),
     ("bundle", &["clip", "delta", "error", "files", "merge", "model"]),
     ("classifier", &["clip", "error", "model"]),
-    ("model", &["clip", "data", "delta", "error", "task"]),
+    ("model", &["clip", "data", "delta", "error", "fusion", "task"]),
     ("pool", &["error", "model"]),
     ("embed", &["clip", "data", "error", "files", "model"]),
     ("inspect", &["clip", "delta", "error", "files", "hub", "recipe", "run", "sign"]),

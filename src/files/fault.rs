@@ -11,7 +11,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::disk::Op;
 
@@ -98,7 +98,11 @@ pub(super) fn stepped() {
     }
 }
 
-/// Time that has passed on top of the clock's.
-pub(super) fn passed() -> Duration {
-    Duration::from_secs(SECONDS.load(Ordering::SeqCst))
+/// The time; where a test plans it, it passes only by what steps and syncs take.
+pub(super) fn now() -> Instant {
+    static START: OnceLock<Instant> = OnceLock::new();
+    match PLAN.get() {
+        Some(Plan::Time { .. }) => *START.get_or_init(Instant::now) + Duration::from_secs(SECONDS.load(Ordering::SeqCst)),
+        _ => Instant::now(),
+    }
 }
