@@ -10,6 +10,7 @@ mod plain;
 mod safetensors;
 mod torch;
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -282,7 +283,7 @@ pub(crate) fn save_with(path: &Path, tensors: &[(String, Tensor)], metadata: Has
     }
     // The order of the library's own writer: wider types first, so that every tensor is aligned.
     let mut sorted: Vec<(&str, Tensor)> = sorted.into_iter().collect();
-    sorted.sort_by(|(_, a), (_, b)| View::dtype(b).cmp(&View::dtype(a)));
+    sorted.sort_by_key(|(_, tensor)| Reverse(View::dtype(tensor)));
     let header = header(&sorted, metadata).map_err(|e| Error::fault(&place, e))?;
     let mut file = Fresh::new(path)?;
     let mut put = |bytes: &[u8]| file.write_all(bytes).map_err(|e| Error::write(path, e));
