@@ -248,10 +248,12 @@ def git(*words):
 
 def machine(args):
     cpuinfo = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")]
+    # Clouds hide the model's name; family and model tell Zen 4 (25, 17) from Zen 5 (26, 2).
+    fact = lambda key: next((line.split(":")[1].strip() for line in cpuinfo if line.split("\t")[0] == key), "")
+    name = f"{fact('model name')}, family {fact('cpu family')}, model {fact('model')}" if cpuinfo else ""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "cpu": names[0] if names else platform.machine(), "cores": os.cpu_count(), "commit": git("rev-parse", "HEAD"),
+        "cpu": name or platform.machine(), "cores": os.cpu_count(), "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--", "src", "adapters", "Cargo.lock")),
         "options": options(args),
     }
