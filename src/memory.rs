@@ -17,6 +17,20 @@ pub fn available() -> Option<Available> {
     found(Path::new("/"))
 }
 
+/// Of `wanted` threads those that a bounded address space has room for: the quickstart runs in 512 MiB of it with two threads, not
+/// with four, since the allocator keeps reserves for each.
+#[must_use]
+pub fn threads(wanted: usize) -> usize {
+    threads_within(address_space(Path::new("/")).map(|a| a.bytes), wanted)
+}
+
+fn threads_within(space: Option<u64>, wanted: usize) -> usize {
+    const ALWAYS: u64 = 256 << 20;
+    const EACH: u64 = 128 << 20;
+    let room = space.map_or(u64::MAX, |bytes| bytes.saturating_sub(ALWAYS) / EACH);
+    wanted.min(usize::try_from(room).unwrap_or(usize::MAX)).max(1)
+}
+
 /// [`available`] with the system's files under `root`.
 fn found(root: &Path) -> Option<Available> {
     let own = own(root);
@@ -107,6 +121,12 @@ mod tests {
     fn narrowest(files: &[(&str, &str)]) -> (u64, String) {
         let found = found(system(files).path()).unwrap();
         (found.bytes >> 10, found.bound)
+    }
+
+    #[test]
+    fn a_small_address_space_has_fewer_threads() {
+        let of = |mib: u64| threads_within(Some(mib << 20), 16);
+        assert_eq!((of(100), of(512), of(1024), of(1 << 20), threads_within(None, 16)), (1, 2, 6, 16, 16));
     }
 
     #[test]

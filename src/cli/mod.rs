@@ -327,7 +327,7 @@ pub(crate) fn start(args: impl IntoIterator<Item = impl Into<OsString> + Clone>)
 fn run(cli: Cli) -> Result<()> {
     let threads = cli.global.threads.map(usize::from);
     rayon::ThreadPoolBuilder::new()
-        .num_threads(threads.or_else(|| std::thread::available_parallelism().ok().map(Into::into)).unwrap_or(1))
+        .num_threads(threads.unwrap_or_else(|| crate::memory::threads(std::thread::available_parallelism().map_or(1, Into::into))))
         .build_global()
         .map_err(|e| Error::fault("--threads", e))?;
     let device = crate::device::select(&cli.global.device)?;
