@@ -7,13 +7,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Device, Tensor};
-use common::World;
+use common::{StopAfter, World};
 use peft::clip::base::Base;
 use peft::data::{ColumnNames, DataConfig, Dataset, Plan, Split, SplitConfig, TableConfig};
 use peft::optim::{Cosine, Linear, ScheduleConfig, Warmup};
 use peft::recipe::Recipe;
 use peft::run::Existing;
-use peft::train::{Event, Observer};
 use peft_adapters::targets::Targets;
 use peft_adapters::{MethodConfig, Params, Patches, rng};
 use proptest::prelude::*;
@@ -214,21 +213,6 @@ proptest! {
             changed += 1;
         }
         prop_assert!(changed > 0);
-    }
-}
-
-/// Asks for a stop after some steps.
-struct StopAfter(usize);
-
-impl Observer for StopAfter {
-    fn event(&mut self, event: Event<'_>) {
-        if matches!(event, Event::Step(_)) {
-            self.0 = self.0.saturating_sub(1);
-        }
-    }
-
-    fn stop(&self) -> Option<i32> {
-        (self.0 == 0).then_some(2)
     }
 }
 

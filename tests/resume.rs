@@ -4,26 +4,10 @@
 mod common;
 
 use candle_core::Device;
-use common::{World, read};
+use common::{StopAfter, World, read};
 use peft::recipe::Recipe;
 use peft::run::Existing;
 use peft::session;
-use peft::train::{Event, Observer};
-
-/// Asks for a stop after some steps.
-struct StopAfter(usize);
-
-impl Observer for StopAfter {
-    fn event(&mut self, event: Event<'_>) {
-        if matches!(event, Event::Step(_)) {
-            self.0 = self.0.saturating_sub(1);
-        }
-    }
-
-    fn stop(&self) -> Option<i32> {
-        (self.0 == 0).then_some(2)
-    }
-}
 
 fn recipe(w: &World, method: &str, output: &str) -> Recipe {
     let text = w

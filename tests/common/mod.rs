@@ -8,6 +8,7 @@ use candle_core::Device;
 use image::{Rgb, RgbImage};
 use peft::clip::model::random_weights;
 use peft::clip::{ClipConfig, weights};
+use peft::train::{Event, Observer};
 use serde_json::Value;
 
 const CONFIG: &str = r#"{"model_type": "clip", "projection_dim": 16,
@@ -92,4 +93,19 @@ pub(crate) fn program() -> &'static str {
 
 pub(crate) fn read(path: &Path) -> Vec<u8> {
     std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// Asks for a stop after some steps.
+pub(crate) struct StopAfter(pub(crate) usize);
+
+impl Observer for StopAfter {
+    fn event(&mut self, event: Event<'_>) {
+        if matches!(event, Event::Step(_)) {
+            self.0 = self.0.saturating_sub(1);
+        }
+    }
+
+    fn stop(&self) -> Option<i32> {
+        (self.0 == 0).then_some(2)
+    }
 }
