@@ -4,12 +4,10 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::clip::decode;
 use crate::error::{Error, Result};
 use crate::hub;
 
@@ -18,6 +16,7 @@ mod builtin;
 mod coco;
 mod columns;
 mod coop;
+mod example;
 mod folder;
 pub mod images;
 mod labels;
@@ -38,6 +37,7 @@ pub use coco::CocoConfig;
 pub use columns::ColumnNames;
 pub(crate) use coop::is_split;
 pub use coop::{CoopConfig, Draw};
+pub use example::{Example, ImageRef};
 pub use folder::FolderConfig;
 pub(crate) use folder::is_image;
 pub use images::Images;
@@ -90,47 +90,6 @@ pub struct DataConfig {
     /// Leave unreadable images and rows out and count them; otherwise all of them are listed in one error.
     #[serde(default)]
     pub skip_bad: bool,
-}
-
-/// Where the bytes of an image are.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub enum ImageRef {
-    /// There is no image: the example is a text.
-    #[default]
-    Missing,
-    /// A file.
-    File(PathBuf),
-    /// Bytes inside the binary.
-    Embedded(&'static [u8]),
-    /// Inside a shard.
-    Stored(Stored),
-}
-
-/// One example.
-#[derive(Debug, Clone, Default)]
-pub struct Example {
-    /// Stable name, in messages and predictions: a path, or an identifier of the source.
-    pub id: String,
-    /// The image.
-    pub image: ImageRef,
-    /// Texts that belong to it, each by itself.
-    pub texts: Vec<String>,
-    /// What is asked about it.
-    pub question: Option<String>,
-    /// Index into the classes, where there is one.
-    pub label: Option<u32>,
-    /// Indices into the classes, ascending, where there may be any number: `a|b` in a table.
-    pub labels: Option<Vec<u32>>,
-    /// A number that belongs to it.
-    pub value: Option<f64>,
-    /// Whether image and text belong together.
-    pub fits: Option<bool>,
-    /// Answers to the question, one from each annotator.
-    pub answers: Vec<String>,
-    /// Answers to choose from, where each question has its own.
-    pub choices: Vec<String>,
-    /// Examples of one group show the same thing: they share a split and are no negatives of one another.
-    pub group: Option<String>,
 }
 
 /// A labelled, divided set.
@@ -198,45 +157,6 @@ pub(crate) trait Source {
     /// Lists them with `shots` of each class for training, where the source has its own way of drawing them.
     fn read_few(&self, _shots: usize, _seed: u64) -> Option<Result<Raw>> {
         None
-    }
-}
-
-impl Example {
-    /// The image file's bytes.
-    ///
-    /// # Errors
-    /// When it cannot be read.
-    pub fn bytes(&self) -> Result<Cow<'static, [u8]>> {
-        self.bytes_within(decode::MAX_FILE)
-    }
-
-    /// [`Example::bytes`] of a file that has at most `limit` of them.
-    ///
-    /// # Errors
-    /// When it is larger, or cannot be read.
-    pub fn bytes_within(&self, limit: u64) -> Result<Cow<'static, [u8]>> {
-        match &self.image {
-            ImageRef::Embedded(bytes) => Ok(Cow::Borrowed(bytes)),
-            ImageRef::File(path) => decode::read_file(path, limit).map(Cow::Owned),
-            ImageRef::Stored(stored) => stored.bytes().map(Cow::Owned),
-            ImageRef::Missing => Err(Error::input(&self.id, "has no image")),
-        }
-    }
-
-    /// What its image is called in messages: a path, or shard and row.
-    #[must_use]
-    pub fn place(&self) -> String {
-        match &self.image {
-            ImageRef::File(path) => path.display().to_string(),
-            ImageRef::Stored(stored) => stored.place(),
-            _ => self.id.clone(),
-        }
-    }
-
-    /// Every class that it belongs to.
-    #[must_use]
-    pub fn all_labels(&self) -> &[u32] {
-        self.labels.as_deref().unwrap_or(self.label.as_slice())
     }
 }
 
