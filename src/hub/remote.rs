@@ -243,22 +243,22 @@ impl Remote {
         let (mut done, mut buffer) = (from, vec![0u8; PIECE]);
         let mut body = response.body_mut().as_reader();
         loop {
-            progress(Transfer { file, done, total: meta.size })?;
-            let count = match body.read(&mut buffer) {
-                Ok(0) => break,
-                Ok(count) => count,
-                Err(e) => return Ok(Some(e.to_string())),
-            };
+            let (count, lost) =
+                fill(&mut body, &mut buffer, |more| progress(Transfer { file, done: done + more as u64, total: meta.size }))?;
             done += count as u64;
             if meta.size > 0 && done > meta.size {
                 drop(out);
                 files::remove(part)?;
                 return Err(Error::fault(self.place(file), format!("expected {} bytes, the hub sends more", meta.size)));
             }
-            out.put(&buffer[..count])?;
+            if count > 0 {
+                out.put(&buffer[..count])?;
+            }
+            if count < buffer.len() {
+                out.sync()?;
+                return Ok(lost);
+            }
         }
-        out.sync()?;
-        Ok(None)
     }
 
     fn place(&self, file: &str) -> String {
@@ -285,6 +285,21 @@ impl Remote {
             Failure::Other(why) => Error::fault(self.place(file), why),
         }
     }
+}
+
+/// Reads until the buffer is full, the body has ended or the connection is lost; the bytes read, and why it was lost. What arrives
+/// comes in pieces of any size; what is written should not.
+fn fill(body: &mut impl Read, buffer: &mut [u8], mut told: impl FnMut(usize) -> Result<()>) -> Result<(usize, Option<String>)> {
+    let mut count = 0;
+    while count < buffer.len() {
+        told(count)?;
+        match body.read(&mut buffer[count..]) {
+            Ok(0) => break,
+            Ok(more) => count += more,
+            Err(e) => return Ok((count, Some(e.to_string()))),
+        }
+    }
+    Ok((count, None))
 }
 
 /// Longer each time.

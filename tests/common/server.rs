@@ -175,5 +175,7 @@ fn content(mut stream: TcpStream, request: &Request, sha: &str, shared: &(Mutex<
     let status = if from > 0 { "206 Partial Content" } else { "200 OK" };
     let head = format!("HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", total - from);
     stream.write_all(head.as_bytes())?;
-    stream.write_all(bytes.get(from..cut.max(from)).unwrap_or_default())
+    // In pieces of any size, as over a long line.
+    stream.set_nodelay(true)?;
+    bytes.get(from..cut.max(from)).unwrap_or_default().chunks(1460).try_for_each(|piece| stream.write_all(piece))
 }
