@@ -112,6 +112,8 @@
 #[cfg(test)]
 extern crate self as peft;
 
+#[allow(unsafe_code, reason = "an allocator")]
+pub mod alloc;
 pub mod bench;
 pub mod builtin;
 pub mod bundle;

@@ -1,8 +1,10 @@
 //! The `peft` command.
 
-/// Tensors are freed and allocated all the time; mimalloc keeps their pages.
+use peft::alloc::Allocator;
+
+/// Tensors are freed and allocated all the time; mimalloc keeps their pages. A base's weights are pages of its file.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: Allocator<mimalloc::MiMalloc> = Allocator(mimalloc::MiMalloc);
 
 /// mimalloc's `purge_delay`: how long freed pages stay, in milliseconds; the crate has no name for it.
 const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
@@ -17,6 +19,25 @@ fn main() -> std::process::ExitCode {
     // first (12 % of a step on two cores). Its size follows this variable; ours is set explicitly.
     // SAFETY: no other thread runs yet.
     unsafe { std::env::set_var("RAYON_NUM_THREADS", "1") };
+    #[cfg(any(target_os = "linux", target_vendor = "apple"))]
+    answer_exhaustion();
     peft::guard::hush();
     peft::cli::main()
+}
+
+/// Where memory has ended the standard library says how many bytes were asked for and aborts. What to do belongs to that, and the
+/// exit code of a fault of the machine.
+#[cfg(any(target_os = "linux", target_vendor = "apple"))]
+#[allow(unsafe_code, reason = "a signal's handler")]
+fn answer_exhaustion() {
+    const HINT: &[u8] = b"error: memory: there is not so much left for this process\n  help: what is on disk is whole; ask for less \
+(fewer --threads, a smaller train.batch, train.checkpointing: true), or raise the limit (ulimit -v, the container's)\n";
+    let answer = || {
+        if peft::alloc::exhausted() {
+            let _ = rustix::io::write(rustix::stdio::stderr(), HINT);
+            signal_hook::low_level::exit(3);
+        }
+    };
+    // SAFETY: the handler reads an atomic, writes to a file descriptor and ends the process: all of it may be done in a handler.
+    let _ = unsafe { signal_hook::low_level::register(signal_hook::consts::SIGABRT, answer) };
 }

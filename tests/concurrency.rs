@@ -32,6 +32,36 @@ fn many_predictions_share_a_base_and_say_the_same() {
     assert_eq!(read(&w.path("base/model.safetensors")), base);
 }
 
+/// Each process has the base's large tensors as pages of the file, which all share, and none of its own.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_base_stands_in_memory_once() {
+    let w = World::new();
+    w.json(&["merge", "--model", "builtin:tiny", "--dtype", "f32", "--output", "large"]);
+    let mut child = start(&w, &["train", "recipe.yaml", "--set", "model=large", "--set", "train.epochs=100000"]);
+    let mut lines = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.starts_with("epoch 2 ") {
+        line.clear();
+        assert!(lines.read_line(&mut line).unwrap() > 0, "it ended by itself");
+    }
+    let maps = std::fs::read_to_string(format!("/proc/{}/smaps", child.id())).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let (mut of_base, mut shared, mut own) = (false, 0, 0);
+    for line in maps.lines() {
+        let kib = || line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap();
+        match line.split_once(':').map(|(key, _)| key) {
+            Some("Rss") if of_base => shared += kib(),
+            Some("Anonymous") if of_base => own += kib(),
+            Some(key) if key.contains('-') => of_base = line.ends_with("large/model.safetensors"),
+            _ => {}
+        }
+    }
+    let size = std::fs::metadata(w.path("large/model.safetensors")).unwrap().len() >> 10;
+    assert!(own == 0 && shared * 10 > size * 9, "{own} KiB are its own, {shared} of {size} KiB are the file's");
+}
+
 /// A model may be replaced while others read it: each reads the old one or the new one.
 #[test]
 fn a_model_is_replaced_under_its_readers() {

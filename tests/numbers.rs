@@ -303,15 +303,50 @@ fn a_loss_over_the_batch_cannot_be_split() {
 #[test]
 fn the_address_space_bounds_what_is_available() {
     let w = World::new();
-    let limited = |args: &str| {
-        let script = format!("ulimit -v 786432 && exec '{}' {args}", env!("CARGO_BIN_EXE_peft"));
-        std::process::Command::new("sh").args(["-c", &script]).current_dir(w.path("")).output().unwrap()
-    };
-    let out = limited("train recipe.yaml --check --json");
+    let out = limited(&w, 768, "train recipe.yaml --check --json");
     let found: serde_json::Value =
         serde_json::from_slice(&out.stdout).unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&out.stderr)));
     assert_eq!(found["available"]["bound"], "address space (ulimit -v)", "{found}");
     assert_eq!(found["verdict"], "fits");
-    let out = limited("train recipe.yaml --quiet");
+    let out = limited(&w, 768, "train recipe.yaml --quiet");
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+}
+
+/// Where memory ends, wherever it does, the run ends as by any fault of the machine, and goes on from what it left.
+#[cfg(target_os = "linux")]
+#[test]
+fn memory_that_ends_is_said() {
+    let w = World::new();
+    w.json(&["merge", "--model", "builtin:tiny", "--dtype", "f32", "--output", "large"]);
+    let recipe = w.recipe("lora: { rank: 2 }").replace("model: base", "model: large").replace("output: run", "output: OUTPUT");
+    let train = |name: &str| {
+        w.write(&format!("{name}.yaml"), &recipe.replace("OUTPUT", name));
+        format!("train {name}.yaml --quiet --threads 2")
+    };
+    let adapter = |name: &str| common::read(&w.path(name).join("adapter/adapter_model.safetensors"));
+    assert!(limited(&w, 1 << 20, &train("whole")).status.success());
+    let mut codes = std::collections::BTreeSet::new();
+    for mib in (160..=560).step_by(20) {
+        let name = format!("run{mib}");
+        let out = limited(&w, mib, &train(&name));
+        let said = String::from_utf8_lossy(&out.stderr);
+        codes.insert(out.status.code());
+        match out.status.code() {
+            Some(0) => break,
+            Some(3) => assert!(said.contains("memory") && said.contains("help: "), "{mib} MiB: {said}"),
+            code => panic!("{mib} MiB: {code:?} {said}"),
+        }
+        let more = if w.path(&name).exists() { " --resume" } else { "" };
+        let out = limited(&w, 1 << 20, &(train(&name) + more));
+        assert!(out.status.success(), "{mib} MiB: {}", String::from_utf8_lossy(&out.stderr));
+        assert!(adapter(&name) == adapter("whole"), "{mib} MiB");
+    }
+    assert_eq!(codes.into_iter().collect::<Vec<_>>(), [Some(0), Some(3)]);
+}
+
+/// What comes of arguments in a bounded address space.
+#[cfg(target_os = "linux")]
+fn limited(w: &World, mib: usize, args: &str) -> std::process::Output {
+    let script = format!("ulimit -v {} && exec '{}' {args}", mib << 10, env!("CARGO_BIN_EXE_peft"));
+    std::process::Command::new("sh").args(["-c", &script]).current_dir(w.path("")).output().unwrap()
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::alloc;
 use crate::error::{Error, Result};
 
 /// Where the bytes of a file come from.
@@ -91,14 +92,20 @@ impl Container<'_> {
         data(&self.bytes, entry)
     }
 
-    /// The values of a tensor that lies in the file as it will in memory, without a copy on the way.
+    /// The values of a tensor that lies in the file as it will in memory, without a copy on the way: its pages where these can be had.
     pub(super) fn floats(&self, entry: &Entry) -> Result<Option<Vec<f32>>> {
         let count = (entry.range.end - entry.range.start) / 4;
         match (&self.bytes, &entry.strides, &entry.dtype) {
             (Bytes::File(path, len), None, Ok(DType::F32)) if cfg!(target_endian = "little") && entry.range.end <= *len => {
-                let mut values = vec![0f32; count as usize];
-                let read = at(path, entry.range.start).and_then(|mut f| f.read_exact(bytemuck::cast_slice_mut(&mut values)));
-                read.map(|()| Some(values)).map_err(|e| Error::read(path, e))
+                let read = at(path, entry.range.start).and_then(|mut file| {
+                    if let Some(values) = alloc::floats(&file, entry.range.start, count as usize) {
+                        return Ok(values);
+                    }
+                    let mut values = vec![0f32; count as usize];
+                    file.read_exact(bytemuck::cast_slice_mut(&mut values))?;
+                    Ok(values)
+                });
+                read.map(Some).map_err(|e| Error::read(path, e))
             }
             _ => Ok(None),
         }
