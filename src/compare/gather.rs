@@ -70,12 +70,14 @@ impl<'a> Gather<'a> {
             groups: done,
             notes: self.notes,
         };
-        let out = &self.options.output;
         let html = page::compare(&ComparePage { comparison: &comparison, groups: &pages })?;
-        files::write_atomic(&out.join("compare.html"), html.as_bytes())?;
-        files::write_atomic(&out.join("compare.md"), write::markdown(&comparison).as_bytes())?;
-        files::write_atomic(&out.join("compare.csv"), write::csv(&comparison)?.as_bytes())?;
-        files::write_json(&out.join("compare.json"), &comparison)?;
+        let at = |name: &str| self.options.output.join(name);
+        files::write_together(&[
+            (at("compare.html"), html.into_bytes()),
+            (at("compare.md"), write::markdown(&comparison).into_bytes()),
+            (at("compare.csv"), write::csv(&comparison)?.into_bytes()),
+            (at("compare.json"), files::json(&at("compare.json"), &comparison)?),
+        ])?;
         Ok(comparison)
     }
 

@@ -47,15 +47,24 @@ impl Fresh {
 
     /// Puts the file in its place; only its owner may read it where it is `private`.
     pub(crate) fn publish(self, private: bool) -> Result<()> {
-        self.output.sync()?;
+        self.settle(private)?;
+        self.rename().map(|target| disk::sync_dir(&parent(&target)))
+    }
+
+    /// Returns when the content is on the disk.
+    pub(super) fn settle(&self, private: bool) -> Result<()> {
         if !private {
             readable(&self.temporary);
         }
+        self.output.sync()
+    }
+
+    /// Puts what has settled in its place, which is returned: its directory is not synced yet.
+    pub(super) fn rename(self) -> Result<PathBuf> {
         let Self { temporary, target, .. } = self;
         let renamed = gate(Op::Rename, &target).and_then(|()| temporary.persist(&target).map_err(|e| e.error));
         renamed.map_err(|e| Error::write(&target, e))?;
-        disk::sync_dir(&parent(&target));
-        Ok(())
+        Ok(target)
     }
 }
 

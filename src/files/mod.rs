@@ -1,5 +1,6 @@
 //! Atomic writes: what is on disk is the previous state or the next, never a mixture.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{Read, Write as _};
 use std::path::{Path, PathBuf};
@@ -74,6 +75,25 @@ fn write(path: &Path, bytes: &[u8], private: bool) -> Result<()> {
     fresh.publish(private)
 }
 
+/// [`write_atomic`] of files that belong together: none takes its place before all are on the disk, so that only a kill between two
+/// renames leaves some of them old.
+///
+/// # Errors
+/// As [`write_atomic`].
+pub fn write_together(files: &[(PathBuf, Vec<u8>)]) -> Result<()> {
+    let whole = |(path, bytes): &(PathBuf, Vec<u8>)| {
+        let mut fresh = Fresh::new(path)?;
+        fresh.write_all(bytes).map_err(|e| Error::write(path, e))?;
+        fresh.settle(false)?;
+        Ok(fresh)
+    };
+    let all = files.iter().map(whole).collect::<Result<Vec<_>>>()?;
+    let places = all.into_iter().map(Fresh::rename).collect::<Result<Vec<_>>>()?;
+    let dirs: BTreeSet<PathBuf> = places.iter().map(|place| parent(place)).collect();
+    dirs.iter().for_each(|dir| disk::sync_dir(dir));
+    Ok(())
+}
+
 /// [`write_atomic`] of a file that only its owner may read.
 ///
 /// # Errors
@@ -87,9 +107,14 @@ pub fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
 /// # Errors
 /// As [`write_atomic`].
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    write_atomic(path, &json(path, value)?)
+}
+
+/// What [`write_json`] writes to `path`.
+pub(crate) fn json(path: &Path, value: &impl Serialize) -> Result<Vec<u8>> {
     let mut text = serde_json::to_string_pretty(value).map_err(|e| Error::fault(path.display(), e))?;
     text.push('\n');
-    write_atomic(path, text.as_bytes())
+    Ok(text.into_bytes())
 }
 
 /// Fills a temporary sibling of `target` and lets it take its place.

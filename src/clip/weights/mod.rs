@@ -15,8 +15,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
-use ::safetensors::SafeTensorError;
-use ::safetensors::tensor::{Metadata, TensorInfo, View};
+use ::safetensors::tensor::{TensorInfo, View};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use serde_json::Value;
@@ -293,16 +292,19 @@ pub(crate) fn save_with(path: &Path, tensors: &[(String, Tensor)], metadata: Has
     file.publish(false)
 }
 
-/// The JSON in front of the tensors, filled up to whole words.
-fn header(tensors: &[(&str, Tensor)], metadata: HashMap<String, String>) -> std::result::Result<Vec<u8>, SafeTensorError> {
+/// The JSON in front of the tensors, filled up to whole words. Keys have an order, so the same content is the same bytes.
+fn header(tensors: &[(&str, Tensor)], metadata: HashMap<String, String>) -> serde_json::Result<Vec<u8>> {
+    let metadata: BTreeMap<String, String> = metadata.into_iter().collect();
+    let mut all = serde_json::Map::new();
+    all.insert(safetensors::METADATA.into(), serde_json::to_value(metadata)?);
     let mut end = 0;
-    let one = |(name, tensor): &(&str, Tensor)| {
+    for (name, tensor) in tensors {
         let from = end;
         end += tensor.data_len();
-        ((*name).to_string(), TensorInfo { dtype: View::dtype(tensor), shape: tensor.dims().to_vec(), data_offsets: (from, end) })
-    };
-    let infos = tensors.iter().map(one).collect();
-    let mut json = serde_json::to_vec(&Metadata::new(Some(metadata), infos)?)?;
+        let info = TensorInfo { dtype: View::dtype(tensor), shape: tensor.dims().to_vec(), data_offsets: (from, end) };
+        all.insert((*name).into(), serde_json::to_value(info)?);
+    }
+    let mut json = serde_json::to_vec(&all)?;
     json.resize(json.len().next_multiple_of(size_of::<u64>()), b' ');
     Ok(json)
 }

@@ -16,7 +16,7 @@ use crate::json;
 const MAX_HEADER: u64 = 100_000_000;
 
 /// The header's key for free text.
-const METADATA: &str = "__metadata__";
+pub(super) const METADATA: &str = "__metadata__";
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]

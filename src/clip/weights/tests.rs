@@ -70,6 +70,19 @@ fn what_is_saved_is_loaded_with_the_same_digest() {
 }
 
 #[test]
+fn the_same_content_is_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let metadata = || (0..9).map(|i| (format!("key{i}"), "x".to_string())).collect();
+    let written = ["one", "two"].map(|name| {
+        let path = dir.path().join(name);
+        save_with(&path, &tensors().into_iter().collect::<Vec<_>>(), metadata()).unwrap();
+        fs::read(path).unwrap()
+    });
+    assert!(written[0] == written[1]);
+    assert_eq!(read_safetensors("x", &written[0]).unwrap().1, metadata());
+}
+
+#[test]
 fn wrapped_and_old_names_are_the_same_weights() {
     let mut old: HashMap<String, Tensor> = tensors()
         .into_iter()
