@@ -164,7 +164,8 @@ fn check_signature(place: &Path, bytes: &[u8], keys: &[PublicKey]) -> Result<()>
     }
 }
 
-/// blake3 of each file under a directory, by its path with `/`; the signature's own files apart.
+/// blake3 of each file under a directory, by its path with `/`; apart from the signature's own files and from what a kill left
+/// half-written, which nothing reads and the next writer removes.
 fn digests(dir: &Path) -> Result<BTreeMap<String, String>> {
     let mut all = BTreeMap::new();
     for entry in walkdir::WalkDir::new(dir).sort_by_file_name() {
@@ -174,6 +175,9 @@ fn digests(dir: &Path) -> Result<BTreeMap<String, String>> {
             continue;
         }
         let name: Vec<_> = name.iter().map(|part| part.to_string_lossy()).collect();
+        if name.iter().any(|part| files::is_temporary(part)) {
+            continue;
+        }
         let name = name.join("/");
         if name == SUMS || name == format!("{SUMS}.{SIGNATURE}") {
             continue;

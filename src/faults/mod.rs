@@ -16,6 +16,7 @@ mod merge;
 #[path = "../../tests/common/server.rs"]
 mod server;
 mod train;
+mod verbs;
 
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt as _;

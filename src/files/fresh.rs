@@ -156,6 +156,11 @@ fn held(file: &File, path: &Path) -> bool {
     !matches!(file.try_lock(), Err(fs::TryLockError::WouldBlock)) && is_at(file, path)
 }
 
+/// Whether this is the name of what is not whole yet.
+pub(crate) fn is_temporary(name: &str) -> bool {
+    name.starts_with(PREFIX)
+}
+
 fn prefix(target: &Path) -> String {
     let name = target.file_name().unwrap_or_default().to_string_lossy();
     let end = (0..=NAME.min(name.len())).rev().find(|i| name.is_char_boundary(*i)).unwrap_or(0);

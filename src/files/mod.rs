@@ -18,7 +18,7 @@ mod fresh;
 pub(crate) use disk::link;
 pub(crate) use disk::{Output, create_dir_all, now, remove, rename, stepped};
 use fresh::FreshDir;
-pub(crate) use fresh::{Fresh, sweep_all};
+pub(crate) use fresh::{Fresh, is_temporary, sweep_all};
 
 /// Reads a file of at most `limit` bytes. Pipes and devices, which may never end, are refused.
 ///
