@@ -52,12 +52,19 @@ fn cuda(index: usize) -> Result<Device> {
     if !candle_core::utils::cuda_is_available() {
         return Err(Error::input("--device", "this build has no CUDA support").hint("build with `--features cuda`, or use --device cpu"));
     }
-    Device::new_cuda(index).map_err(|e| Error::fault(format!("cuda:{index}"), e))
+    Device::new_cuda(index).map_err(|e| unusable(format_args!("cuda:{index}"), &e))
 }
 
 fn metal() -> Result<Device> {
     if !candle_core::utils::metal_is_available() {
         return Err(Error::input("--device", "this build has no Metal support").hint("build with `--features metal`, or use --device cpu"));
     }
-    Device::new_metal(0).map_err(|e| Error::fault("metal", e))
+    Device::new_metal(0).map_err(|e| unusable("metal", &e))
+}
+
+/// The library's words without its backtrace.
+fn unusable(place: impl std::fmt::Display, error: &candle_core::Error) -> Error {
+    let error = error.to_string();
+    Error::fault(place, format!("cannot be used: {}", error.lines().next().unwrap_or_default()))
+        .hint("`peft doctor` says which devices answer; check the driver and CUDA_VISIBLE_DEVICES, or use --device cpu")
 }
