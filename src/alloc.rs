@@ -22,10 +22,16 @@ pub(crate) use pages::floats;
 /// Blocks of fewer bytes are copied: a page or two is no gain, and the allocator has to look up only large blocks.
 const LEAST: usize = 1 << 16;
 
-/// Vectors that are pages of files now.
+/// Bytes of vectors that are pages of files now.
 static MAPPED: AtomicUsize = AtomicUsize::new(0);
 /// Whether memory has ended.
 static EXHAUSTED: AtomicBool = AtomicBool::new(false);
+
+/// How many bytes of vectors are pages of files: nobody's own, and given back by the system when others want memory.
+#[must_use]
+pub fn mapped() -> usize {
+    MAPPED.load(Ordering::Acquire)
+}
 
 /// Allocates as `A` does.
 #[derive(Debug)]
@@ -52,7 +58,7 @@ fn noted(block: *mut u8) -> *mut u8 {
 
 #[cfg(unix)]
 fn may_be_mapped(size: usize) -> bool {
-    size >= LEAST && MAPPED.load(Ordering::Acquire) > 0
+    size >= LEAST && mapped() > 0
 }
 
 // SAFETY: blocks are `A`'s, apart from those that `pages::floats` hands out, which never reach `A`: what is large enough to be one
@@ -149,11 +155,9 @@ mod pages {
 
     /// Whether it was a mapping; it is none any more.
     pub(super) fn free(block: *mut u8) -> bool {
-        let mapping = ranges().remove(&(block as usize));
-        if mapping.is_some() {
-            MAPPED.fetch_sub(1, Ordering::AcqRel);
-        }
-        mapping.is_some()
+        let Some(mapping) = ranges().remove(&(block as usize)) else { return false };
+        MAPPED.fetch_sub(mapping.len(), Ordering::AcqRel);
+        true
     }
 
     /// `count` values that lie in `file` from byte `from`, as pages of the file; nothing where that cannot be, or is not worth it.
@@ -170,7 +174,7 @@ mod pages {
         if !first.is_aligned() {
             return None;
         }
-        MAPPED.fetch_add(1, Ordering::AcqRel);
+        MAPPED.fetch_add(bytes, Ordering::AcqRel);
         ranges().insert(first as usize, mapping);
         // SAFETY: the pages hold `count` values, any bits are one, and they are aligned. They are the vector's alone until it gives
         // them back to the global allocator, which is `Allocator` and finds them above.

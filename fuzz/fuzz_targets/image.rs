@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| peft_fuzz::image(bytes));
+libfuzzer_sys::fuzz_target!(init: peft::guard::hush(), |bytes: &[u8]| peft_fuzz::image(bytes));

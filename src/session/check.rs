@@ -166,6 +166,7 @@ impl Session {
             images: self.data.count(Split::Train) + self.data.val.len(),
             constant: self.data.stream.is_none() && self.recipe.train.augment.is_none() && self.recipe.train.patch_dropout.is_none(),
             replaced,
+            mapped: crate::alloc::mapped() as u64,
         })
     }
 
