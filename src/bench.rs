@@ -81,7 +81,7 @@ pub fn bench(mut recipe: Recipe, options: BenchOptions, device: &candle_core::De
         return Err(Error::input("--steps", format!("expected 1 to 100000, found {steps}")));
     }
     (recipe.train.epochs, recipe.train.steps) = (None, Some(steps + 1));
-    let mut session = Session::open(recipe, device, observer)?;
+    let mut session = Session::to_train(recipe, device, observer)?;
     fill_batch(&mut session);
     let (mut adapters, task) = session.plan()?;
     let trainable_parameters = adapters.params.count();

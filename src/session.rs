@@ -65,6 +65,18 @@ impl Session {
         Ok(Self { recipe, base, data, images })
     }
 
+    /// [`Session::open`] of what is to be trained.
+    ///
+    /// # Errors
+    /// As [`Session::open`], and when there is nothing to train on.
+    pub fn to_train(recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Result<Self> {
+        let session = Self::open(recipe, device, observer)?;
+        if session.data.count(Split::Train) == 0 {
+            return Err(Error::input("data", "the training split is empty").hint("`peft data` says what each split has"));
+        }
+        Ok(session)
+    }
+
     /// Plans methods and task.
     ///
     /// # Errors

@@ -266,3 +266,17 @@ fn no_color_is_respected() {
     };
     assert!(help(false).contains(&0x1b) && !help(true).contains(&0x1b));
 }
+
+#[test]
+fn nothing_to_train_on_is_said_before_anything_is_done() {
+    let w = World::new();
+    w.write("rows.csv", "image,label,split\ndata/red/0.png,red,val\ndata/blue/0.png,blue,val\n");
+    let recipe = w.recipe("lora: { rank: 2 }").replace("folder: { root: data }", "table: { path: rows.csv }");
+    w.write("rows.yaml", &recipe);
+    for args in [&["train", "rows.yaml"][..], &["train", "rows.yaml", "--check"], &["bench", "rows.yaml"]] {
+        assert!(w.fails(args, 2).contains("the training split is empty"), "{args:?}");
+    }
+    assert!(!w.path("run").exists());
+    // To evaluate on it is enough.
+    assert!(w.peft(&["eval", "rows.yaml", "--split", "val"]).status.success());
+}

@@ -78,7 +78,7 @@ impl Verdict {
 /// # Errors
 /// As [`train`].
 pub fn check(recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Result<Checked> {
-    let session = Session::open(recipe, device, observer)?;
+    let session = Session::to_train(recipe, device, observer)?;
     let (mut adapters, task) = session.plan()?;
     let total_parameters = session.total_parameters(&adapters);
     let trainable_parameters = adapters.params.count();

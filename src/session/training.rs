@@ -53,10 +53,7 @@ impl Observer for Logged<'_> {
 /// When the recipe does not fit, a step fails, the disk refuses, or a signal came.
 pub fn train(recipe: Recipe, existing: Existing, device: &Device, observer: &mut dyn Observer) -> Result<(TrainReport, bool)> {
     // What can be wrong with the recipe comes before anything is written.
-    let session = Session::open(recipe, device, observer)?;
-    if session.data.count(Split::Train) == 0 {
-        return Err(Error::input("data", "the training split is empty"));
-    }
+    let session = Session::to_train(recipe, device, observer)?;
     let (mut adapters, task) = session.plan()?;
     tell(&adapters, observer);
     session.discard_replaced(&adapters)?;
