@@ -23,7 +23,7 @@ one() {
     found=target/fuzz/found/$1
     mkdir -p "$found" "fuzz/artifacts/$1"
     if [ "$what" = --merge ]; then
-        "$programs/$1" -merge=1 -max_len=16384 -artifact_prefix="fuzz/artifacts/$1/" "fuzz/corpus/$1" "$found"
+        "$programs/$1" -set_cover_merge=1 -max_len=16384 -artifact_prefix="fuzz/artifacts/$1/" "fuzz/corpus/$1" "$found"
     else
         "$programs/$1" -max_total_time="$what" -rss_limit_mb=1024 -timeout=10 -artifact_prefix="fuzz/artifacts/$1/" \
             "$found" "fuzz/corpus/$1"
