@@ -182,8 +182,9 @@ mod pages {
     }
 }
 
-#[cfg(all(test, unix))]
+#[cfg(test)]
 #[allow(clippy::unwrap_used)]
+#[cfg(unix)]
 mod tests {
     use std::alloc::System;
     use std::io::Write as _;
