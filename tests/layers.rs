@@ -5,7 +5,7 @@ use std::path::Path;
 
 /// Each module and what it may import; `session` and `cli` put everything together, `faults` tests it. What is right about
 /// this table is the direction: nothing below knows of recipes, nothing but `cli` of the command line.
-const TABLE: [(&str, &[&str]); 45] = [
+const TABLE: [(&str, &[&str]); 46] = [
     ("error", &[]),
     ("named", &[]),
     ("guard", &[]),
@@ -13,11 +13,12 @@ const TABLE: [(&str, &[&str]); 45] = [
     ("report", &[]),
     ("device", &["error"]),
     ("memory", &[]),
+    ("alloc", &[]),
     ("files", &["error"]),
     ("json", &["error"]),
     ("sign", &["error", "files"]),
     ("hub", &["error", "files"]),
-    ("clip", &["builtin", "error", "files", "guard", "hub", "json"]),
+    ("clip", &["alloc", "builtin", "error", "files", "guard", "hub", "json"]),
     ("data", &["builtin", "clip", "error", "files", "guard", "hub", "json"]),
     ("delta", &["clip", "error", "files", "hub", "json", "sign"]),
     ("optim", &["error"]),
@@ -32,7 +33,7 @@ const TABLE: [(&str, &[&str]); 45] = [
     ("page", &["change", "comparison", "error", "figures", "report", "train"]),
     ("fetch", &["error", "hub", "train"]),
     ("run", &["error", "events", "files", "recipe", "report", "train"]),
-    ("estimate", &["clip", "delta", "train"]),
+    ("estimate", &["alloc", "clip", "delta", "train"]),
     ("combine", &["clip", "delta", "error"]),
     ("merge", &["clip", "delta", "error", "files"]),
     ("extract", &["clip", "delta", "error", "merge"]),

@@ -51,10 +51,12 @@ impl Progress {
     /// The end of stdin asks for a stop as SIGTERM does.
     pub(super) fn listen_to_stdin(&self) {
         let signal = self.signal.clone();
-        std::thread::spawn(move || {
+        let listen = move || {
             let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
             signal.store(signal_hook::consts::SIGTERM as usize, Ordering::Relaxed);
-        });
+        };
+        // Without a thread it is not heard; signals are.
+        let _ = std::thread::Builder::new().spawn(listen);
     }
 
     pub(super) fn say(&self, text: &str) {

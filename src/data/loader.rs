@@ -138,11 +138,13 @@ pub struct Loader {
 
 impl Loader {
     /// Starts at batch `position` and goes on to `end`.
-    #[must_use]
-    pub fn start(config: LoaderConfig, position: usize, end: usize) -> Self {
+    ///
+    /// # Errors
+    /// When the system has no thread left, or no memory for one.
+    pub fn start(config: LoaderConfig, position: usize, end: usize) -> Result<Self> {
         let (sender, receiver) = sync_channel(AHEAD);
         let images = config.images.clone();
-        let thread = std::thread::spawn(move || {
+        let work = move || {
             let mut send = |batch: Result<Waiting>| {
                 let failed = batch.is_err();
                 sender.send(batch).is_ok() && !failed
@@ -154,8 +156,12 @@ impl Loader {
                     let _ = (position..end).all(|at| send(config.batch(at, &cache)));
                 }
             }
-        });
-        Self { images, receiver: Some(receiver), thread: Some(thread) }
+        };
+        let thread = std::thread::Builder::new().name("loader".into()).spawn(work).map_err(|e| {
+            Error::fault("data", format!("no thread can be started to load it: {e}"))
+                .hint("memory or processes have a limit that is reached: fewer --threads, or raise it (ulimit -v, ulimit -u)")
+        })?;
+        Ok(Self { images, receiver: Some(receiver), thread: Some(thread) })
     }
 
     /// The next batch, or nothing at the end.

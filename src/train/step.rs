@@ -152,7 +152,7 @@ impl Stepper {
             Some(feed) => feed,
             None => {
                 let loader = LoaderConfig { examples, images: trainer.images.clone(), augment: config.augment.clone(), plan, stream };
-                Feed::Images(Loader::start(loader, stepper.position(done), stepper.position(total)))
+                Feed::Images(Loader::start(loader, stepper.position(done), stepper.position(total))?)
             }
         };
         Ok(stepper)
