@@ -15,6 +15,17 @@ fn start(w: &World, args: &[&str]) -> Child {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
+/// Waits for the end of a run's second epoch; what it says after that.
+fn trained(child: &mut Child) -> BufReader<std::process::ChildStderr> {
+    let mut lines = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.starts_with("epoch 2 ") {
+        line.clear();
+        assert!(lines.read_line(&mut line).unwrap() > 0, "it ended by itself");
+    }
+    lines
+}
+
 #[test]
 fn many_predictions_share_a_base_and_say_the_same() {
     let w = World::new();
@@ -39,12 +50,7 @@ fn a_base_stands_in_memory_once() {
     let w = World::new();
     w.json(&["merge", "--model", "builtin:tiny", "--dtype", "f32", "--output", "large"]);
     let mut child = start(&w, &["train", "recipe.yaml", "--set", "model=large", "--set", "train.epochs=100000"]);
-    let mut lines = BufReader::new(child.stderr.take().unwrap());
-    let mut line = String::new();
-    while !line.starts_with("epoch 2 ") {
-        line.clear();
-        assert!(lines.read_line(&mut line).unwrap() > 0, "it ended by itself");
-    }
+    let _lines = trained(&mut child);
     let maps = std::fs::read_to_string(format!("/proc/{}/smaps", child.id())).unwrap();
     child.kill().unwrap();
     child.wait().unwrap();
@@ -95,12 +101,7 @@ fn a_signal_from_outside_saves_the_state() {
     for (signal, code) in [("INT", 130), ("TERM", 143)] {
         let w = World::new();
         let mut child = start(&w, &["train", "recipe.yaml", "--set", "train.epochs=100000", "--set", "train.tensorboard=false"]);
-        let mut lines = BufReader::new(child.stderr.take().unwrap());
-        let mut line = String::new();
-        while !line.starts_with("epoch 2 ") {
-            line.clear();
-            assert!(lines.read_line(&mut line).unwrap() > 0, "it ended by itself");
-        }
+        let mut lines = trained(&mut child);
         assert!(Command::new("kill").args([&format!("-{signal}"), &child.id().to_string()]).status().unwrap().success());
         let mut rest = String::new();
         lines.read_to_string(&mut rest).unwrap();

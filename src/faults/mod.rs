@@ -100,6 +100,12 @@ fn aborts(out: &Output, what: &str) {
     assert!(out.status.signal().is_some(), "{what}: {:?} {}", out.status, said(out));
 }
 
+/// That a copy whose disk was full did without, or said so.
+#[track_caller]
+fn full(out: &Output, what: &str) {
+    assert!(out.status.success() || out.status.code() == Some(3) && said(out).contains("make room"), "{what}: {}", said(out));
+}
+
 /// The changes that a command makes.
 fn changes(mut command: Command) -> Vec<String> {
     let log = tempfile::NamedTempFile::new().unwrap();
