@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 pub use minisign::PublicKey;
-use minisign::{KeyPair, PublicKeyBox, SecretKeyBox, SignatureBox};
+use minisign::{KeyPair, PublicKeyBox, SecretKey, SecretKeyBox, SignatureBox};
 
 use crate::error::{Error, Result};
 use crate::files;
@@ -28,26 +28,41 @@ const MAX_FILE: u64 = 64 << 30;
 
 static TRUSTED: OnceLock<Vec<PublicKey>> = OnceLock::new();
 
-/// Makes a key pair: `NAME.key`, which only its owner can read, and `NAME.pub`. The password encrypts the secret one.
+/// Makes a key pair: `NAME.key`, which only its owner can read, and `NAME.pub`. The password encrypts the secret one. Where a kill
+/// left the secret key alone, its public one is made.
 ///
 /// # Errors
-/// When one of them exists, or the disk refuses.
+/// When the public one exists, the secret one that exists cannot be read, or the disk refuses.
 pub fn generate(name: &Path, password: Option<String>) -> Result<[PathBuf; 2]> {
     let paths = ["key", "pub"].map(|extension| with_extension(name, extension));
-    if let Some(path) = paths.iter().find(|p| p.exists()) {
-        return Err(Error::input(path.display(), "exists").hint("choose another name; a key that is lost cannot be made again"));
+    let [secret, public] = &paths;
+    if public.exists() {
+        return Err(Error::input(public.display(), "exists").hint("choose another name; a key that is lost cannot be made again"));
     }
     let fault = |e: minisign::PError| Error::fault("key pair", e);
-    let pair = match password {
-        Some(password) => KeyPair::generate_encrypted_keypair(Some(password)),
-        None => KeyPair::generate_unencrypted_keypair(),
+    let key = if secret.exists() {
+        PublicKey::from_secret_key(&secret_key(secret, password)?).map_err(fault)?
+    } else {
+        let pair = match password {
+            Some(password) => KeyPair::generate_encrypted_keypair(Some(password)),
+            None => KeyPair::generate_unencrypted_keypair(),
+        };
+        let pair = pair.map_err(fault)?;
+        files::write_private(secret, pair.sk.to_box(Some("peft secret key")).map_err(fault)?.into_string().as_bytes())?;
+        pair.pk
     };
-    let pair = pair.map_err(fault)?;
-    let secret = pair.sk.to_box(Some("peft secret key")).map_err(fault)?.into_string();
-    let public = pair.pk.to_box().map_err(fault)?.into_string();
-    files::write_private(&paths[0], secret.as_bytes())?;
-    files::write_atomic(&paths[1], public.as_bytes())?;
+    files::write_atomic(public, key.to_box().map_err(fault)?.into_string().as_bytes())?;
     Ok(paths)
+}
+
+fn secret_key(path: &Path, password: Option<String>) -> Result<SecretKey> {
+    let text = files::read_text(path, MAX_TEXT)?;
+    let wrong = |e: minisign::PError| Error::input(path.display(), format!("cannot be used to sign: {e}"));
+    let boxed = SecretKeyBox::from_string(&text).map_err(wrong)?;
+    match password {
+        Some(password) => boxed.into_secret_key(Some(password)).map_err(wrong),
+        None => boxed.into_unencrypted_secret_key().map_err(|e| wrong(e).hint("PEFT_KEY_PASSWORD holds the password of an encrypted key")),
+    }
 }
 
 fn with_extension(path: &Path, extension: &str) -> PathBuf {
@@ -61,21 +76,14 @@ fn with_extension(path: &Path, extension: &str) -> PathBuf {
 /// # Errors
 /// When the key or its password is wrong, or the disk refuses.
 pub fn sign(path: &Path, key: &Path, password: Option<String>) -> Result<PathBuf> {
-    let text = files::read_text(key, MAX_TEXT)?;
-    let wrong = |e: minisign::PError| Error::input(key.display(), format!("cannot be used to sign: {e}"));
-    let parse = || SecretKeyBox::from_string(&text).map_err(wrong);
-    let secret = match password {
-        Some(password) => parse()?.into_secret_key(Some(password)).map_err(wrong)?,
-        None => {
-            parse()?.into_unencrypted_secret_key().map_err(|e| wrong(e).hint("PEFT_KEY_PASSWORD holds the password of an encrypted key"))?
-        }
-    };
+    let secret = secret_key(key, password)?;
     let (place, bytes) = match path.is_dir() {
         true => (path.join(SUMS), sums(&digests(path)?).into_bytes()),
         false => (path.to_path_buf(), files::read(path, MAX_FILE)?),
     };
     let comment = format!("file:{}\thashed", place.file_name().unwrap_or_default().to_string_lossy());
-    let signature = minisign::sign(None, &secret, Cursor::new(&bytes), Some(&comment), Some("signature from peft")).map_err(wrong)?;
+    let signature = minisign::sign(None, &secret, Cursor::new(&bytes), Some(&comment), Some("signature from peft"))
+        .map_err(|e| Error::fault(place.display(), e))?;
     if path.is_dir() {
         files::write_atomic(&place, &bytes)?;
     }

@@ -59,6 +59,11 @@ fn secret_keys_are_private_and_may_be_encrypted() {
         assert_eq!(std::fs::metadata(world.path("plain.key")).unwrap().permissions().mode() & 0o777, 0o600);
     }
     assert!(world.fails(&["sign", "--generate", "plain"], 2).contains("exists"));
+    // A kill left the secret key alone.
+    let public = std::fs::read(world.path("plain.pub")).unwrap();
+    std::fs::remove_file(world.path("plain.pub")).unwrap();
+    world.json(&["sign", "--generate", "plain"]);
+    assert_eq!(std::fs::read(world.path("plain.pub")).unwrap(), public);
     let sealed = std::process::Command::new(env!("CARGO_BIN_EXE_peft"))
         .args(["sign", "--generate", "sealed"])
         .env("PEFT_KEY_PASSWORD", "secret")
