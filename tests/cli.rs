@@ -69,6 +69,28 @@ fn finished_runs_are_kept() {
 }
 
 #[test]
+fn a_run_whose_recipe_is_gone_is_not_mixed_with_another() {
+    let w = World::new();
+    w.json(&["train", "recipe.yaml"]);
+    let adapter = w.path("run/adapter/adapter_model.safetensors");
+    let before = read(&adapter);
+    let recipe = w.path("run/recipe.yaml");
+    for broken in [Some(&b"\xff"[..]), None] {
+        match broken {
+            Some(bytes) => std::fs::write(&recipe, bytes).unwrap(),
+            None => std::fs::remove_file(&recipe).unwrap(),
+        }
+        for more in [&[][..], &["--resume"]] {
+            let message = w.fails(&[&["train", "recipe.yaml", "--set", "train.seed=4"], more].concat(), 2);
+            assert!(message.contains("recipe.yaml"), "{message}");
+        }
+        assert_eq!((recipe.exists(), read(&adapter)), (broken.is_some(), before.clone()));
+    }
+    w.json(&["train", "recipe.yaml", "--force"]);
+    assert_eq!(read(&adapter), before);
+}
+
+#[test]
 fn every_method_trains_and_only_linear_ones_merge() {
     let w = World::new();
     let methods = [

@@ -336,9 +336,10 @@ fn again(error: &Error) -> Error {
     }
 }
 
+/// The largest file of a comparison that is read.
+const MAX_JSON: u64 = 1 << 30;
+
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {
-    match std::fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::input(path.display(), e)),
-        Err(_) => Ok(None),
-    }
+    let text = files::find_text(path, MAX_JSON)?;
+    text.map(|text| serde_json::from_str(&text).map_err(|e| Error::input(path.display(), e))).transpose()
 }

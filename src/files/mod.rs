@@ -61,6 +61,22 @@ pub fn read_text(path: &Path, limit: u64) -> Result<String> {
         .map_err(|e| Error::input(path.display(), format!("is not UTF-8 text: the byte at {} is not", e.utf8_error().valid_up_to())))
 }
 
+/// [`read_text`] of a file that may be missing.
+///
+/// # Errors
+/// As [`read_text`], but for a missing file.
+pub fn find_text(path: &Path, limit: u64) -> Result<Option<String>> {
+    if missing(path)? { Ok(None) } else { read_text(path, limit).map(Some) }
+}
+
+/// Whether there is no such file. That it cannot be told is an error: what is taken for missing may be written anew.
+///
+/// # Errors
+/// When it cannot be told.
+pub fn missing(path: &Path) -> Result<bool> {
+    path.try_exists().map(|there| !there).map_err(|e| Error::read(path, e))
+}
+
 /// Writes `bytes` under a temporary name in the same directory, syncs and renames.
 ///
 /// # Errors

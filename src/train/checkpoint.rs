@@ -10,11 +10,14 @@ use super::health::Health;
 use super::micro::Micro;
 use crate::clip::weights;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::report::{EpochRecord, Evaluation};
 
 /// The file inside `checkpoint/`.
 pub const FILE: &str = "state.safetensors";
 const KEY: &str = "state";
+/// The largest one that is read.
+const MAX_FILE: u64 = 64 << 30;
 
 /// Everything that is no tensor.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -79,11 +82,10 @@ pub fn save(dir: &Path, tensors: &[(String, Tensor)], state: &State) -> Result<(
 /// When the file is there and broken.
 pub fn load(dir: &Path) -> Result<Option<(HashMap<String, Tensor>, State)>> {
     let path = dir.join(FILE);
-    let bytes = match std::fs::read(&path) {
-        Ok(bytes) => bytes,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(Error::read(path, e)),
-    };
+    if files::missing(&path)? {
+        return Ok(None);
+    }
+    let bytes = files::read(&path, MAX_FILE)?;
     let place = path.display().to_string();
     let (tensors, metadata) = weights::read_safetensors(&place, &bytes)?;
     let state = metadata

@@ -11,6 +11,11 @@ use crate::recipe::Recipe;
 use crate::report::{EpochRecord, Evaluation, Prediction, TrainReport};
 use crate::train::StepRecord;
 
+mod read;
+
+use read::{MAX_FILE, differing};
+pub use read::{differs, read_failure, read_predictions, read_recipe, read_report, read_steps};
+
 const RECIPE: &str = "recipe.yaml";
 const REPORT: &str = "report.json";
 const METRICS: &str = "metrics.jsonl";
@@ -67,12 +72,17 @@ impl RunDir {
         let yaml = recipe.to_yaml()?;
         let run = Self { path, lock, metrics: None, events: None };
         run.tidy()?;
-        let before = std::fs::read_to_string(run.path.join(RECIPE)).ok();
+        let before = files::find_text(&run.path.join(RECIPE), MAX_FILE)?;
         match (before, existing) {
-            (None, _) => run.start(&yaml)?,
-            (Some(_), Existing::Replace) => {
-                files::rename(&run.path.join(RECIPE), &run.path.join(REMOVED))?;
+            (before, Existing::Replace) => {
+                if before.is_some() {
+                    files::rename(&run.path.join(RECIPE), &run.path.join(REMOVED))?;
+                }
                 run.clear()?;
+                run.start(&yaml)?;
+            }
+            (None, _) => {
+                run.check_empty()?;
                 run.start(&yaml)?;
             }
             (Some(_), Existing::Refuse) => return Err(run.refused()),
@@ -142,6 +152,15 @@ impl RunDir {
         }
     }
 
+    /// No kill leaves a run without its recipe, so what is here without one is somebody's, and not to be mixed with a new run.
+    fn check_empty(&self) -> Result<()> {
+        match OURS.iter().find(|name| **name != LOCK && self.path.join(name).exists()) {
+            None => Ok(()),
+            Some(name) => Err(Error::input(self.path.display(), format!("holds `{name}`, but no {RECIPE} that says of which run"))
+                .hint("pass --force to replace it, or --output DIR for another place")),
+        }
+    }
+
     fn refused(&self) -> Error {
         let finished = self.path.join(REPORT).exists();
         let what = if finished { "holds a finished run" } else { "holds an unfinished run" };
@@ -177,11 +196,7 @@ impl RunDir {
     /// When the disk refuses.
     pub fn open_metrics(&mut self, done: usize, events: bool) -> Result<()> {
         let path = self.path.join(METRICS);
-        let text = match std::fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
-            Err(e) => return Err(Error::read(path, e)),
-        };
+        let text = files::find_text(&path, MAX_FILE)?.unwrap_or_default();
         let kept: String = text.lines().take(done).flat_map(|l| [l, "\n"]).collect();
         if kept != text {
             files::write_atomic(&path, kept.as_bytes())?;
@@ -284,87 +299,6 @@ pub fn write_predictions(path: &Path, predictions: &[Prediction]) -> Result<()> 
         text.push('\n');
     }
     files::write_atomic(path, text.as_bytes())
-}
-
-/// What a run directory's recipe has that `recipe` has not; `None` where they are the same, or where there is no run.
-///
-/// # Errors
-/// When its recipe is broken.
-pub fn differs(run: &Path, recipe: &Recipe) -> Result<Option<String>> {
-    let place = run.join(RECIPE);
-    match std::fs::read_to_string(&place) {
-        Ok(before) => differing(&place, recipe, &before),
-        Err(_) => Ok(None),
-    }
-}
-
-/// The first line that differs. What does not matter: where the output lies, what is logged, how often the state is saved, what is
-/// compared.
-fn differing(place: &Path, recipe: &Recipe, before: &str) -> Result<Option<String>> {
-    let mut old = Recipe::parse(&place.display().to_string(), before, &recipe.name, &[])?;
-    old.output.clone_from(&recipe.output);
-    old.train.tensorboard = recipe.train.tensorboard;
-    old.train.checkpoint_steps = recipe.train.checkpoint_steps;
-    (old.compare, old.forget) = (recipe.compare.clone(), recipe.forget.clone());
-    if old == *recipe {
-        return Ok(None);
-    }
-    let (old, new) = (old.to_yaml()?, recipe.to_yaml()?);
-    let line = old.lines().zip(new.lines()).find(|(a, b)| a != b);
-    Ok(Some(line.map(|(a, b)| format!(": it had `{}`, now `{}`", a.trim(), b.trim())).unwrap_or_default()))
-}
-
-/// The steps of a run directory.
-///
-/// # Errors
-/// When a line is broken.
-pub fn read_steps(run: &Path) -> Result<Vec<StepRecord>> {
-    read_lines(&run.join(METRICS))
-}
-
-/// The predictions of a run directory.
-///
-/// # Errors
-/// When a line is broken.
-pub fn read_predictions(run: &Path) -> Result<Vec<Prediction>> {
-    read_lines(&run.join(PREDICTIONS))
-}
-
-fn read_lines<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::read(path, e))?;
-    let one = |(i, line)| serde_json::from_str(line).map_err(|e| Error::input(format!("{}:{}", path.display(), i + 1), e));
-    text.lines().enumerate().map(one).collect()
-}
-
-/// The report of a run directory, if it is finished.
-///
-/// # Errors
-/// When the file is broken.
-pub fn read_report(run: &Path) -> Result<Option<TrainReport>> {
-    // Without a recipe there is no run: what else is there is being removed.
-    if !run.join(RECIPE).exists() {
-        return Ok(None);
-    }
-    let path = run.join(REPORT);
-    match std::fs::read(&path) {
-        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::input(path.display(), e)),
-        Err(_) => Ok(None),
-    }
-}
-
-/// Why the last attempt at a run failed, if it did.
-#[must_use]
-pub fn read_failure(run: &Path) -> Option<String> {
-    let text = files::read_text(&run.join(FAILURE), 1 << 20).ok()?;
-    Some(text.trim().to_string())
-}
-
-/// The recipe of a run directory.
-///
-/// # Errors
-/// When it is missing or broken.
-pub fn read_recipe(run: &Path) -> Result<Recipe> {
-    Recipe::load(&run.join(RECIPE), &[])
 }
 
 /// Other people's files are never mixed with a run.

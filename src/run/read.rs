@@ -1,0 +1,90 @@
+//! What a run directory says to those who do not write to it.
+
+use std::path::Path;
+
+use super::{FAILURE, METRICS, PREDICTIONS, RECIPE, REPORT};
+use crate::error::{Error, Result};
+use crate::files;
+use crate::recipe::Recipe;
+use crate::report::{Prediction, TrainReport};
+use crate::train::StepRecord;
+
+/// The largest file of a run that is read.
+pub(super) const MAX_FILE: u64 = 4 << 30;
+
+/// What a run directory's recipe has that `recipe` has not; `None` where they are the same, or where there is no run.
+///
+/// # Errors
+/// When its recipe is broken.
+pub fn differs(run: &Path, recipe: &Recipe) -> Result<Option<String>> {
+    let place = run.join(RECIPE);
+    let before = files::find_text(&place, MAX_FILE)?;
+    before.map_or(Ok(None), |before| differing(&place, recipe, &before))
+}
+
+/// The first line that differs. What does not matter: where the output lies, what is logged, how often the state is saved, what is
+/// compared.
+pub(super) fn differing(place: &Path, recipe: &Recipe, before: &str) -> Result<Option<String>> {
+    let mut old = Recipe::parse(&place.display().to_string(), before, &recipe.name, &[])?;
+    old.output.clone_from(&recipe.output);
+    old.train.tensorboard = recipe.train.tensorboard;
+    old.train.checkpoint_steps = recipe.train.checkpoint_steps;
+    (old.compare, old.forget) = (recipe.compare.clone(), recipe.forget.clone());
+    if old == *recipe {
+        return Ok(None);
+    }
+    let (old, new) = (old.to_yaml()?, recipe.to_yaml()?);
+    let line = old.lines().zip(new.lines()).find(|(a, b)| a != b);
+    Ok(Some(line.map(|(a, b)| format!(": it had `{}`, now `{}`", a.trim(), b.trim())).unwrap_or_default()))
+}
+
+/// The steps of a run directory.
+///
+/// # Errors
+/// When a line is broken.
+pub fn read_steps(run: &Path) -> Result<Vec<StepRecord>> {
+    read_lines(&run.join(METRICS))
+}
+
+/// The predictions of a run directory.
+///
+/// # Errors
+/// When a line is broken.
+pub fn read_predictions(run: &Path) -> Result<Vec<Prediction>> {
+    read_lines(&run.join(PREDICTIONS))
+}
+
+fn read_lines<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
+    let text = files::read_text(path, MAX_FILE)?;
+    let one = |(i, line)| serde_json::from_str(line).map_err(|e| Error::input(format!("{}:{}", path.display(), i + 1), e));
+    text.lines().enumerate().map(one).collect()
+}
+
+/// The report of a run directory, if it is finished.
+///
+/// # Errors
+/// When the file is broken.
+pub fn read_report(run: &Path) -> Result<Option<TrainReport>> {
+    // Without a recipe there is no run: what else is there is being removed.
+    if !run.join(RECIPE).exists() {
+        return Ok(None);
+    }
+    let path = run.join(REPORT);
+    let text = files::find_text(&path, MAX_FILE)?;
+    text.map(|text| serde_json::from_str(&text).map_err(|e| Error::input(path.display(), e))).transpose()
+}
+
+/// Why the last attempt at a run failed, if it did.
+#[must_use]
+pub fn read_failure(run: &Path) -> Option<String> {
+    let text = files::read_text(&run.join(FAILURE), 1 << 20).ok()?;
+    Some(text.trim().to_string())
+}
+
+/// The recipe of a run directory.
+///
+/// # Errors
+/// When it is missing or broken.
+pub fn read_recipe(run: &Path) -> Result<Recipe> {
+    Recipe::load(&run.join(RECIPE), &[])
+}
