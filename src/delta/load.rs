@@ -60,15 +60,11 @@ impl Delta {
             return Err(Error::input(dir.display(), "no such adapter directory")
                 .hint("an adapter is a directory, a .pt of CLIP-LoRA's, or a hub id owner/name"));
         }
-        let manifest = read_json::<Manifest>(&dir.join(file::MANIFEST))?;
+        let manifest = read_manifest(&dir.join(file::MANIFEST))?;
         let mut methods = Vec::new();
         let listed = manifest.as_ref().map(|m| m.methods.clone()).unwrap_or_default();
         for part in &listed {
-            let name = Path::new(&part.dir);
-            if name.components().count() != 1 || !name.components().all(|c| matches!(c, std::path::Component::Normal(_))) {
-                return Err(Error::input(dir.join(file::MANIFEST).display(), format!("`{}` is not a directory name", part.dir)));
-            }
-            methods.push(read_method(&dir.join(name), Some(&part.digest))?);
+            methods.push(read_method(&dir.join(&part.dir), Some(&part.digest))?);
         }
         if listed.is_empty() && dir.join(file::CONFIG).exists() {
             methods.push(read_method(dir, None)?);
@@ -215,6 +211,21 @@ fn broken(name: &str, t: &Tensor) -> Result<Option<String>> {
     }
     // Parameters are f32, so what f32 cannot hold is broken too.
     Ok((!all_finite(&t.to_dtype(DType::F32)?)?).then(|| format!("{name}: holds values that are not finite in f32")))
+}
+
+fn read_manifest(path: &Path) -> Result<Option<Manifest>> {
+    let Some(manifest) = read_json::<Manifest>(path)? else { return Ok(None) };
+    let wrong = |what: String| Err(Error::input(path.display(), what));
+    for part in &manifest.methods {
+        let mut components = Path::new(&part.dir).components();
+        if !matches!((components.next(), components.next()), (Some(std::path::Component::Normal(_)), None)) {
+            return wrong(format!("`{}` is not a directory name", part.dir));
+        }
+    }
+    match manifest.scalars.get("temperature") {
+        Some(t) if *t <= 0.0 => wrong(format!("scalars.temperature: expected a number above 0, found {t}")),
+        _ => Ok(Some(manifest)),
+    }
 }
 
 pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {

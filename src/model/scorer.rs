@@ -98,7 +98,7 @@ impl Scorer {
     #[must_use]
     pub fn temperature(&self, model: &Model) -> f64 {
         let own = model.manifest.as_ref().filter(|m| m.classes == self.labels && model.adapters.len() == 1);
-        own.and_then(|m| m.scalars.get("temperature")).copied().filter(|t| *t > 0.0).unwrap_or(1.0)
+        own.and_then(|m| m.scalars.get("temperature")).copied().unwrap_or(1.0)
     }
 
     fn ranked(&self, row: Vec<f32>) -> Vec<Ranked> {

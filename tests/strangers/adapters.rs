@@ -107,6 +107,7 @@ fn files(base: &Rc<Model>) -> Vec<Case> {
     });
     broken("a manifest that is none", Refused(MANIFEST), |d| std::fs::write(d.join(MANIFEST), "{\"base\": 3}").unwrap());
     broken("a huge number in the manifest", Refused(MANIFEST), |d| put(&d.join(MANIFEST), "scalars", "{\"threshold\": 1e400}"));
+    broken("a negative temperature", Refused("scalars.temperature"), |d| put(&d.join(MANIFEST), "scalars", "{\"temperature\": -1}"));
     broken("an unknown kind", Refused("peft_type"), |d| put(&d.join(CONFIG), "peft_type", "\"MAGIC\""));
     broken("no kind", Refused("peft_type"), |d| put(&d.join(CONFIG), "peft_type", "null"));
     for name in ["\"..\"", "\"../adapter\"", "\"/etc\"", "\"a/b\"", "\"\"", "\".\""] {

@@ -156,7 +156,7 @@ impl Judge {
     }
 
     pub(super) fn set_scalars(&mut self, scalars: &BTreeMap<String, f64>) {
-        self.temperature = scalars.get(TEMPERATURE).copied().filter(|t| *t > 0.0).unwrap_or(self.temperature);
+        self.temperature = scalars.get(TEMPERATURE).copied().unwrap_or(self.temperature);
         for (class, own) in self.classes.iter().zip(&mut self.thresholds) {
             *own = scalars.get(&key(class)).or(scalars.get(THRESHOLD)).copied().unwrap_or(*own);
         }
