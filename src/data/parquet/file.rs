@@ -122,6 +122,7 @@ impl Inner {
     fn open(path: &Path, columns: &Columns) -> Result<Self> {
         let file = Shared::new(files::open(path)?);
         let size = Length::len(&file);
+        pages::check_footer(path, &file, size)?;
         let reader = guarded(|| SerializedFileReader::new(file.clone())).map_err(|e| broken(path.display(), &e))?;
         let metadata = reader.metadata();
         check_rows(path, metadata.row_groups().iter().map(|g| u64::try_from(g.num_rows()).unwrap_or(u64::MAX)), size)?;

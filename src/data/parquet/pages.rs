@@ -1,5 +1,5 @@
-//! Pages' headers, before any page is unpacked: the crate believes the sizes that they state, and passes over a list of four
-//! billion items that are not there one by one.
+//! The footer and the pages' headers, before the crate reads them: it believes the sizes that they state, and passes over a list of
+//! four billion items that are not there one by one.
 
 use std::io::{BufReader, Read, Result};
 use std::path::Path;
@@ -18,8 +18,30 @@ const MAX_RATIO: u64 = 32;
 /// A header holds the smallest and the largest value at most.
 const MAX_HEADER: u64 = 16 << 20;
 
-/// Structs in structs; a page's header has two.
-const MAX_DEPTH: usize = 8;
+/// The largest footer: a hundred thousand columns in row groups.
+const MAX_FOOTER: u64 = 256 << 20;
+
+/// Structs and lists in each other; a page's header has two, the footer seven.
+const MAX_DEPTH: usize = 16;
+
+/// The footer's length and the format's name end a file.
+const END: u64 = 8;
+
+/// Looks at the footer; what is no footer at all the crate refuses.
+pub(super) fn check_footer(path: &Path, file: &Shared, size: u64) -> std::result::Result<(), Error> {
+    let mut end = [0; END as usize];
+    let from = size.saturating_sub(END);
+    file.from(from).read_exact(&mut end).map_err(|_| Error::input(path.display(), format!("is no Parquet: it has {size} bytes")))?;
+    let len = u64::from(u32::from_le_bytes([end[0], end[1], end[2], end[3]]));
+    if !end.ends_with(b"PAR1") || len > from {
+        return Ok(());
+    }
+    let most = len.min(MAX_FOOTER);
+    Compact::new(file, from - len, most, 64 << 10).structure(0, &mut |_, _| ()).map_err(|_| {
+        Error::input(path.display(), format!("is broken: the {len} bytes before its last {END} are no footer"))
+            .hint("the file may be incomplete; fetch or write it again")
+    })
+}
 
 /// Looks at the pages of the columns that `is_read` names.
 pub(super) fn check(
@@ -62,7 +84,7 @@ struct Page {
 }
 
 fn header(file: &Shared, at: u64, most: u64) -> Result<Page> {
-    let mut reader = Compact { inner: BufReader::with_capacity(512, file.from(at)), read: 0, most: most.min(MAX_HEADER) };
+    let mut reader = Compact::new(file, at, most.min(MAX_HEADER), 512);
     let mut page = Page::default();
     reader.structure(0, &mut |field, value| match field {
         2 => page.unpacked = value,
@@ -86,6 +108,10 @@ fn broken() -> std::io::Error {
 }
 
 impl Compact {
+    fn new(file: &Shared, at: u64, most: u64, buffer: usize) -> Self {
+        Self { inner: BufReader::with_capacity(buffer, file.from(at)), read: 0, most }
+    }
+
     fn byte(&mut self) -> Result<u8> {
         let mut byte = [0];
         self.inner.read_exact(&mut byte)?;
@@ -196,5 +222,24 @@ mod tests {
         assert_eq!((page.unpacked, page.packed, page.header), (300, 200, bytes.len() as u64 - 1));
         assert!(header(&file, 4 + bytes.len() as u64, 1 << 20).is_err(), "nothing is there");
         assert!(header(&file, 4, 20).is_err(), "longer than its column");
+    }
+
+    #[test]
+    fn a_footer_counts_what_is_there() {
+        let path = Path::new("x.parquet");
+        let refusal = |footer: &[u8]| {
+            let mut bytes = [b"PAR1", footer].concat();
+            bytes.extend(u32::try_from(footer.len()).unwrap().to_le_bytes());
+            bytes.extend(b"PAR1");
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(&bytes).unwrap();
+            check_footer(path, &Shared::new(file), bytes.len() as u64).err().map(|e| e.to_string())
+        };
+        // Field 20 is no field of a footer: a list of three truths, of two billion.
+        assert_eq!(refusal(&[0x05, 0x28, 0x02, 0x09, 0x28, 0x31, 1, 2, 1, 0]), None);
+        let endless = refusal(&[0x05, 0x28, 0x02, 0x09, 0x28, 0xf1, 0xff, 0xff, 0xff, 0xff, 0x07, 0]).unwrap();
+        assert!(endless.contains("no footer"), "{endless}");
+        let short = check_footer(path, &Shared::new(tempfile::tempfile().unwrap()), 0).unwrap_err().to_string();
+        assert!(short.contains("0 bytes"), "{short}");
     }
 }
