@@ -20,7 +20,7 @@ pub use block::Tensors;
 pub use config::{ClipConfig, TextConfig, VisionConfig};
 pub use encoded::{Encoded, Tokens};
 pub use model::Clip;
-pub use text::TextBatch;
+pub use text::{ConstantText, TextBatch};
 pub use trunk::Trunk;
 
 pub(crate) fn method_error(error: peft_adapters::Error) -> crate::Error {

@@ -7,7 +7,7 @@ use peft_adapters::{ClassFeatures, Patches, Sites, Tape, Tower, WeightId, rng};
 
 use super::block::Tensors;
 use super::config::ClipConfig;
-use super::text::{TextBatch, TextTower};
+use super::text::{ConstantText, TextBatch, TextTower};
 use super::trunk::Trunk;
 use super::vision::VisionTower;
 use crate::error::Result;
@@ -152,13 +152,21 @@ impl Clip {
         })
     }
 
-    /// How many leading blocks of the image and of the text tower nothing reaches that `patches` train. What they give can
-    /// be kept: [`Clip::image_trunk`], [`Clip::text_trunk`].
+    /// How many leading blocks of the image tower nothing reaches that `patches` train. What they give can be kept:
+    /// [`Clip::image_trunk`].
     ///
     /// # Errors
     /// When a tensor operation fails.
-    pub fn constant_blocks(&self, patches: &Patches) -> TensorResult<[usize; 2]> {
-        Ok([self.vision.constant_blocks(patches)?, self.text.constant_blocks(&self.config.text, patches)?])
+    pub fn constant_image_blocks(&self, patches: &Patches) -> TensorResult<usize> {
+        self.vision.constant_blocks(patches)
+    }
+
+    /// What of the text tower nothing reaches that `patches` train. What its blocks give can be kept: [`Clip::text_trunk`].
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn constant_text(&self, patches: &Patches) -> TensorResult<ConstantText> {
+        self.text.constant(&self.config.text, patches)
     }
 
     /// Images up to block `depth`.

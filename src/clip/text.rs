@@ -92,6 +92,15 @@ fn pooled_position(ids: &[u32], config: &TextConfig) -> u32 {
     position.unwrap_or(0) as u32
 }
 
+/// What of the text tower no training changes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ConstantText {
+    /// Leading blocks; 0 where the embedding is trained.
+    pub blocks: usize,
+    /// All of it: features are the same after every step.
+    pub features: bool,
+}
+
 /// The text encoder.
 #[derive(Debug)]
 pub struct TextTower {
@@ -150,14 +159,17 @@ impl TextTower {
         self.finish(self.embed(batch, patches)?, patches, tape)
     }
 
-    /// How many blocks nothing that is trained reaches; 0 where the embedding is trained.
+    /// What nothing that is trained reaches. The patches are prepared for evaluation: what a step drops tells nothing of the next.
     ///
     /// # Errors
     /// When a tensor operation fails.
-    pub fn constant_blocks(&self, config: &TextConfig, patches: &Patches) -> TensorResult<usize> {
+    pub fn constant(&self, config: &TextConfig, patches: &Patches) -> TensorResult<ConstantText> {
         let probe = TextBatch::new(&[vec![0, config.eos_token_id]], None, config, self.token.weight.1.device())?;
         let probe = probe.with_names(vec![ClassName { class: 0, start: 1, len: 0 }]);
-        self.embed(&probe, patches)?.constant(&self.blocks, patches)
+        Ok(ConstantText {
+            blocks: self.embed(&probe, patches)?.constant(&self.blocks, patches)?,
+            features: !self.forward(&probe, patches, None)?.track_op(),
+        })
     }
 
     /// Texts up to block `depth`.

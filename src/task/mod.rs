@@ -10,7 +10,7 @@ use peft_adapters::{Labelled, Params, Patches, Tape};
 use serde::{Deserialize, Serialize};
 
 use crate::clip::tokenizer::Tokenizer;
-use crate::clip::{Clip, Encoded};
+use crate::clip::{Clip, ConstantText, Encoded};
 use crate::data::{Dataset, Example, Split};
 use crate::error::Result;
 use crate::fusion::{FusionConfig, Pass};
@@ -180,6 +180,8 @@ pub struct Forward<'a, 't> {
     pub epoch: usize,
     /// Whether gradients are wanted, and what varies from batch to batch.
     pub pass: Pass,
+    /// What of the text tower is the same in every training step.
+    pub constant: ConstantText,
     /// Where what is computed twice to save memory is noted.
     pub tape: Option<&'t Tape<'a>>,
 }
@@ -188,7 +190,7 @@ impl<'a> Forward<'a, '_> {
     /// A pass without gradients.
     #[must_use]
     pub fn eval(clip: &'a Clip, patches: &'a Patches) -> Self {
-        Self { clip, patches, epoch: 0, pass: Pass::eval(), tape: None }
+        Self { clip, patches, epoch: 0, pass: Pass::eval(), constant: ConstantText::default(), tape: None }
     }
 
     /// Whether gradients are wanted.

@@ -75,8 +75,6 @@ pub struct Prompts {
     pad: Pad,
     /// What enters the first trained block, if that comes later than the first.
     trunks: Option<Vec<Trunk>>,
-    /// Whether it is known how far that goes.
-    probed: bool,
     /// How many texts were cut to the context length.
     pub truncated: usize,
 }
@@ -94,7 +92,7 @@ impl Prompts {
     fn of(ids: Vec<Vec<u32>>, names: Vec<ClassName>, templates: usize, pad: Pad, truncated: usize) -> Self {
         let sort = pad == Pad::Longest && ids.len() >= 2 * ALIKE;
         let (ids, names, back) = if sort { by_length(ids, &names) } else { (ids, names, None) };
-        Self { ids, names, back, templates, pad, trunks: None, probed: false, truncated }
+        Self { ids, names, back, templates, pad, trunks: None, truncated }
     }
 
     /// Tokenises every class in every template.
@@ -207,11 +205,8 @@ impl Prompts {
     /// # Errors
     /// When a tensor operation fails.
     pub fn keep_constant(&mut self, on: &Forward<'_, '_>) -> Result<()> {
-        if !on.training() || std::mem::replace(&mut self.probed, true) {
-            return Ok(());
-        }
-        let [_, depth] = on.clip.constant_blocks(on.patches)?;
-        if depth > 0 {
+        let depth = on.constant.blocks;
+        if depth > 0 && self.trunks.is_none() {
             let one = |batch| on.clip.text_trunk(&batch, depth, on.patches);
             self.trunks = Some(self.batches(on.clip)?.into_iter().map(one).collect::<TensorResult<_>>()?);
         }

@@ -27,7 +27,7 @@ pub(super) struct Texts {
     pad: Pad,
     /// Whether every token is wanted.
     tokens: bool,
-    /// Known after the first training batch.
+    /// Known from the first training batch on.
     frozen: bool,
     kept: HashMap<String, Kept>,
     bytes: usize,
@@ -54,12 +54,9 @@ impl Texts {
     /// N texts → features [N, P], tokens [N, T, D]
     pub(super) fn encode(&mut self, on: &Forward<'_, '_>, texts: &[&str]) -> Result<Encoded> {
         let (unique, rows) = unique(texts);
+        self.frozen |= on.constant.features;
         if !self.frozen {
-            let encoded = self.through(on, &unique)?;
-            self.frozen = on.training() && !encoded.features.track_op();
-            if !self.frozen {
-                return spread(&encoded, &rows);
-            }
+            return spread(&self.through(on, &unique)?, &rows);
         }
         self.complete(on, &unique)?;
         spread(&self.kept(on, &unique)?, &rows)

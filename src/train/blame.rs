@@ -44,13 +44,14 @@ impl Stepper {
     }
 
     fn probed(&self, trainer: &mut Trainer<'_>, input: Input, part: &Part) -> Result<Option<Found>> {
-        let Trainer { base, adapters, task, config, .. } = trainer;
+        let Trainer { base, adapters, task, config, features, .. } = trainer;
         let probe = Probe::default();
         adapters.patches.push(Box::new(probe.clone()));
         let passed = adapters.patches.prepare(&Step { training: true, seed: config.seed, step: part.position as u64 });
         let passed = passed.map_err(Into::into).and_then(|()| {
             let tape = config.tape();
-            let scene = Scene { clip: &base.clip, patches: &adapters.patches, tape: tape.as_ref(), config, task: &mut **task };
+            let constant = features.text();
+            let scene = Scene { clip: &base.clip, patches: &adapters.patches, constant, tape: tape.as_ref(), config, task: &mut **task };
             self.loss(scene, input, part).map(|_| ())
         });
         adapters.patches.pop();

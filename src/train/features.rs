@@ -11,7 +11,7 @@ use peft_adapters::{Patches, Step};
 
 use super::activations::{self, Bank, Builder, CacheConfig, Place};
 use super::observer::{Event, Observer};
-use crate::clip::{Clip, Encoded};
+use crate::clip::{Clip, ConstantText, Encoded};
 use crate::data::images::Cached;
 use crate::data::loader::load;
 use crate::data::{Example, Images, Split};
@@ -30,6 +30,7 @@ pub struct Features {
     tokens: bool,
     /// Blocks of the image tower that nothing trained reaches.
     depth: usize,
+    text: ConstantText,
     banks: HashMap<Split, Tensor>,
     trunks: HashMap<Split, Option<Arc<Bank>>>,
     pixels: HashMap<Split, Cached>,
@@ -61,10 +62,17 @@ impl Features {
         let depth = match (frozen, tokens) {
             (true, true) => clip.vision().depth(),
             (true, false) => 0,
-            (false, _) => clip.constant_blocks(patches)?[0],
+            (false, _) => clip.constant_image_blocks(patches)?,
         };
+        let text = clip.constant_text(patches)?;
         let (banks, trunks, pixels) = Default::default();
-        Ok(Self { images, batch, cache, identity, frozen, tokens, depth, banks, trunks, pixels })
+        Ok(Self { images, batch, cache, identity, frozen, tokens, depth, text, banks, trunks, pixels })
+    }
+
+    /// What of the text tower is the same after every step.
+    #[must_use]
+    pub fn text(&self) -> ConstantText {
+        self.text
     }
 
     /// Whether image features are the same after every step and all that is wanted.

@@ -9,7 +9,7 @@ use rand::seq::SliceRandom;
 use super::health::{Health, MOST_IN_A_ROW, OnNonFinite, Verdict};
 use super::observer::{Event, Observer, StepRecord};
 use super::{Bank, Run, TrainConfig, Trainer, by_name};
-use crate::clip::{Clip, Encoded, Trunk};
+use crate::clip::{Clip, ConstantText, Encoded, Trunk};
 use crate::data::loader::LoaderConfig;
 use crate::data::{Batch, Example, Loader, Plan, Split};
 use crate::error::{Error, Result};
@@ -87,6 +87,7 @@ pub(super) struct Part {
 pub(super) struct Scene<'t, 'p> {
     pub(super) clip: &'t Clip,
     pub(super) patches: &'t Patches,
+    pub(super) constant: ConstantText,
     pub(super) tape: Option<&'p Tape<'t>>,
     pub(super) config: &'p TrainConfig,
     pub(super) task: &'p mut dyn Task,
@@ -295,10 +296,11 @@ impl Stepper {
         (weight, factor): (f64, f64),
         sums: &mut Accumulated,
     ) -> Result<f64> {
-        let Trainer { base, adapters, task, config, .. } = trainer;
+        let Trainer { base, adapters, task, config, features, .. } = trainer;
         adapters.patches.prepare(&Step { training: true, seed: config.seed, step: part.position as u64 })?;
         let tape = config.tape();
-        let scene = Scene { clip: &base.clip, patches: &adapters.patches, tape: tape.as_ref(), config, task: &mut **task };
+        let constant = features.text();
+        let scene = Scene { clip: &base.clip, patches: &adapters.patches, constant, tape: tape.as_ref(), config, task: &mut **task };
         let loss = self.loss(scene, input, part)?;
         let value = f64::from(loss.to_scalar::<f32>()?);
         if value.is_finite() {
@@ -310,7 +312,7 @@ impl Stepper {
 
     /// The loss of a micro-batch with what methods add to it, f32.
     pub(super) fn loss(&self, scene: Scene<'_, '_>, input: Input, part: &Part) -> Result<Tensor> {
-        let Scene { clip, patches, tape, config, task } = scene;
+        let Scene { clip, patches, constant, tape, config, task } = scene;
         let Part { examples, epoch, position } = part;
         let keep = match input {
             Input::Pixels(_) => self.kept_patches(config, clip, examples.len(), *position)?,
@@ -318,7 +320,7 @@ impl Stepper {
         };
         let images = input.encode(clip, keep.as_ref(), patches, tape, task.needs() == Needs::Tokens)?;
         let pass = Pass { training: true, seed: config.seed, position: *position as u64 };
-        let on = Forward { clip, patches, epoch: *epoch, pass, tape };
+        let on = Forward { clip, patches, epoch: *epoch, pass, constant, tape };
         let loss = task.loss(&on, &images, &examples.iter().collect::<Vec<_>>())?.to_dtype(DType::F32)?;
         Ok(match patches.regulariser()? {
             Some(term) => (loss + term.to_dtype(DType::F32)?)?,

@@ -124,7 +124,7 @@ impl Images {
         }
         self.prompts.keep_constant(on)?;
         let features = self.prompts.class_features(on)?;
-        if on.training() && !features.track_op() {
+        if on.constant.features {
             self.frozen = Some(features.clone());
         }
         Ok(features)
