@@ -66,13 +66,17 @@ impl Error {
         Self::Fault(Problem::boxed(place, message))
     }
 
-    /// A failed read of an input file: missing and unreadable files are bad input.
+    /// A failed read of an input file: missing and unreadable files are bad input. What the machine lacks or breaks is its fault.
     pub fn read(path: impl AsRef<std::path::Path>, error: std::io::Error) -> Self {
-        let message = match error.kind() {
-            std::io::ErrorKind::NotFound => "no such file or directory".to_string(),
-            _ => format!("cannot be read: {error}"),
-        };
-        Self::input(path.as_ref().display(), message)
+        let place = path.as_ref().display();
+        if error.kind() == std::io::ErrorKind::NotFound {
+            return Self::input(place, "no such file or directory");
+        }
+        let message = format!("cannot be read: {error}");
+        match machine(&error) {
+            Some(hint) => Self::fault(place, message).hint(hint),
+            None => Self::input(place, message),
+        }
     }
 
     /// A failed write: a fault, since the path was ours to write.
@@ -81,11 +85,17 @@ impl Error {
         let fault = Self::fault(path.as_ref().display(), format!("cannot be written: {error}"));
         match error.kind() {
             Kind::StorageFull | Kind::QuotaExceeded | Kind::FileTooLarge => {
-                fault.hint("what was there before is as it was; make room and run the command again (train: with --resume)")
+                fault.hint("no file is half-written; make room and run the command again (train: with --resume)")
             }
             Kind::ReadOnlyFilesystem | Kind::PermissionDenied => fault.hint("choose a place that may be written to, or change its rights"),
             Kind::NotFound => fault.hint("the directory was removed while it was written to; run the command again"),
-            _ => fault,
+            Kind::CrossesDevices => fault.hint(
+                "a layer of an overlay file system gives no directory away: put a copy in its place (cp -r, rm -r, mv) and run the \
+                 command again, or choose another place",
+            ),
+            _ => fault.hint(
+                machine(&error).unwrap_or("see what the system says of this place, then run the command again (train: with --resume)"),
+            ),
         }
     }
 
@@ -114,6 +124,25 @@ impl Error {
             Self::Fault(_) | Self::Tensor(_) => 3,
             Self::Interrupted { signal, .. } => 128 + signal,
         }
+    }
+}
+
+/// What to do where the machine is at fault, and not the file.
+fn machine(error: &std::io::Error) -> Option<&'static str> {
+    #[cfg(any(target_os = "linux", target_vendor = "apple"))]
+    {
+        use rustix::io::Errno;
+        match Errno::from_io_error(error)? {
+            Errno::MFILE | Errno::NFILE => Some("too many files are open: raise the limit (ulimit -n), or use fewer --threads"),
+            Errno::NOMEM | Errno::AGAIN => Some("memory or processes are short: stop others, or raise the limits (ulimit -v, ulimit -u)"),
+            Errno::IO => Some("the disk or its file system has a fault: see what the system's log says of it, then run the command again"),
+            _ => None,
+        }
+    }
+    #[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
+    {
+        let _ = error;
+        None
     }
 }
 

@@ -20,7 +20,10 @@ fn main() -> std::process::ExitCode {
     // SAFETY: no other thread runs yet.
     unsafe { std::env::set_var("RAYON_NUM_THREADS", "1") };
     #[cfg(any(target_os = "linux", target_vendor = "apple"))]
-    answer_exhaustion();
+    {
+        answer_exhaustion();
+        answer_full();
+    }
     peft::guard::hush();
     peft::cli::main()
 }
@@ -40,4 +43,12 @@ fn answer_exhaustion() {
     };
     // SAFETY: the handler reads an atomic, writes to a file descriptor and ends the process: all of it may be done in a handler.
     let _ = unsafe { signal_hook::low_level::register(signal_hook::consts::SIGABRT, answer) };
+}
+
+/// A write beyond the largest allowed file (`ulimit -f`) is an error like any other, and no reason to end at once.
+#[cfg(any(target_os = "linux", target_vendor = "apple"))]
+#[allow(unsafe_code, reason = "a signal's handler")]
+fn answer_full() {
+    // SAFETY: the handler does nothing.
+    let _ = unsafe { signal_hook::low_level::register(signal_hook::consts::SIGXFSZ, || ()) };
 }

@@ -90,6 +90,20 @@ fn a_run_whose_recipe_is_gone_is_not_mixed_with_another() {
     assert_eq!(read(&adapter), before);
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn a_run_outlives_its_stderr_and_files_that_may_not_grow_are_said() {
+    let w = World::new();
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let mut command = std::process::Command::new(common::program());
+    let status = command.args(["train", "recipe.yaml"]).current_dir(w.path(".")).stderr(full).status().unwrap();
+    assert!(status.success() && w.path("run/report.json").exists(), "{status:?}");
+    let script = format!("ulimit -f 8; exec {} train recipe.yaml --output small --quiet", common::program());
+    let out = std::process::Command::new("sh").args(["-c", &script]).current_dir(w.path(".")).output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.code() == Some(3) && said.contains("File too large") && said.contains("make room"), "{:?} {said}", out.status);
+}
+
 #[test]
 fn every_method_trains_and_only_linear_ones_merge() {
     let w = World::new();

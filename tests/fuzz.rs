@@ -1,10 +1,11 @@
-//! The fuzzer's targets without the fuzzer: the corpus, what was found before, and some thousands of changed copies, always the same.
+//! The fuzzer's targets without the fuzzer: the corpus, what the fuzzer found, and some thousands of changed copies, always the same.
 #![allow(clippy::unwrap_used)]
 
 #[path = "../fuzz/src/lib.rs"]
 #[allow(clippy::expect_used, missing_docs, unreachable_pub)]
 mod targets;
 
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use peft_adapters::rng;
@@ -40,19 +41,34 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
     own.into_iter().chain(shared).filter(|bytes| bytes.len() <= LONGEST).collect()
 }
 
+/// What the fuzzer found to reach other code than the corpus.
+fn found(target: &str) -> Vec<Vec<u8>> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/found").join(target).with_extension("tar.gz");
+    let mut archive = tar::Archive::new(flate2::read::GzDecoder::new(std::fs::File::open(path).unwrap()));
+    let bytes = |entry: std::io::Result<tar::Entry<'_, _>>| {
+        let mut bytes = Vec::new();
+        entry.unwrap().read_to_end(&mut bytes).unwrap();
+        bytes
+    };
+    archive.entries().unwrap().map(bytes).collect()
+}
+
 fn replay(name: &str) {
     peft::guard::hush();
     let (_, target) = TARGETS.into_iter().find(|(n, _)| *n == name).unwrap();
+    let attempt = |what: &str, i: usize, bytes: &[u8]| {
+        // Where it is to be found after a hang or an abort.
+        std::fs::write(Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("fuzz-{name}")), bytes).unwrap();
+        let outcome = std::panic::catch_unwind(|| target(bytes));
+        assert!(outcome.is_ok(), "{name}, {what} {i}: {:?}", String::from_utf8_lossy(&bytes[..bytes.len().min(400)]));
+    };
     let seeds = seeds(name);
-    seeds.iter().for_each(|bytes| target(bytes));
+    seeds.iter().enumerate().for_each(|(i, bytes)| attempt("seed", i, bytes));
+    found(name).iter().enumerate().for_each(|(i, bytes)| attempt("found input", i, bytes));
     let count = std::env::var("PEFT_MUTATIONS").map_or(MUTATIONS, |n| n.parse().unwrap());
     for i in 0..count {
         let mut rng = rng::rng(7, &[rng::name_key(name), i as u64]);
-        let bytes = mutated(&seeds, &mut rng);
-        // Where it is to be found after a hang or an abort.
-        std::fs::write(Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("fuzz-{name}")), &bytes).unwrap();
-        let outcome = std::panic::catch_unwind(|| target(&bytes));
-        assert!(outcome.is_ok(), "{name}, mutation {i}: {:?}", String::from_utf8_lossy(&bytes[..bytes.len().min(400)]));
+        attempt("mutation", i, &mutated(&seeds, &mut rng));
     }
 }
 

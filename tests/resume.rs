@@ -41,7 +41,8 @@ fn stopped_and_resumed(method: &str) {
     let train = |output: &str, existing, steps| train(&w, method, output, existing, steps);
     let (whole, _) = train("whole", Existing::Refuse, usize::MAX).unwrap();
     let adapter = read(&w.path("whole/adapter/adapter_model.safetensors"));
-    for stop in [1, 3, 4, whole.steps - 1] {
+    // The first in the evaluation before training, the last in the one after it.
+    for stop in [0, 1, 3, 4, whole.steps - 1, whole.steps] {
         let name = format!("stopped{stop}");
         let error = train(&name, Existing::Refuse, stop).unwrap_err();
         assert_eq!(error.exit_code(), 130, "{error}");

@@ -3,7 +3,7 @@
 use std::io::{Read as _, Seek as _};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use candle_core::Device;
 use serde_json::Value;
@@ -15,6 +15,9 @@ use crate::recipe::Recipe;
 
 /// How often a process is looked at.
 const LOOK: Duration = Duration::from_millis(30);
+
+/// How long a directory in use is waited for.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Steps whose median is taken as a step's time.
 const PACE_STEPS: &str = "5";
@@ -50,9 +53,13 @@ impl Processes {
 
 /// Runs a process to its end; closes its stdin when `stop` says so. What it printed.
 fn output(mut command: Command, stop: &dyn Fn() -> Option<i32>) -> Result<String> {
-    let fail = |e: std::io::Error| Error::fault("starting a process", e);
+    let fail = |e: std::io::Error| {
+        Error::fault(command_name(), e)
+            .hint("it could not be started or looked at: use fewer --jobs, or raise the limits (ulimit -u, ulimit -n)")
+    };
     // Files, not pipes: nobody has to read them meanwhile.
-    let (out, err) = (tempfile::tempfile().map_err(fail)?, tempfile::tempfile().map_err(fail)?);
+    let temporary = || tempfile::tempfile().map_err(|e| no_room(Error::write(std::env::temp_dir(), e)));
+    let (out, err) = (temporary()?, temporary()?);
     command.stdin(Stdio::piped()).stdout(out.try_clone().map_err(fail)?).stderr(err.try_clone().map_err(fail)?);
     let mut child = command.spawn().map_err(fail)?;
     let status = loop {
@@ -77,11 +84,25 @@ fn output(mut command: Command, stop: &dyn Fn() -> Option<i32>) -> Result<String
     let said = read(err)?;
     let why = said.rsplit_once("error: ").map_or(said.trim(), |(_, why)| why.trim());
     match status.code() {
+        Some(code) if why.is_empty() => Err(no_room(Error::fault(
+            std::env::temp_dir().display(),
+            format!("the process ended with exit code {code}, and what it said could not be kept here"),
+        ))),
         Some(2) => Err(Error::input("", why)),
         Some(_) => Err(Error::fault("", why)),
         None => Err(Error::fault("", format!("the process was killed ({status}); perhaps for want of memory"))
             .hint("try fewer --jobs, or a smaller batch")),
     }
+}
+
+/// What processes say goes through temporary files.
+fn no_room(error: Error) -> Error {
+    error.hint("what the runs say is kept in temporary files: make room, or name another directory by TMPDIR")
+}
+
+/// The program that is started for each run.
+fn command_name() -> String {
+    std::env::current_exe().map_or("this program".into(), |path| path.display().to_string())
 }
 
 fn close(child: &mut Child) {
@@ -107,7 +128,8 @@ impl Runner for Processes {
 
     fn train(&self, job: &Job, stop: &dyn Fn() -> Option<i32>) -> Result<()> {
         // A process whose parent was killed saves its state before it lets go of the directory.
-        while in_use(&job.dir) && stop().is_none() {
+        let begun = Instant::now();
+        while in_use(&job.dir) && stop().is_none() && begun.elapsed() < PATIENCE {
             std::thread::sleep(LOOK);
         }
         let mut command = self.command("train", &job.recipe, job.threads)?;

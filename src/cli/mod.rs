@@ -329,7 +329,7 @@ fn run(cli: Cli) -> Result<()> {
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads.unwrap_or_else(|| crate::memory::threads(std::thread::available_parallelism().map_or(1, Into::into))))
         .build_global()
-        .map_err(|e| Error::fault("--threads", e))?;
+        .map_err(|e| Error::fault("--threads", e).hint("use fewer --threads, or raise the limits (ulimit -u, ulimit -v)"))?;
     let device = crate::device::select(&cli.global.device)?;
     let context = Context { global: cli.global, device };
     crate::sign::require(context.trusted()?);

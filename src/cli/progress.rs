@@ -1,5 +1,6 @@
 //! Progress on stderr: a bar on a terminal, plain lines elsewhere; signals.
 
+use std::io::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -61,7 +62,8 @@ impl Progress {
 
     pub(super) fn say(&self, text: &str) {
         if !self.quiet {
-            self.bar.suspend(|| eprintln!("{text}"));
+            // Whoever closed stderr, or filled its disk, still wants the run.
+            let _ = self.bar.suspend(|| writeln!(std::io::stderr(), "{text}"));
         }
     }
 

@@ -58,11 +58,16 @@ pub(super) fn run_all(
                 let Some(at) = waiting.iter().position(fits) else { break };
                 let Some(job) = waiting.remove(at) else { break };
                 (running, used) = (running + 1, used + job.memory);
-                let (sender, signal) = (sender.clone(), &signal);
-                scope.spawn(move || {
+                let (own, signal) = (sender.clone(), &signal);
+                let lost = job.clone();
+                let run = move || {
                     let done = runner.train(&job, &|| Some(signal.load(Ordering::Relaxed)).filter(|s| *s != 0));
-                    let _ = sender.send((job, done));
-                });
+                    let _ = own.send((job, done));
+                };
+                if let Err(e) = std::thread::Builder::new().spawn_scoped(scope, run) {
+                    let error = Error::fault("a thread for a run", e).hint("use fewer --jobs, or raise the limit (ulimit -u)");
+                    let _ = sender.send((lost, Err(error)));
+                }
             }
             if running == 0 {
                 break;

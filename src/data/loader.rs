@@ -237,6 +237,7 @@ impl LoaderConfig {
                     waiting.images.push(image);
                     waiting.examples.push(example);
                 }
+                Err(error) if error.exit_code() != 2 => return Err(error),
                 Err(error) if stream.skips() => waiting.skipped.push(error.to_string()),
                 Err(error) => return Err(error.hint("`data: { skip_bad: true }` leaves such rows out and counts them")),
             }

@@ -343,7 +343,11 @@ impl Dataset {
     /// With all unreadable images at once, unless `skip_bad`.
     pub fn verify(&mut self, images: &Arc<Images>, skip_bad: bool) -> Result<()> {
         const ALL: [Split; 3] = [Split::Train, Split::Val, Split::Test];
-        let bad = ALL.map(|split| images.verify(self.split(split)));
+        let mut bad = ALL.map(|split| images.verify(self.split(split)));
+        // The machine's fault says nothing of an image.
+        if let Some((list, at)) = bad.iter_mut().find_map(|list| list.iter().position(|(_, e)| e.exit_code() != 2).map(|at| (list, at))) {
+            return Err(list.swap_remove(at).1);
+        }
         if !skip_bad && bad.iter().any(|b| !b.is_empty()) {
             let bad: Vec<Error> = bad.into_iter().flatten().map(|(_, e)| e).collect();
             return Err(unreadable("images", bad.len(), &bad));

@@ -82,6 +82,24 @@ fn a_run_that_is_replaced_is_the_old_one_or_the_new_one() {
 }
 
 #[test]
+fn a_run_is_not_given_up_for_one_that_finds_no_room() {
+    let w = World::new();
+    let old = place(&w, "old").join("run");
+    succeeds(&peft(&w.path("old"), &args(&[]), ""), "old");
+    copy_tree(&old, &place(&w, "counted").join("run"));
+    let points = changes(verb(&w.path("counted"), &args(&["--force"]), "count"));
+    let given_up = points.iter().position(|p| p.starts_with("Rename")).unwrap() + 1;
+    assert!(given_up > 4, "{points:#?}");
+    for k in 1..=given_up {
+        let (dir, what) = (place(&w, &format!("at{k}")), format!("full at {k}, {}", points[k - 1]));
+        copy_tree(&old, &dir.join("run"));
+        let out = peft(&dir, &args(&["--force"]), &format!("fail 28 {k} on"));
+        assert_eq!(out.status.code(), Some(3), "{what}: {}", said(&out));
+        assert_eq!(tree(&dir.join("run"), &["lock"]), tree(&old, &["lock"]), "{what}");
+    }
+}
+
+#[test]
 fn a_full_disk_ends_a_run_at_once_and_it_goes_on_later() {
     let w = World::new();
     let (whole, points) = whole(&w);

@@ -48,6 +48,11 @@ impl Fresh {
     /// Puts the file in its place; only its owner may read it where it is `private`.
     pub(crate) fn publish(self, private: bool) -> Result<()> {
         self.settle(private)?;
+        self.place()
+    }
+
+    /// Puts what has settled in its place.
+    pub(crate) fn place(self) -> Result<()> {
         self.rename().map(|target| disk::sync_dir(&parent(&target)))
     }
 

@@ -97,17 +97,19 @@ fn write(path: &Path, bytes: &[u8], private: bool) -> Result<()> {
 /// # Errors
 /// As [`write_atomic`].
 pub fn write_together(files: &[(PathBuf, Vec<u8>)]) -> Result<()> {
-    let whole = |(path, bytes): &(PathBuf, Vec<u8>)| {
-        let mut fresh = Fresh::new(path)?;
-        fresh.write_all(bytes).map_err(|e| Error::write(path, e))?;
-        fresh.settle(false)?;
-        Ok(fresh)
-    };
-    let all = files.iter().map(whole).collect::<Result<Vec<_>>>()?;
+    let all = files.iter().map(|(path, bytes)| settled(path, bytes)).collect::<Result<Vec<_>>>()?;
     let places = all.into_iter().map(Fresh::rename).collect::<Result<Vec<_>>>()?;
     let dirs: BTreeSet<PathBuf> = places.iter().map(|place| parent(place)).collect();
     dirs.iter().for_each(|dir| disk::sync_dir(dir));
     Ok(())
+}
+
+/// A file on the disk that has yet to take its place.
+pub(crate) fn settled(path: &Path, bytes: &[u8]) -> Result<Fresh> {
+    let mut fresh = Fresh::new(path)?;
+    fresh.write_all(bytes).map_err(|e| Error::write(path, e))?;
+    fresh.settle(false)?;
+    Ok(fresh)
 }
 
 /// [`write_atomic`] of a file that only its owner may read.

@@ -50,7 +50,8 @@ impl Recipe {
     /// When it cannot be written as YAML.
     pub fn to_yaml(&self) -> Result<String> {
         // By way of JSON, which leaves absent options out.
-        let mut value = serde_json::to_value(self).map_err(|e| Error::fault("recipe", e))?;
+        let unwritable = |e| Error::input("recipe", e).hint("choose paths, --output among them, whose names are UTF-8");
+        let mut value = serde_json::to_value(self).map_err(unwritable)?;
         prune(&mut value);
         serde_saphyr::to_string(&value).map_err(|e| Error::fault("recipe", e))
     }

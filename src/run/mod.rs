@@ -66,20 +66,22 @@ impl RunDir {
     /// When it belongs to something else, to another process, or to an unfinished run.
     pub fn open(recipe: &Recipe, existing: Existing) -> Result<Opened> {
         let path = recipe.output.clone().unwrap_or_else(|| Path::new("runs").join(&recipe.name));
+        let yaml = recipe.to_yaml()?;
         check_ours(&path)?;
         files::create_dir_all(&path)?;
         let lock = lock(&path)?;
-        let yaml = recipe.to_yaml()?;
         let run = Self { path, lock, metrics: None, events: None };
         run.tidy()?;
         let before = files::find_text(&run.path.join(RECIPE), MAX_FILE)?;
         match (before, existing) {
             (before, Existing::Replace) => {
+                // Where there is no room for this, the old run stays.
+                let fresh = files::settled(&run.path.join(RECIPE), yaml.as_bytes())?;
                 if before.is_some() {
                     files::rename(&run.path.join(RECIPE), &run.path.join(REMOVED))?;
                 }
                 run.clear()?;
-                run.start(&yaml)?;
+                fresh.place()?;
             }
             (None, _) => {
                 run.check_empty()?;

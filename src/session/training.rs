@@ -91,7 +91,7 @@ impl Session {
         if run.state().before.is_none() {
             trainer.calibrate(logged)?;
             logged.event(Event::Phase("before", Some(self.data.split(split).len())));
-            let before = trainer.evaluate(split, logged)?;
+            let before = trainer.evaluate_unless_stopped(split, logged)?;
             check_finite("evaluation before training", &before)?;
             logged.run.log_evaluation(&split.to_string(), run.state().step, &before)?;
             run.set_before(before);
@@ -116,13 +116,14 @@ impl Session {
         }
         logged.run.check()?;
         logged.event(Event::Phase("after", Some(self.data.split(split).len())));
-        let after = trainer.evaluate(split, logged)?;
+        let after = trainer.evaluate_unless_stopped(split, logged)?;
         check_finite("evaluation after training", &after)?;
         logged.run.log_evaluation(&split.to_string(), run.state().step, &after)?;
         for warning in trainer.task.warnings() {
             logged.event(Event::Warning(warning));
         }
         let (changes, unfoldable) = self.changed(trainer, logged)?;
+        logged.run.check()?;
         let bytes = delta::save(&logged.run.adapter(), trainer.adapters, &self.sites(), &self.manifest(&*trainer.task, &after)?)?;
         if matches!(self.recipe.model, ModelConfig::Scratch(_)) {
             merge::write_trained(&self.base, std::mem::take(&mut trainer.adapters.view), &logged.run.model())?;
@@ -140,6 +141,7 @@ impl Session {
             return Ok(());
         }
         let Some(best) = trainer.keep_best(run)? else { return Ok(()) };
+        logged.run.check()?;
         let dir = logged.run.adapter();
         delta::save(&dir, trainer.adapters, &self.sites(), &self.manifest(&*trainer.task, &best)?)?;
         let epoch = run.state().best.as_ref().map_or(0, |b| b.epoch);

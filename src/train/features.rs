@@ -15,7 +15,7 @@ use crate::clip::{Clip, ConstantText, Encoded};
 use crate::data::images::Cached;
 use crate::data::loader::load;
 use crate::data::{Example, Images, Split};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Features of a split, [N, P], and the images they come from.
 #[derive(Debug)]
@@ -31,6 +31,8 @@ pub struct Features {
     /// Blocks of the image tower that nothing trained reaches.
     depth: usize,
     text: ConstantText,
+    /// Whether a signal ends what is being encoded.
+    heeds: bool,
     banks: HashMap<Split, Tensor>,
     trunks: HashMap<Split, Option<Arc<Bank>>>,
     pixels: HashMap<Split, Cached>,
@@ -66,7 +68,13 @@ impl Features {
         };
         let text = clip.constant_text(patches)?;
         let (banks, trunks, pixels) = Default::default();
-        Ok(Self { images, batch, cache, identity, frozen, tokens, depth, text, banks, trunks, pixels })
+        Ok(Self { images, batch, cache, identity, frozen, tokens, depth, text, heeds: false, banks, trunks, pixels })
+    }
+
+    /// Whether from now on a signal ends what is being encoded. While steps are made it ends the run between two of them, with the
+    /// state saved.
+    pub(super) fn heed(&mut self, signals: bool) {
+        self.heeds = signals;
     }
 
     /// What of the text tower is the same after every step.
@@ -95,6 +103,7 @@ impl Features {
     ) -> Result<()> {
         let trunk = if split == Split::Test { None } else { self.trunk(split, examples, clip, view, observer)? };
         view.prepare(&Step::eval())?;
+        let heeds = self.heeds;
         let cache = self.pixels.entry(split).or_insert_with(|| Cached::new(examples.len()));
         for from in (0..examples.len()).step_by(self.batch) {
             let rows = from..examples.len().min(from + self.batch);
@@ -106,6 +115,7 @@ impl Features {
             let encoded = clip.image_tokens_from(&trunk, view, None)?;
             take(view, encoded, rows)?;
             observer.event(Event::Advance(indices.len()));
+            unless_stopped(heeds, observer)?;
         }
         Ok(())
     }
@@ -140,6 +150,7 @@ impl Features {
                 None => clip.image_features(&load(&self.images, examples, indices, None, cache)?, view)?,
             });
             observer.event(Event::Advance(indices.len()));
+            unless_stopped(self.heeds, observer)?;
         }
         let features = match parts.is_empty() {
             true => Tensor::zeros((0, clip.config().projection_dim), DType::F32, clip.device())?,
@@ -197,6 +208,7 @@ impl Features {
             let pixels = load(&self.images, examples, indices, None, &cache)?;
             builder.push(&clip.image_trunk(&pixels, self.depth, view)?.x)?;
             observer.event(Event::Advance(indices.len()));
+            unless_stopped(self.heeds, observer)?;
         }
         builder.finish().map(Some)
     }
@@ -214,6 +226,13 @@ impl Features {
             key.update(digest.as_bytes());
         }
         Ok(self.cache.directory.join(format!("{}.f32", &key.finalize().to_hex()[..32])))
+    }
+}
+
+fn unless_stopped(heeds: bool, observer: &dyn Observer) -> Result<()> {
+    match observer.stop().filter(|_| heeds) {
+        Some(signal) => Err(Error::Interrupted { message: "stopped during an evaluation; go on with --resume".into(), signal }),
+        None => Ok(()),
     }
 }
 

@@ -167,7 +167,8 @@ impl<'a> Trainer<'a> {
         if let Some(ema) = &mut run.ema {
             ema.restore(params, &mut take)?;
         }
-        self.micro = state.micro.unwrap_or(self.micro);
+        // A run that never halved its batches goes on so, whatever memory there is now.
+        self.micro = state.micro.unwrap_or(Micro::of(self.config));
         run.state = state;
         for (index, patch) in self.adapters.patches.iter_mut().enumerate() {
             let prefix = format!("patch.{index}.");
@@ -230,6 +231,17 @@ impl<'a> Trainer<'a> {
         }
         let on = Forward::eval(&self.base.clip, &self.adapters.view);
         self.task.evaluate(&on, &outputs, &examples)
+    }
+
+    /// [`Trainer::evaluate`] before the first or after the last step, which a signal ends.
+    ///
+    /// # Errors
+    /// As [`Trainer::evaluate`], and [`Error::Interrupted`].
+    pub fn evaluate_unless_stopped(&mut self, split: Split, observer: &mut dyn Observer) -> Result<Evaluation> {
+        self.features.heed(true);
+        let found = self.evaluate(split, observer);
+        self.features.heed(false);
+        found
     }
 
     /// Chooses what the task chooses on validation, with the parameters as they are.
