@@ -90,10 +90,7 @@ pub fn verify(path: &str, keys: &[sign::PublicKey]) -> Result<Vec<String>> {
     if adapter {
         let delta = Delta::read(&place)?;
         let digests = delta.manifest.as_ref().map_or(0, |m| m.methods.len());
-        checked.push(format!(
-            "{} tensors are finite; {digests} digests in peft.json hold",
-            delta.methods.iter().map(|(_, t)| t.len()).sum::<usize>()
-        ));
+        checked.push(format!("{} tensors are finite; {digests} digests in peft.json hold", delta.check_finite()?));
     } else {
         let adapters = bundled(path)?;
         for dir in &adapters {

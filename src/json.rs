@@ -1,7 +1,11 @@
 //! JSON from strangers. A value in memory takes some 80 bytes, its text as few as two: what has more values than anything of its
 //! kind is refused before memory is asked for.
 
-use serde::de::DeserializeOwned;
+use std::collections::HashSet;
+use std::fmt::Formatter;
+
+use serde::de::{DeserializeOwned, Error as _, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 
 /// Values of a configuration, a row or an index; larger vocabularies have half as many. They take at most 80 MiB.
 const MAX_VALUES: usize = 1 << 20;
@@ -12,7 +16,7 @@ const MIN_DENSITY: usize = 6;
 /// Reads a configuration, a row or an index.
 ///
 /// # Errors
-/// When it is no such JSON, or has more than 1 048 576 values.
+/// When it is no such JSON, has a key twice, or has more than 1 048 576 values.
 pub(crate) fn from_slice<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
     within(bytes, MAX_VALUES)
 }
@@ -30,7 +34,67 @@ fn within<T: DeserializeOwned>(bytes: &[u8], most: usize) -> Result<T, String> {
     if bytes.len() > most && values(bytes) > most {
         return Err(format!("has more than {most} values in {} bytes", bytes.len()));
     }
+    if most == MAX_VALUES {
+        serde_json::from_slice::<Unique>(bytes).map_err(|e| e.to_string())?;
+    }
     serde_json::from_slice(bytes).map_err(|e| e.to_string())
+}
+
+/// Any JSON in which no object has a key twice: of two values the last would count, without a word.
+struct Unique;
+
+impl<'de> Deserialize<'de> for Unique {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Self)
+    }
+}
+
+impl<'de> Visitor<'de> for Unique {
+    type Value = Self;
+
+    fn expecting(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        f.write_str("JSON")
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_str<E>(self, _: &str) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_unit<E>(self) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Self, A::Error> {
+        while items.next_element::<Self>()?.is_some() {}
+        Ok(self)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut pairs: A) -> Result<Self, A::Error> {
+        let mut keys = HashSet::new();
+        while let Some((key, Self)) = pairs.next_entry::<String, Self>()? {
+            if keys.contains(&key) {
+                return Err(A::Error::custom(format!("`{key}` occurs twice")));
+            }
+            keys.insert(key);
+        }
+        Ok(self)
+    }
 }
 
 /// An upper bound of the number of values, keys included.
@@ -58,6 +122,13 @@ mod tests {
     fn values_are_counted_outside_of_strings() {
         assert_eq!(values(br#"{"a, [b": [1, 2, "\",:"], "c": {}}"#), 9);
         assert_eq!(values(b"3"), 1);
+    }
+
+    #[test]
+    fn a_key_stands_once_at_any_depth() {
+        assert!(from_slice::<Value>(br#"[{"a": 1, "b": {"a": null}}, {"a": 2.5}]"#).is_ok());
+        let twice = from_slice::<Value>(br#"[{"b": {"c": true, "a": "x", "c": -1}}]"#).unwrap_err();
+        assert!(twice.contains("`c` occurs twice at line 1"), "{twice}");
     }
 
     #[test]

@@ -358,10 +358,13 @@ impl Model {
         Ok(Scorer { classes: Classes::Shared(finite("text", classes)?), templates, labels })
     }
 
-    /// What fails where an adapter is bound to classes that it does not name (one without `peft.json`) is the labels' fault.
+    /// What fails where an adapter is bound to classes that it does not name (one without `peft.json`) is the labels' fault; where
+    /// it names them, its own.
     fn of_classes(&self, error: Error) -> Error {
         match (self.patches.class_bound() && self.bound.is_none(), &error) {
             (true, Error::Tensor(e)) => Error::input("--labels", e).hint("this adapter does not say for which classes it was made"),
+            (false, Error::Tensor(e)) if self.patches.class_bound() => Error::input("the adapter", e)
+                .hint("its files do not belong together: peft.json names other classes than its tensors are for"),
             _ => error,
         }
     }

@@ -298,9 +298,11 @@ impl Classification {
     pub fn text(&self) -> String {
         let width = self.rows().map(|r| r.name.chars().count()).max().unwrap_or(0).max("weighted avg".len());
         let total: usize = self.rows().map(|r| r.support).sum();
-        let mut out = format!("{:>width$}  {:>9} {:>9} {:>9} {:>9}\n\n", "", "precision", "recall", "f1-score", "support");
+        // Not by `{:>width$}`, whose widths end at 65535.
+        let room = |name: &str| " ".repeat(width.saturating_sub(name.chars().count()));
+        let mut out = format!("{}  {:>9} {:>9} {:>9} {:>9}\n\n", room(""), "precision", "recall", "f1-score", "support");
         let line = |out: &mut String, name: &str, p: f64, r: f64, f: f64, n: usize| {
-            let _ = writeln!(out, "{name:>width$}  {p:>9.2} {r:>9.2} {f:>9.2} {n:>9}");
+            let _ = writeln!(out, "{}{name}  {p:>9.2} {r:>9.2} {f:>9.2} {n:>9}", room(name));
         };
         for row in self.rows() {
             line(&mut out, &row.name, row.precision, row.recall, row.f1, row.support);

@@ -6,6 +6,18 @@ mod common;
 use common::World;
 
 #[test]
+fn arguments_that_name_no_file() {
+    let w = World::new();
+    let predict = |labels: &str| w.fails(&["predict", "--model", "base", "--labels", labels, "data/red/0.png"], 2);
+    assert!(predict("nosuch.txt").contains("no such file"));
+    assert!(predict("data").contains("is a directory"));
+    let message = w.fails(&["eval", "recipe.yaml", "--predictions", "data"], 2);
+    assert!(message.contains("data: is a directory"), "{message}");
+    let message = w.fails(&["eval", "recipe.yaml", "--predictions", "recipe.yaml"], 2);
+    assert!(message.contains("--predictions"), "{message}");
+}
+
+#[test]
 fn malformed_recipes() {
     let w = World::new();
     let good = w.recipe("lora: { rank: 2 }");
@@ -33,6 +45,11 @@ fn malformed_recipes() {
         (good.replace("rank: 2", "rank: 1000"), "found 1000"),
         (good.replace("rank: 2", "targets: [nothing]"), "self_attn.q_proj"),
         (good.replace("{ lora: { rank: 2 } }", "none"), "trains nothing"),
+        (good.replace("lora: { rank: 2 }", "adalora: { init_r: 1000000000 }"), "describes more than"),
+        (good.replace("lora: { rank: 2 }", "prefix: { reparameterise: 100000000 }"), "describes more than"),
+        (good.replace("lora: { rank: 2 }", "bottleneck: { hypercomplex: { n: 1, rank: 1000000000 } }"), "describes more than"),
+        (good.replace("lora: { rank: 2 }", "bottleneck: { hypercomplex: { n: 1000000 } }"), "describes more than"),
+        (good.replace("lora: { rank: 2 }", "tip_adapter: { alpha_steps: 1000000000 }"), "a product of at most 1000000"),
         (good.replace("{ lora: { rank: 2 } }", "[lora, lora]"), "two methods"),
         (good.replace("a {} thing", "a thing"), "`{}`"),
         (good.replace("[\"a {} thing\"]", "[]"), "at least one template"),
@@ -198,4 +215,5 @@ fn predictions_that_are_not_finite_are_an_error() {
     assert!(w.fails(&["eval", "run"], 3).contains("not finite"));
     write(1e300, candle_core::DType::F64);
     assert!(w.fails(&predict, 2).contains("not finite in f32"));
+    assert!(w.fails(&["inspect", "run/adapter", "--verify"], 2).contains("not finite in f32"));
 }

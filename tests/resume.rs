@@ -31,7 +31,7 @@ fn train(w: &World, method: &str, output: &str, existing: Existing, steps: usize
 #[test]
 fn stopped_anywhere_and_resumed_gives_the_same_bits() {
     // What a step drops tells nothing of the next: all of the text tower now and then.
-    for method in [LORA, "adalora: { init_r: 3, target_r: 1, tinit: 1, tfinal: 1 }", "loha: { r: 2, module_dropout: 0.9 }"] {
+    for method in [LORA, "adalora: { init_r: 3, target_r: 1, tinit: 1, tfinal: 1 }", "loha: { rank: 2, module_dropout: 0.9 }"] {
         stopped_and_resumed(method);
     }
 }

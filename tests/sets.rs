@@ -270,7 +270,7 @@ fn bad_members_are_named_with_shard_and_row() {
         (("b.cls", b"fox"), ["row 1 (b.cls)", "3 classes or its number, found `fox`"]),
         (("b.json", b"{"), ["row 1 (b.json)", "expected JSON"]),
         (("b.json", b"[1]"), ["row 1 (b.json)", "expected a JSON object"]),
-        (("b.json", b"{\"value\": \"x\"}"), ["row 1", "column `value`: expected a finite number, found `x`"]),
+        (("b.json", b"{\"value\": \"x\"}"), ["row 1", "column `value`: expected a number that is finite in f32, found `x`"]),
         (("b.txt", b"\xff"), ["row 1 (b.txt)", "UTF-8"]),
         (("b.cls", b"1"), ["row 1", "neither an image nor a text"]),
     ] {

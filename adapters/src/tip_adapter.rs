@@ -61,6 +61,9 @@ impl Default for TipAdapterConfig {
     }
 }
 
+/// How many pairs of `alpha` and `beta` a search tries at most; the authors' grid has 4000.
+const MAX_STEPS: usize = 1_000_000;
+
 impl TipAdapterConfig {
     fn check(&self) -> Result<()> {
         let range = |key: &str, value: f64, least: f64| match value >= least && value.is_finite() {
@@ -71,9 +74,13 @@ impl TipAdapterConfig {
         range("beta", self.beta, f64::MIN_POSITIVE)?;
         range("alpha_max", self.alpha_max, 0.1)?;
         range("beta_max", self.beta_max, 0.1)?;
-        match self.alpha_steps == 0 || self.beta_steps == 0 {
-            true => Err(Error::config("alpha_steps, beta_steps", "expected at least 1, found 0")),
-            false => Ok(()),
+        let steps = self.alpha_steps.saturating_mul(self.beta_steps);
+        match (1..=MAX_STEPS).contains(&steps) {
+            true => Ok(()),
+            false => {
+                let found = format!("found {} and {}", self.alpha_steps, self.beta_steps);
+                Err(Error::config("alpha_steps, beta_steps", format!("expected at least 1 and a product of at most {MAX_STEPS}, {found}")))
+            }
         }
     }
 

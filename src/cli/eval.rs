@@ -50,6 +50,10 @@ pub(super) fn run(args: EvalArgs, context: &Context) -> Result<()> {
         return Err(Error::input(args.target.display(), "is no run directory: there is no recipe.yaml"));
     }
     let recipe = Recipe::load(&file, &args.sets)?;
+    let same = |path: &PathBuf| path.canonicalize().ok().is_some_and(|path| file.canonicalize().is_ok_and(|file| file == path));
+    if args.predictions.as_ref().is_some_and(same) {
+        return Err(Error::input("--predictions", "names the recipe itself").hint("choose another file"));
+    }
     let own = args.target.join("adapter");
     let named = args.adapter.map(|name| context.adapter(&name)).transpose()?;
     let adapter = named.or_else(|| is_run.then_some(own));

@@ -249,7 +249,7 @@ impl Context {
     /// A line for people, on stderr.
     fn say(&self, text: &str) {
         if !self.global.quiet {
-            let _ = writeln!(std::io::stderr(), "{text}");
+            let _ = writeln!(std::io::stderr(), "{}", plain(text));
         }
     }
 
@@ -260,7 +260,7 @@ impl Context {
             out.push('\n');
             out
         } else {
-            text()
+            plain(&text())
         };
         self.write(&out)
     }
@@ -275,14 +275,21 @@ impl Context {
     }
 }
 
+/// What names from files say to people: a terminal would obey their control characters.
+fn plain(text: &str) -> String {
+    let one = |c: char| if c.is_control() && c != '\n' { c.escape_default().collect::<String>() } else { c.to_string() };
+    if text.chars().any(|c| c.is_control() && c != '\n') { text.chars().map(one).collect() } else { text.to_string() }
+}
+
 /// Rows as lines, each column as wide as its widest cell; the first row is the head. Cells of `right` columns end together.
 fn columns(rows: &[Vec<String>], right: &[usize]) -> String {
     let count = rows.iter().map(Vec::len).max().unwrap_or(0);
     let wide = |s: &String| s.chars().count();
     let widths: Vec<usize> = (0..count).map(|c| rows.iter().filter_map(|r| r.get(c)).map(wide).max().unwrap_or(0)).collect();
-    let cell = |(c, text): (usize, &String)| match right.contains(&c) {
-        true => format!("{text:>width$}", width = widths[c]),
-        false => format!("{text:<width$}", width = widths[c]),
+    // Not by `{:>width$}`, whose widths end at 65535.
+    let cell = |(c, text): (usize, &String)| {
+        let room = " ".repeat(widths[c] - wide(text));
+        if right.contains(&c) { room + text } else { text.clone() + &room }
     };
     let line = |row: &Vec<String>| row.iter().enumerate().map(cell).collect::<Vec<_>>().join("  ").trim_end().to_string() + "\n";
     rows.iter().map(line).collect()
@@ -318,7 +325,7 @@ pub(crate) fn start(args: impl IntoIterator<Item = impl Into<OsString> + Clone>)
     match run(cli) {
         Ok(()) => 0,
         Err(e) => {
-            let _ = writeln!(std::io::stderr(), "error: {e}");
+            let _ = writeln!(std::io::stderr(), "error: {}", plain(&e.to_string()));
             u8::try_from(e.exit_code()).unwrap_or(3)
         }
     }

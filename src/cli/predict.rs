@@ -1,7 +1,7 @@
 //! `peft predict`.
 
 use std::fmt::Write as _;
-use std::io::BufRead as _;
+use std::io::{BufRead as _, Read as _};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -132,7 +132,7 @@ fn print_told(requests: &[Request], model: Model, args: &PredictArgs, context: &
 /// A line for each request.
 fn answer(args: &PredictArgs, file: &Path, context: &Context) -> Result<()> {
     let text = match file == Path::new("-") {
-        true => std::io::read_to_string(std::io::stdin().lock()).map_err(|e| Error::input("stdin", e))?,
+        true => stdin()?,
         false => files::read_text(file, MAX_REQUESTS)?,
     };
     let requests = pool::requests(&file.display().to_string(), &text)?;
@@ -147,11 +147,22 @@ fn answer(args: &PredictArgs, file: &Path, context: &Context) -> Result<()> {
 /// The largest file of requests.
 const MAX_REQUESTS: u64 = 1 << 30;
 
-/// A value that is an existing file is read, anything else is split at commas.
+/// All requests that are piped in.
+fn stdin() -> Result<String> {
+    let mut text = String::new();
+    std::io::stdin().lock().take(MAX_REQUESTS + 1).read_to_string(&mut text).map_err(|e| Error::input("stdin", e))?;
+    match text.len() as u64 > MAX_REQUESTS {
+        true => Err(Error::input("stdin", format!("has more than {MAX_REQUESTS} bytes of requests"))),
+        false => Ok(text),
+    }
+}
+
+/// What is, or is named like, a file is read; anything else is split at commas.
 pub(super) fn labels(value: &str) -> Result<Vec<String>> {
     let path = PathBuf::from(value);
-    if path.is_file() {
-        return read_lines(&path);
+    let text = path.extension().is_some_and(|e| ["txt", "csv", "tsv", "json", "jsonl", "list"].iter().any(|known| e == *known));
+    if path.exists() || !value.contains(',') && (text || value.contains(std::path::MAIN_SEPARATOR)) {
+        return read_lines(&path).map_err(|e| e.hint("--labels takes a file with one label a line, or a,b,c"));
     }
     Ok(value.split(',').map(|l| l.trim().to_string()).collect())
 }

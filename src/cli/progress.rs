@@ -63,7 +63,7 @@ impl Progress {
     pub(super) fn say(&self, text: &str) {
         if !self.quiet {
             // Whoever closed stderr, or filled its disk, still wants the run.
-            let _ = self.bar.suspend(|| writeln!(std::io::stderr(), "{text}"));
+            let _ = self.bar.suspend(|| writeln!(std::io::stderr(), "{}", super::plain(text)));
         }
     }
 

@@ -9,6 +9,7 @@ use rand::Rng as _;
 use serde::{Deserialize, Serialize};
 
 use crate::clip::base::Base;
+use crate::clip::model::all_finite;
 use crate::delta::{self, BaseRef, Delta, Manifest, locate};
 use crate::error::{Error, Result};
 
@@ -189,6 +190,13 @@ pub fn combine(options: &CombineOptions) -> Result<Combined> {
     }
     let joined = join(&base.clip, &all, &options.how, &seeded(options.seed, options.how.density.unwrap_or(1.0)))?;
     notes.extend_from_slice(joined.adapters.params.notes());
+    for param in joined.adapters.params.iter() {
+        if !all_finite(param.var.as_tensor())? {
+            let weights: Vec<String> = all.iter().map(|(_, weight)| weight.to_string()).collect();
+            return Err(Error::input(&param.name, format!("is not finite with the weights {}", weights.join(", ")))
+                .hint("choose other weights (--adapter DIR=WEIGHT)"));
+        }
+    }
     let manifest = manifest(&base, options, &all);
     let adapter_bytes = delta::save(&options.output, &joined.adapters, base.clip.sites(), &manifest)?;
     let rank = joined.adapters.methods.first().and_then(lora).map(|c| c.rank);

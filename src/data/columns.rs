@@ -190,7 +190,8 @@ impl Columns {
             None => Vec::new(),
         };
         let value = self.find(at, "value", &self.value, &["value"])?;
-        let value = value.map(|(name, v)| number(&v).ok_or_else(|| at.wrong(&name, "a finite number", &shown(&v)))).transpose()?;
+        let value =
+            value.map(|(name, v)| number(&v).ok_or_else(|| at.wrong(&name, "a number that is finite in f32", &shown(&v)))).transpose()?;
         let fits = self.find(at, "fits", &self.fits, &["fits"])?;
         let fits = fits.map(|(name, v)| truth(&v).ok_or_else(|| at.wrong(&name, "true or false", &shown(&v)))).transpose()?;
         let cell = |key: &str, named: &Option<String>, default: &[&str]| -> Result<Option<String>> {
@@ -288,10 +289,17 @@ pub(super) fn shown(value: &Value) -> String {
     if text.chars().count() > LONGEST { text.chars().take(LONGEST).chain(['…']).collect() } else { text }
 }
 
+/// Whole numbers are exact up to here, 2^53.
+const EXACT: f64 = 9_007_199_254_740_992.0;
+
 /// A cell as text; numbers as they are written.
 fn single(value: &Value) -> std::result::Result<String, String> {
     match value {
         Value::String(s) => Ok(s.trim().to_string()),
+        // Numbers this large are rounded to their neighbours, and two classes would be one.
+        Value::Number(n) if n.is_f64() && n.as_f64().is_some_and(|n| n.abs() >= EXACT) => {
+            Err(format!("{n}, a number that has to stand in quotes to be told from its neighbours"))
+        }
         Value::Number(_) | Value::Bool(_) => Ok(value.to_string()),
         other => Err(shown(other)),
     }
@@ -328,7 +336,8 @@ fn number(value: &Value) -> Option<f64> {
         Value::String(s) => s.trim().parse().ok(),
         other => other.as_f64(),
     };
-    number.filter(|n| n.is_finite())
+    // What is trained on is f32.
+    number.filter(|n| (*n as f32).is_finite())
 }
 
 fn truth(value: &Value) -> Option<bool> {
@@ -393,9 +402,9 @@ mod tests {
     #[test]
     fn a_bad_cell_says_where_and_what() {
         for (json, column, expected, found) in [
-            (r#"{"value": "high"}"#, "value", "a finite number", "`high`"),
-            (r#"{"value": "inf"}"#, "value", "a finite number", "`inf`"),
-            (r#"{"value": [1]}"#, "value", "a finite number", "a list"),
+            (r#"{"value": "high"}"#, "value", "a number that is finite in f32", "`high`"),
+            (r#"{"value": "inf"}"#, "value", "a number that is finite in f32", "`inf`"),
+            (r#"{"value": [1]}"#, "value", "a number that is finite in f32", "a list"),
             (r#"{"fits": "maybe"}"#, "fits", "true or false", "`maybe`"),
             (r#"{"fits": 2}"#, "fits", "true or false", "2"),
             (r#"{"label": ["a"]}"#, "label", "one class name", "a list"),

@@ -80,6 +80,11 @@ pub(super) fn directories(dir: &Path) -> Result<Vec<PathBuf>> {
     for entry in std::fs::read_dir(dir).map_err(|e| Error::read(dir, e))? {
         let path = entry.map_err(|e| Error::read(dir, e))?.path();
         if path.is_dir() && !name(&path).starts_with('.') {
+            if path.file_name().is_some_and(|n| n.to_str().is_none()) {
+                return Err(
+                    Error::input(path.display(), "its name is not UTF-8, and would be one with others that are not").hint("rename it")
+                );
+            }
             list.push(path);
         }
     }

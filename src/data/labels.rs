@@ -10,10 +10,10 @@ use crate::error::{Error, Result};
 /// Pairs of look-alikes that a note lists.
 const LISTED: usize = 5;
 
-/// Empty names, and several that make one prompt.
+/// Empty names, those with control characters, and several that make one prompt.
 ///
 /// # Errors
-/// When a name is empty or invisible, or two are equal after Unicode's composition (NFC), without white space at their ends,
+/// When a name is empty or invisible, has a control character, or two are equal after Unicode's composition (NFC), without white space at their ends,
 /// invisible characters and case.
 pub fn check_classes(place: &str, names: &[String]) -> Result<()> {
     let mut seen: HashMap<String, &String> = HashMap::new();
@@ -27,7 +27,11 @@ pub fn check_classes(place: &str, names: &[String]) -> Result<()> {
                 .hint("rename one of them"));
         }
     }
-    Ok(())
+    match names.iter().find(|name| name.contains(char::is_control)) {
+        Some(name) => Err(Error::input(place, format!("a class name has a line break or another control character: {}", brief(name)))
+            .hint("is a quote left open?")),
+        None => Ok(()),
+    }
 }
 
 /// Names of different characters that look the same, such as a Latin and a Cyrillic `a`: often one class that was typed twice, but
@@ -45,6 +49,13 @@ pub(super) fn look_alikes(names: &[String]) -> Option<String> {
     let rest = if more > 0 { format!(", and {more} more") } else { String::new() };
     pairs.truncate(LISTED);
     (!pairs.is_empty()).then(|| format!("class names look alike: {}{rest}", pairs.join(", ")))
+}
+
+/// The beginning of a name, as Rust writes it.
+fn brief(name: &str) -> String {
+    const SHOWN: usize = 60;
+    let more = if name.chars().count() > SHOWN { "…" } else { "" };
+    format!("{:?}{more}", name.chars().take(SHOWN).collect::<String>())
 }
 
 /// What of a name makes its prompt: the tokeniser composes and folds case.

@@ -373,9 +373,10 @@ impl TarRows {
     fn class(&self, text: &str) -> std::result::Result<Value, String> {
         let Some(names) = self.classes.as_deref() else { return Ok(text.into()) };
         match text.parse::<usize>() {
-            Ok(i) => {
-                names.get(i).map(|n| n.as_str().into()).ok_or_else(|| format!("expected a class from 0 to {}, found {i}", names.len() - 1))
-            }
+            Ok(i) => names
+                .get(i)
+                .map(|n| n.as_str().into())
+                .ok_or_else(|| format!("expected a class from 0 to {}, found {i}", names.len().saturating_sub(1))),
             Err(_) if names.iter().any(|n| n == text) => Ok(text.into()),
             Err(_) => Err(format!("expected one of the {} classes or its number, found `{text}`", names.len())),
         }

@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor};
 use peft_adapters::{MethodConfig, Params, registry};
 use serde_json::Value;
 
-use super::{Adapters, Manifest, clip_lora, file};
+use super::{Adapters, BaseRef, Manifest, clip_lora, file};
 use crate::clip::Clip;
 use crate::clip::base::Base;
 use crate::clip::model::all_finite;
@@ -81,6 +81,16 @@ impl Delta {
         Ok(Self { dir: dir.to_path_buf(), methods, own, manifest })
     }
 
+    /// Checks that every tensor is of floats and finite, without a base to apply it to. Returns how many there are.
+    ///
+    /// # Errors
+    /// With all others.
+    pub fn check_finite(&self) -> Result<usize> {
+        let all: Vec<_> = self.methods.iter().flat_map(|(_, tensors)| tensors).collect();
+        let wrong: Vec<String> = all.iter().filter_map(|(name, t)| broken(name, t).transpose()).collect::<Result<_>>()?;
+        if wrong.is_empty() { Ok(all.len() + self.own.len()) } else { Err(misfits(&self.dir.display().to_string(), wrong)) }
+    }
+
     /// Checks that the adapter was made for `base`. Returns what is worth a note.
     ///
     /// # Errors
@@ -90,8 +100,11 @@ impl Delta {
         let Some(manifest) = &self.manifest else {
             return Ok(vec![format!("{place}: no {}: made elsewhere, so its base cannot be checked", file::MANIFEST)]);
         };
-        if manifest.base.digest == base.digest || manifest.base.digest.is_empty() {
-            return Ok(Vec::new());
+        if manifest.base.digest.is_empty() {
+            return Ok(vec![format!("{place}: {} names no base, so it cannot be checked", file::MANIFEST)]);
+        }
+        if manifest.base.digest == base.digest {
+            return Ok(self.other_inputs(manifest, base));
         }
         let message = format!(
             "was made for {} ({}), this base is {} ({})",
@@ -104,6 +117,17 @@ impl Delta {
             true => Ok(vec![format!("{place}: {message}")]),
             false => Err(Error::input(place, message).hint("name the right base, or pass --allow-base-mismatch")),
         }
+    }
+
+    /// What else the base's weights were used with: a tokeniser or preprocessing that is not the same is worth a note.
+    fn other_inputs(&self, manifest: &Manifest, base: &Base) -> Vec<String> {
+        let here = BaseRef::of(base, "");
+        let then =
+            [(&manifest.base.tokenizer, &here.tokenizer, "tokeniser"), (&manifest.base.preprocess, &here.preprocess, "preprocessing")];
+        let differs = |(then, here, what): &(&String, &String, &str)| {
+            (!then.is_empty() && then != here).then(|| format!("{}: was trained with another {what} than this base's", self.dir.display()))
+        };
+        then.iter().filter_map(differs).collect()
     }
 
     /// Plans the methods for a model and fills in the tensors.
@@ -221,6 +245,9 @@ fn read_manifest(path: &Path) -> Result<Option<Manifest>> {
         if !matches!((components.next(), components.next()), (Some(std::path::Component::Normal(_)), None)) {
             return wrong(format!("`{}` is not a directory name", part.dir));
         }
+    }
+    if let Some(name) = manifest.classes.iter().find(|name| name.trim().is_empty() || name.contains(char::is_control)) {
+        return wrong(format!("classes: {name:?} is no name of a class"));
     }
     match manifest.scalars.get("temperature") {
         Some(t) if *t <= 0.0 => wrong(format!("scalars.temperature: expected a number above 0, found {t}")),

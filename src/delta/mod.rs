@@ -41,13 +41,18 @@ pub struct Adapters {
     pub beneath: usize,
 }
 
+/// How many numbers methods may add: so many times those of the base, and so many to any. Beyond that an option is a slip.
+const TIMES_BASE: usize = 4;
+const FREE: usize = 1 << 26;
+
 impl Adapters {
     /// Plans `methods` for a model.
     ///
     /// # Errors
     /// When a configuration does not fit the model or two methods train the same tensor.
     pub fn plan(methods: &[MethodConfig], sites: &Sites, seed: u64, device: &Device) -> Result<Self> {
-        Self::plan_in(Params::new(seed, device), methods, sites)
+        let base: usize = sites.weights().map(|(_, weight)| weight.tensor.elem_count()).sum();
+        Self::plan_in(Params::new(seed, device).limited(TIMES_BASE * base + FREE), methods, sites)
     }
 
     fn plan_in(mut params: Params, methods: &[MethodConfig], sites: &Sites) -> Result<Self> {

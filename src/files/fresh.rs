@@ -33,6 +33,10 @@ pub(crate) struct Fresh {
 impl Fresh {
     /// Begins a file beside `target`.
     pub(crate) fn new(target: &Path) -> Result<Self> {
+        if let Some(what) = fs::metadata(target).ok().filter(|meta| !meta.is_file()) {
+            let what = if what.is_dir() { "a directory" } else { "a pipe or a device" };
+            return Err(Error::input(target.display(), format!("is {what}, and no file to be written")).hint("choose another name"));
+        }
         let dir = parent(target);
         disk::create_dir_all(&dir)?;
         let prefix = prefix(target);

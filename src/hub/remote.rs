@@ -381,5 +381,5 @@ fn token() -> Option<String> {
         return None;
     }
     let path = set("HF_TOKEN_PATH").map(PathBuf::from).or_else(|| home().map(|home| home.join("token")))?;
-    std::fs::read_to_string(path).ok().map(|t| t.trim().to_string()).filter(|t| !t.is_empty())
+    crate::files::read_text(&path, 1 << 16).ok().map(|t| t.trim().to_string()).filter(|t| !t.is_empty())
 }

@@ -73,6 +73,10 @@ impl Scorer {
         }
         let logits = (self.logits(model, features)?.to_dtype(DType::F32)? / self.temperature(model))?;
         let rows = candle_nn::ops::softmax(&logits, 1)?.to_vec2::<f32>()?;
+        if let Some(row) = rows.iter().position(|row| row.iter().any(|p| !p.is_finite())) {
+            return Err(Error::input(format!("image {}", row + 1), "has scores that are not finite with this model")
+                .hint("see the weights of the adapter and the base, logit_scale among them"));
+        }
         Ok(rows.into_iter().map(|row| self.ranked(row)).collect())
     }
 

@@ -3,11 +3,12 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use candle_core::Tensor;
+use candle_core::{Shape, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::health::Health;
 use super::micro::Micro;
+use crate::clip::model::all_finite;
 use crate::clip::weights;
 use crate::error::{Error, Result};
 use crate::files;
@@ -88,9 +89,42 @@ pub fn load(dir: &Path) -> Result<Option<(HashMap<String, Tensor>, State)>> {
     let bytes = files::read(&path, MAX_FILE)?;
     let place = path.display().to_string();
     let (tensors, metadata) = weights::read_safetensors(&place, &bytes)?;
+    for (name, value) in tensors.iter().filter(|(_, value)| value.dtype().is_float() && value.elem_count() > 0) {
+        if !all_finite(value)? {
+            return Err(Error::input(&place, format!("`{name}` holds values that are not finite")).hint("start anew with --force"));
+        }
+    }
     let state = metadata
         .get(KEY)
         .and_then(|json| serde_json::from_str(json).ok())
         .ok_or_else(|| Error::input(&place, "is not a checkpoint of this program").hint("start anew with --force"))?;
     Ok(Some((tensors.into_iter().collect(), state)))
+}
+
+/// Refuses a state from beyond the run's end.
+///
+/// # Errors
+/// When more steps are done than there are.
+pub(super) fn check_step(dir: &Path, done: usize, total: usize) -> Result<()> {
+    match done <= total {
+        true => Ok(()),
+        false => {
+            Err(Error::input(dir.join(FILE).display(), format!("says that {done} steps of {total} are done"))
+                .hint("start anew with --force"))
+        }
+    }
+}
+
+/// Refuses what is not the value of a parameter.
+///
+/// # Errors
+/// When its shape is another.
+pub(super) fn check_shape(dir: &Path, name: &str, value: &Tensor, shape: &Shape) -> Result<()> {
+    match value.shape() == shape {
+        true => Ok(()),
+        false => {
+            Err(Error::input(dir.join(FILE).display(), format!("`{name}` has the shape {:?}, expected {:?}", value.dims(), shape.dims()))
+                .hint("start anew with --force"))
+        }
+    }
 }

@@ -158,7 +158,11 @@ impl<'a> Trainer<'a> {
         };
         let params = &self.adapters.params;
         let mut named = |prefix: &str| -> Result<Vec<Tensor>> {
-            let one = |p: &peft_adapters::Param| Ok(take(&format!("{prefix}.{}", p.name))?.to_device(params.device())?);
+            let one = |p: &peft_adapters::Param| {
+                let value = take(&format!("{prefix}.{}", p.name))?;
+                checkpoint::check_shape(dir, &format!("{prefix}.{}", p.name), &value, p.var.shape())?;
+                Ok(value.to_device(params.device())?)
+            };
             params.iter().map(one).collect()
         };
         assign(params, &named("param")?)?;
@@ -169,6 +173,7 @@ impl<'a> Trainer<'a> {
         }
         // A run that never halved its batches goes on so, whatever memory there is now.
         self.micro = state.micro.unwrap_or(Micro::of(self.config));
+        checkpoint::check_step(dir, state.step, self.total_steps())?;
         run.state = state;
         for (index, patch) in self.adapters.patches.iter_mut().enumerate() {
             let prefix = format!("patch.{index}.");

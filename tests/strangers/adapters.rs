@@ -107,6 +107,12 @@ fn files(base: &Rc<Model>) -> Vec<Case> {
     });
     broken("a manifest that is none", Refused(MANIFEST), |d| std::fs::write(d.join(MANIFEST), "{\"base\": 3}").unwrap());
     broken("a huge number in the manifest", Refused(MANIFEST), |d| put(&d.join(MANIFEST), "scalars", "{\"threshold\": 1e400}"));
+    broken("a key that occurs twice", Refused("`lora_alpha` occurs twice"), |d| {
+        let text = std::fs::read_to_string(d.join(CONFIG)).unwrap();
+        std::fs::write(d.join(CONFIG), text.replacen("\"lora_alpha\"", "\"lora_alpha\": 1000, \"lora_alpha\"", 1)).unwrap();
+    });
+    broken("an escape in a class name", Refused("is no name of a class"), |d| put(&d.join(MANIFEST), "classes", "[\"\\u001b[2J\"]"));
+    broken("a class without name", Refused("is no name of a class"), |d| put(&d.join(MANIFEST), "classes", "[\"a\", \" \"]"));
     broken("a negative temperature", Refused("scalars.temperature"), |d| put(&d.join(MANIFEST), "scalars", "{\"temperature\": -1}"));
     broken("an unknown kind", Refused("peft_type"), |d| put(&d.join(CONFIG), "peft_type", "\"MAGIC\""));
     broken("no kind", Refused("peft_type"), |d| put(&d.join(CONFIG), "peft_type", "null"));

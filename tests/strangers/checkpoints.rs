@@ -75,7 +75,7 @@ pub(crate) fn safetensors() -> Vec<Case> {
     }
     let twice = HEADER.replacen("\"b\"", "\"a\"", 1);
     cases.push(header("a name twice", twice, Refused("occurs twice")));
-    cases.push(header("a field twice", HEADER.replacen("\"dtype\"", "\"dtype\":\"F32\",\"dtype\"", 1), Refused("duplicate field")));
+    cases.push(header("a field twice", HEADER.replacen("\"dtype\"", "\"dtype\":\"F32\",\"dtype\"", 1), Refused("`dtype` occurs twice")));
     cases.push(header("an unknown field", HEADER.replacen("\"dtype\"", "\"x\":1,\"dtype\"", 1), Refused("unknown field")));
     cases.push(header("metadata that is no text", HEADER.replacen('{', "{\"__metadata__\":{\"a\":1},", 1), Refused("header")));
     cases.push(header("text behind the header", format!("{HEADER}x"), Refused("header")));

@@ -44,6 +44,21 @@ fn written(schema: &str, values: &[ByteArray]) -> Vec<u8> {
     file.into_inner().unwrap()
 }
 
+/// A file with these columns of texts.
+fn columns_of(schema: &str, columns: &[&[&str]]) -> Vec<u8> {
+    let schema = Arc::new(parse_message_type(schema).unwrap());
+    let mut file = SerializedFileWriter::new(Vec::new(), schema, Arc::new(WriterProperties::builder().build())).unwrap();
+    let mut group = file.next_row_group().unwrap();
+    for texts in columns {
+        let values: Vec<ByteArray> = texts.iter().map(|text| ByteArray::from(*text)).collect();
+        let mut column = group.next_column().unwrap().unwrap();
+        column.typed::<ByteArrayType>().write_batch(&values, None, None).unwrap();
+        column.close().unwrap();
+    }
+    group.close().unwrap();
+    file.into_inner().unwrap()
+}
+
 const TEXTS: &str = "message m { required binary text (UTF8); }";
 
 fn texts() -> Vec<u8> {
@@ -57,7 +72,23 @@ fn source(name: &str) -> Vec<u8> {
 }
 
 pub(crate) fn cases() -> Vec<Case> {
-    let mut cases = vec![case("as it should be", Fine, texts)];
+    let mut cases = vec![
+        case("as it should be", Fine, texts),
+        case("a list that is not there", Refused("no footer"), || {
+            let mut bytes = texts();
+            bytes.truncate(4);
+            // An unknown field of the footer: two billion truths.
+            let footer = [0x05, 0x28, 0x02, 0x09, 0x28, 0xf1, 0xff, 0xff, 0xff, 0xff, 0x07, 0];
+            bytes.extend(footer);
+            bytes.extend(12u32.to_le_bytes());
+            bytes.extend(b"PAR1");
+            bytes
+        }),
+        case("two columns of one name", Refused("two columns `text`"), || {
+            let columns = "message m { required binary text (UTF8); required binary text (UTF8); }";
+            columns_of(columns, &[&["a", "b"], &["c", "d"]])
+        }),
+    ];
     for name in [
         "codecs/none.parquet",
         "codecs/snappy.parquet",

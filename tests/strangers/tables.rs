@@ -122,6 +122,15 @@ fn json_lines() -> Vec<Case> {
             "x.jsonl",
             format!("{{\"text\": \"a\", \"x\": [{}0]}}\n", "0,".repeat(2 << 20)),
         ),
+        case("a key twice", Refused("`label` occurs twice"), "x.jsonl", "{\"text\": \"a\", \"label\": \"b\", \"label\": \"c\"}\n"),
+        case(
+            "labels beyond 2^53",
+            Refused("in quotes"),
+            "x.jsonl",
+            "{\"text\": \"a\", \"label\": 12345678901234567890123}\n{\"text\": \"b\", \"label\": 12345678901234567890124}\n",
+        ),
+        case("a value beyond f32", Refused("finite in f32"), "x.jsonl", "{\"text\": \"a\", \"value\": 1e300}\n"),
+        case("quotes that balance", Refused("line break"), "x.csv", "text,label\na,\"cat\nb,dog\nc,cat\"\nd,dog\n"),
         case("a deep line", Refused("x.jsonl:1"), "x.jsonl", format!("{{\"text\": {}\n", "[".repeat(1 << 20))),
     ];
     for column in ["text", "label", "labels", "value", "fits", "answer", "choices", "question", "split", "group", "image", "id"] {

@@ -26,7 +26,7 @@ struct Info {
     data_offsets: (u64, u64),
 }
 
-/// The header with names in file order; a map would hide duplicates.
+/// The header with names in file order.
 struct Header {
     metadata: HashMap<String, String>,
     tensors: Vec<(String, Info)>,
@@ -49,11 +49,7 @@ impl<'de> Visitor<'de> for HeaderVisitor {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Header, A::Error> {
         let mut header = Header { metadata: HashMap::new(), tensors: Vec::new() };
-        let mut seen = std::collections::HashSet::new();
         while let Some(name) = map.next_key::<String>()? {
-            if !seen.insert(name.clone()) {
-                return Err(A::Error::custom(format_args!("`{name}` occurs twice")));
-            }
             if name == METADATA {
                 header.metadata = map.next_value()?;
             } else {

@@ -131,6 +131,9 @@ impl Inner {
         let features = features(info);
         let schema = metadata.file_metadata().schema();
         let known: Vec<&str> = schema.get_fields().iter().map(|f| f.name()).collect();
+        if let Some(twice) = known.iter().enumerate().find(|(i, name)| known[..*i].contains(name)).map(|(_, name)| name) {
+            return Err(Error::input(path.display(), format!("has two columns `{twice}`")).hint("rename one of them"));
+        }
         check_named(path, columns, &known)?;
         let typed = |name: &str| features.get(name).and_then(|f| f.get("_type")).and_then(|t| t.as_str()) == Some("Image");
         let image = columns.image.clone().or_else(|| {
