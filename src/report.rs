@@ -312,10 +312,10 @@ impl Classification {
             self.averages.iter().for_each(|row| line(&mut out, &row.name, row.precision, row.recall, row.f1, row.support));
             return out;
         }
-        let _ = writeln!(out, "\n{:>width$}  {:>9} {:>9} {:>9.2} {total:>9}", "accuracy", "", "", self.accuracy());
+        let _ = writeln!(out, "\n{}accuracy  {:>9} {:>9} {:>9.2} {total:>9}", room("accuracy"), "", "", self.accuracy());
         for (name, weighted) in [("macro avg", false), ("weighted avg", true)] {
             let (p, r, f) = self.averages(weighted);
-            let _ = writeln!(out, "{name:>width$}  {p:>9.2} {r:>9.2} {f:>9.2} {total:>9}");
+            let _ = writeln!(out, "{}{name}  {p:>9.2} {r:>9.2} {f:>9.2} {total:>9}", room(name));
         }
         out
     }
@@ -350,6 +350,12 @@ mod tests {
         let truth = [[1, 0, 0], [1, 0, 1], [0, 0, 1], [0, 0, 0], [1, 0, 1]].map(|r| r.map(|v| v == 1).to_vec());
         let found = [[1, 0, 0], [1, 1, 0], [0, 0, 1], [0, 0, 0], [1, 0, 1]].map(|r| r.map(|v| v == 1).to_vec());
         assert_eq!(Classification::of_several(&names, &truth, &found).text(), SEVERAL);
+    }
+
+    #[test]
+    fn a_long_name_is_only_wide() {
+        let names = ["c".repeat(70_000), "dog".into()];
+        assert_eq!(Classification::new(&names, &[0, 1], &[0, 1]).text().lines().count(), 8);
     }
 
     const SEVERAL: &str = "              precision    recall  f1-score   support

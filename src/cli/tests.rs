@@ -50,3 +50,10 @@ fn every_example_is_a_valid_command() {
         assert!(seen > before, "{} has no example", verb.get_name());
     }
 }
+
+#[test]
+fn text_for_people_obeys_no_file() {
+    assert_eq!(super::plain("a\u{1b}[2Jb\nc\u{9b}"), "a\\u{1b}[2Jb\nc\\u{9b}");
+    let wide = super::columns(&[vec!["c".repeat(70_000), "1".into()], vec!["d".into(), "2".into()]], &[1]);
+    assert!(wide.ends_with(&format!("d{}  2\n", " ".repeat(69_999))));
+}

@@ -192,7 +192,7 @@ pub fn combine(options: &CombineOptions) -> Result<Combined> {
     notes.extend_from_slice(joined.adapters.params.notes());
     for param in joined.adapters.params.iter() {
         if !all_finite(param.var.as_tensor())? {
-            let weights: Vec<String> = all.iter().map(|(_, weight)| weight.to_string()).collect();
+            let weights: Vec<String> = all.iter().map(|(_, weight)| format!("{weight:?}")).collect();
             return Err(Error::input(&param.name, format!("is not finite with the weights {}", weights.join(", ")))
                 .hint("choose other weights (--adapter DIR=WEIGHT)"));
         }
