@@ -88,6 +88,9 @@ fn a_run_whose_recipe_is_gone_is_not_mixed_with_another() {
     }
     w.json(&["train", "recipe.yaml", "--force"]);
     assert_eq!(read(&adapter), before);
+    std::fs::write(&recipe, b"\xff").unwrap();
+    w.json(&["train", "recipe.yaml", "--force"]);
+    assert_eq!(read(&adapter), before);
 }
 
 #[cfg(target_os = "linux")]

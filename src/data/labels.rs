@@ -13,8 +13,8 @@ const LISTED: usize = 5;
 /// Empty names, those with control characters, and several that make one prompt.
 ///
 /// # Errors
-/// When a name is empty or invisible, has a control character, or two are equal after Unicode's composition (NFC), without white space at their ends,
-/// invisible characters and case.
+/// When a name is empty or invisible, has a control character, or two are equal after Unicode's composition (NFC), without white
+/// space at their ends, invisible characters and case.
 pub fn check_classes(place: &str, names: &[String]) -> Result<()> {
     let mut seen: HashMap<String, &String> = HashMap::new();
     for name in names {

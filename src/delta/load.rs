@@ -71,10 +71,7 @@ impl Delta {
         }
         let task = dir.join(file::TASK);
         let own = if task.exists() { read_tensors(&task)?.0 } else { Vec::new() };
-        let wrong: Vec<String> = own.iter().filter_map(|(name, t)| broken(name, t).transpose()).collect::<Result<_>>()?;
-        if !wrong.is_empty() {
-            return Err(misfits(&task.display().to_string(), wrong));
-        }
+        refuse_broken(&task, own.iter())?;
         if methods.is_empty() && own.is_empty() {
             return Err(Error::input(dir.display(), format!("holds no adapter: there is neither {} nor {}", file::CONFIG, file::TASK)));
         }
@@ -86,9 +83,9 @@ impl Delta {
     /// # Errors
     /// With all others.
     pub fn check_finite(&self) -> Result<usize> {
-        let all: Vec<_> = self.methods.iter().flat_map(|(_, tensors)| tensors).collect();
-        let wrong: Vec<String> = all.iter().filter_map(|(name, t)| broken(name, t).transpose()).collect::<Result<_>>()?;
-        if wrong.is_empty() { Ok(all.len() + self.own.len()) } else { Err(misfits(&self.dir.display().to_string(), wrong)) }
+        let all = || self.methods.iter().flat_map(|(_, tensors)| tensors);
+        refuse_broken(&self.dir, all())?;
+        Ok(all().count() + self.own.len())
     }
 
     /// Checks that the adapter was made for `base`. Returns what is worth a note.
@@ -235,6 +232,12 @@ fn broken(name: &str, t: &Tensor) -> Result<Option<String>> {
     }
     // Parameters are f32, so what f32 cannot hold is broken too.
     Ok((!all_finite(&t.to_dtype(DType::F32)?)?).then(|| format!("{name}: holds values that are not finite in f32")))
+}
+
+/// All that is [`broken`], in one error.
+fn refuse_broken<'t>(place: &Path, tensors: impl Iterator<Item = &'t (String, Tensor)>) -> Result<()> {
+    let wrong: Vec<String> = tensors.filter_map(|(name, t)| broken(name, t).transpose()).collect::<Result<_>>()?;
+    if wrong.is_empty() { Ok(()) } else { Err(misfits(&place.display().to_string(), wrong)) }
 }
 
 fn read_manifest(path: &Path) -> Result<Option<Manifest>> {

@@ -72,28 +72,23 @@ impl RunDir {
         let lock = lock(&path)?;
         let run = Self { path, lock, metrics: None, events: None };
         run.tidy()?;
-        let before = files::find_text(&run.path.join(RECIPE), MAX_FILE)?;
-        match (before, existing) {
-            (before, Existing::Replace) => {
-                // Where there is no room for this, the old run stays.
-                let fresh = files::settled(&run.path.join(RECIPE), yaml.as_bytes())?;
-                if before.is_some() {
-                    files::rename(&run.path.join(RECIPE), &run.path.join(REMOVED))?;
+        let place = run.path.join(RECIPE);
+        let before = || files::find_text(&place, MAX_FILE).map_err(|e| e.hint("pass --force to start anew"));
+        match existing {
+            Existing::Replace => run.replace(&yaml)?,
+            Existing::Refuse | Existing::Resume => match before()? {
+                None => {
+                    run.check_empty()?;
+                    files::write_atomic(&place, yaml.as_bytes())?;
                 }
-                run.clear()?;
-                fresh.place()?;
-            }
-            (None, _) => {
-                run.check_empty()?;
-                run.start(&yaml)?;
-            }
-            (Some(_), Existing::Refuse) => return Err(run.refused()),
-            (Some(before), Existing::Resume) => {
-                run.same_recipe(recipe, &before)?;
-                if let Some(report) = run.report()? {
-                    return Ok(Opened::Finished(Box::new(report)));
+                Some(_) if existing == Existing::Refuse => return Err(run.refused()),
+                Some(before) => {
+                    run.same_recipe(recipe, &before)?;
+                    if let Some(report) = run.report()? {
+                        return Ok(Opened::Finished(Box::new(report)));
+                    }
                 }
-            }
+            },
         }
         files::remove(&run.path.join(FAILURE))?;
         Ok(Opened::Open(Box::new(run)))
@@ -123,8 +118,15 @@ impl RunDir {
         self.path.join("checkpoint")
     }
 
-    fn start(&self, yaml: &str) -> Result<()> {
-        files::write_atomic(&self.path.join(RECIPE), yaml.as_bytes())
+    /// Gives up what is here, whatever its recipe says, for a new run. Where there is no room for its recipe the old one stays.
+    fn replace(&self, yaml: &str) -> Result<()> {
+        let place = self.path.join(RECIPE);
+        let fresh = files::settled(&place, yaml.as_bytes())?;
+        if !files::missing(&place)? {
+            files::rename(&place, &self.path.join(REMOVED))?;
+        }
+        self.clear()?;
+        fresh.place()
     }
 
     /// Finishes what a kill left unfinished.
