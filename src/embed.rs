@@ -41,6 +41,8 @@ pub struct Embedded {
     pub dim: usize,
     /// Texts that were cut to the model's context.
     pub truncated: usize,
+    /// Lines without a text, whose rows are features of the empty text.
+    pub blank: usize,
 }
 
 /// Writes `image_embeds` [N, P] and `text_embeds` [M, P], f32, in input order; their sources stand in
@@ -73,9 +75,10 @@ pub fn embed(model: &Model, options: &EmbedOptions) -> Result<Embedded> {
     Ok(Embedded {
         output: options.output.clone(),
         images: images.map_or(0, |i| i.len()),
-        texts: texts.map_or(0, |t| t.len()),
+        texts: texts.as_ref().map_or(0, Vec::len),
         dim: model.base().clip.config().projection_dim,
         truncated,
+        blank: texts.iter().flatten().filter(|t| t.is_empty()).count(),
     })
 }
 
@@ -110,17 +113,13 @@ pub fn list_images(path: &Path) -> Result<Vec<PathBuf>> {
 /// # Errors
 /// When the file is missing, no UTF-8, or empty.
 pub fn read_lines(path: &Path) -> Result<Vec<String>> {
-    let text = files::read_text(path, MAX_LIST)?;
-    let lines: Vec<String> = text.lines().map(|l| l.trim().to_string()).filter(|l| !l.is_empty()).collect();
-    match lines.is_empty() {
-        true => Err(Error::input(path.display(), "has no lines")),
-        false => Ok(lines),
-    }
+    files::read_lines(path, MAX_LIST)
 }
 
-/// Every line of a text file as it is, so that rows are lines.
+/// Every line of a text file, so that rows are lines; white space at their ends says nothing.
 fn read_texts(path: &Path) -> Result<Vec<String>> {
-    let lines: Vec<String> = files::read_text(path, MAX_LIST)?.lines().map(ToString::to_string).collect();
+    let text = files::read_text(path, MAX_LIST)?;
+    let lines: Vec<String> = files::lines(&text).map(|l| l.trim_end().to_string()).collect();
     match lines.is_empty() {
         true => Err(Error::input(path.display(), "has no lines")),
         false => Ok(lines),

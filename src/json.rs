@@ -30,6 +30,7 @@ pub(crate) fn from_large_slice<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, S
 }
 
 fn within<T: DeserializeOwned>(bytes: &[u8], most: usize) -> Result<T, String> {
+    let bytes = crate::files::unmarked("", bytes).map_err(|e| e.to_string().replace("\n  help:", ";"))?;
     // No more values than bytes: nothing to count in what is small.
     if bytes.len() > most && values(bytes) > most {
         return Err(format!("has more than {most} values in {} bytes", bytes.len()));

@@ -301,7 +301,8 @@ pub(crate) fn write(
 /// The base's own `config.json` with the dtype that is written.
 fn merged_config(base: &Base, dtype: DType) -> Result<serde_json::Value> {
     let place = base.source.place("config.json");
-    let mut config: serde_json::Value = serde_json::from_slice(&base.source.require("config.json")?).map_err(|e| Error::input(place, e))?;
+    let mut config: serde_json::Value =
+        crate::json::from_slice(&base.source.require("config.json")?).map_err(|e| Error::input(place, e))?;
     let name = match dtype {
         DType::F16 => "float16",
         DType::BF16 => "bfloat16",

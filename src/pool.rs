@@ -206,7 +206,7 @@ impl Answer {
 /// # Errors
 /// With the line, counted from 1, that is none.
 pub fn requests(place: &str, text: &str) -> Result<Vec<Request>> {
-    let lines = text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty());
+    let lines = crate::files::lines(text.trim_start_matches('\u{feff}')).enumerate().filter(|(_, l)| !l.trim().is_empty());
     let parsed = lines.map(|(i, line)| match serde_json::from_str::<Request>(line) {
         Ok(request) if request.image.is_none() && request.text.is_none() => {
             Err(Error::input(format!("{place} line {}", i + 1), "expected an image, found none").hint(LINE))

@@ -311,3 +311,48 @@ fn rows_of_texts_are_lines() {
     w.write("texts.txt", "one\n\n  two \n");
     assert_eq!(w.json(&["embed", "--model", "base", "--texts", "texts.txt", "--output", "out.safetensors"])["texts"], 3);
 }
+
+/// What Windows' editors and spreadsheets make of a text file says the same as the plain one.
+#[test]
+fn marks_and_line_ends_of_text_files_say_nothing() {
+    let w = World::new();
+    let write = |name: &str, bytes: &[u8]| std::fs::write(w.path(name), bytes).unwrap();
+    write("plain", b"red\ngreen\nblue\n");
+    write("marked", b"\xef\xbb\xbfred \r\ngreen\t\r\n\r\nblue\r\n");
+    write("mac", b"red\rgreen\rblue");
+    write("names.json", b"\xef\xbb\xbf[\"red\", \"green\", \"blue\"]");
+    let predict = |labels: &str| w.json(&["predict", "--model", "base", "--labels", labels, "data/red/0.png"]);
+    for labels in ["marked", "mac", "names.json"] {
+        assert_eq!(predict(labels), predict("plain"), "{labels}");
+    }
+    write("requests.jsonl", b"\xef\xbb\xbf{\"image\": \"data/red/0.png\", \"labels\": [\"red\", \"blue\"]}\r\n");
+    let out = w.peft(&["predict", "--model", "base", "--jsonl", "requests.jsonl"]);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    write("list.txt", b"\xef\xbb\xbfdata/red/0.png \r\ndata/blue/0.png\r\n\r\n");
+    write("texts.txt", b"\xef\xbb\xbfa red thing \r\n\r\na blue thing");
+    let done = w.json(&["embed", "--model", "base", "--images", "list.txt", "--texts", "texts.txt", "--output", "e.safetensors"]);
+    assert_eq!((&done["images"], &done["texts"], &done["blank"]), (&2.into(), &3.into(), &1.into()));
+    let utf16: Vec<u8> = "red\r\nblue\r\n".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    write("bare", &utf16);
+    write("utf16", &[b"\xff\xfe", utf16.as_slice()].concat());
+    write("latin", b"red\nna\xefve\n");
+    for (file, part) in [("bare", "UTF-16"), ("utf16", "UTF-16"), ("latin", "latin:2")] {
+        let labels = w.fails(&["predict", "--model", "base", "--labels", file, "data/red/0.png"], 2);
+        let texts = w.fails(&["embed", "--model", "base", "--texts", file, "--output", "x"], 2);
+        let requests = w.fails(&["predict", "--model", "base", "--jsonl", file], 2);
+        let classifier = w.fails(&["merge", "--model", "base", "--classifier", "c.safetensors", "--labels", file], 2);
+        for message in [labels, texts, requests, classifier] {
+            assert!(message.contains(part) && message.contains("UTF-8"), "{file}: {message}");
+        }
+    }
+    // Recipes and the files of a base are texts, too.
+    let recipe = std::fs::read(w.path("recipe.yaml")).unwrap();
+    write("marked.yaml", &[b"\xef\xbb\xbf", recipe.as_slice()].concat());
+    assert_eq!(w.json(&["train", "marked.yaml", "--check"])["steps"], w.json(&["train", "recipe.yaml", "--check"])["steps"]);
+    for name in ["config.json", "preprocessor_config.json", "tokenizer.json"] {
+        let file = format!("base/{name}");
+        let bytes = std::fs::read(w.path(&file)).unwrap();
+        write(&file, &[b"\xef\xbb\xbf", bytes.as_slice()].concat());
+    }
+    assert_eq!(predict("marked"), predict("plain"));
+}

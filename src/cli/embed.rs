@@ -39,6 +39,9 @@ pub(super) fn run(args: EmbedArgs, context: &Context) -> Result<()> {
     if done.truncated > 0 {
         context.say(&format!("warning: {} texts were longer than the model's context and were cut", done.truncated));
     }
+    if done.blank > 0 {
+        context.say(&format!("note: {} lines of --texts are blank; their rows are features of the empty text", done.blank));
+    }
     context.print(&done, || {
         format!("{} images and {} texts, {} numbers each, in {}\n", done.images, done.texts, done.dim, done.output.display())
     })

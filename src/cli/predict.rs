@@ -1,13 +1,14 @@
 //! `peft predict`.
 
 use std::fmt::Write as _;
-use std::io::{BufRead as _, Read as _};
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::json;
 
 use super::{Context, ModelArgs};
+use crate::data::ClassList;
 use crate::embed::read_lines;
 use crate::error::{Error, Result};
 use crate::files;
@@ -149,11 +150,11 @@ const MAX_REQUESTS: u64 = 1 << 30;
 
 /// All requests that are piped in.
 fn stdin() -> Result<String> {
-    let mut text = String::new();
-    std::io::stdin().lock().take(MAX_REQUESTS + 1).read_to_string(&mut text).map_err(|e| Error::input("stdin", e))?;
-    match text.len() as u64 > MAX_REQUESTS {
+    let mut bytes = Vec::new();
+    std::io::stdin().lock().take(MAX_REQUESTS + 1).read_to_end(&mut bytes).map_err(|e| Error::input("stdin", e))?;
+    match bytes.len() as u64 > MAX_REQUESTS {
         true => Err(Error::input("stdin", format!("has more than {MAX_REQUESTS} bytes of requests"))),
-        false => Ok(text),
+        false => files::text("stdin", bytes),
     }
 }
 
@@ -162,6 +163,9 @@ pub(super) fn labels(value: &str) -> Result<Vec<String>> {
     let path = PathBuf::from(value);
     let text = path.extension().is_some_and(|e| ["txt", "csv", "tsv", "json", "jsonl", "list"].iter().any(|known| e == *known));
     if path.exists() || !value.contains(',') && (text || value.contains(std::path::MAIN_SEPARATOR)) {
+        if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("json")) {
+            return ClassList::File(path).names();
+        }
         return read_lines(&path).map_err(|e| e.hint("--labels takes a file with one label a line, or a,b,c"));
     }
     Ok(value.split(',').map(|l| l.trim().to_string()).collect())
@@ -173,8 +177,8 @@ fn expand(arguments: &[String]) -> Result<Vec<PathBuf>> {
     for argument in arguments {
         let path = PathBuf::from(argument);
         if argument == "-" {
-            for line in std::io::stdin().lock().lines() {
-                let line = line.map_err(|e| Error::input("stdin", e))?;
+            let mut lines = files::Lines::new("stdin", std::io::stdin().lock(), MAX_REQUESTS);
+            while let Some((_, line)) = lines.next()? {
                 images.extend(Some(line.trim()).filter(|l| !l.is_empty()).map(PathBuf::from));
             }
         } else if path.exists() || !argument.contains(['*', '?', '[']) {

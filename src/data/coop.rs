@@ -153,10 +153,7 @@ impl CoopConfig {
 
     fn read_aircraft(&self) -> Result<Raw> {
         let images = self.images.as_deref().map_or_else(|| self.root.join("images"), |i| self.inside(i));
-        let lines = |file: &str| -> Result<Vec<String>> {
-            let text = files::read_text(&self.root.join(file), MAX_SPLIT)?;
-            Ok(text.lines().map(|l| l.trim().to_string()).filter(|l| !l.is_empty()).collect())
-        };
+        let lines = |file: &str| -> Result<Vec<String>> { files::read_lines(&self.root.join(file), MAX_SPLIT) };
         let mut raw = Raw { classes: Some(lines("variants.txt")?), ..Default::default() };
         for split in [Split::Train, Split::Val, Split::Test] {
             let file = format!("images_variant_{split}.txt");
@@ -174,7 +171,7 @@ impl CoopConfig {
     fn read_imagenet(&self) -> Result<Raw> {
         let file = self.root.join("classnames.txt");
         let text = files::read_text(&file, MAX_SPLIT)?;
-        let known: IndexMap<&str, &str> = text.lines().filter_map(|l| l.trim().split_once(' ')).collect();
+        let known: IndexMap<&str, &str> = files::lines(&text).filter_map(|l| l.trim().split_once(' ')).collect();
         let images = match &self.images {
             Some(images) => self.inside(images),
             None => Some(self.root.join("images")).filter(|d| d.join("train").is_dir()).unwrap_or_else(|| self.root.clone()),

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 use std::collections::HashSet;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, Read};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -188,7 +188,7 @@ impl<R: Read> Read for Capped<R> {
 }
 
 fn delimited(path: &Path, delimiter: u8, each: Each<'_>) -> Result<()> {
-    let file = utf8(path)?;
+    let file = files::open_text(path)?;
     let read = Rc::new(Cell::new(0));
     let end = format!("\n{END}\n");
     let rows = Capped { inner: file.chain(end.as_bytes()), read: read.clone() };
@@ -238,18 +238,8 @@ fn delimited(path: &Path, delimiter: u8, each: Each<'_>) -> Result<()> {
 
 const UNCLOSED: &str = "a quote that opens in this row is never closed, so that all rows behind it are one cell";
 
-/// Opens a table; other encodings than UTF-8 begin with their mark.
-fn utf8(path: &Path) -> Result<BufReader<std::fs::File>> {
-    let mut file = BufReader::new(files::open(path)?);
-    let start = file.fill_buf().map_err(|e| Error::read(path, e))?;
-    if start.starts_with(b"\xff\xfe") || start.starts_with(b"\xfe\xff") {
-        return Err(Error::input(path.display(), "is UTF-16, expected UTF-8").hint("save the table as UTF-8"));
-    }
-    Ok(file)
-}
-
 fn json_lines(path: &Path, each: Each<'_>) -> Result<()> {
-    let mut reader = utf8(path)?;
+    let mut reader = files::open_text(path)?;
     let mut line = Vec::new();
     for number in 1.. {
         line.clear();
@@ -264,8 +254,7 @@ fn json_lines(path: &Path, each: Each<'_>) -> Result<()> {
         if line.trim_ascii().is_empty() {
             continue;
         }
-        let mark: &[u8] = if number == 1 { b"\xef\xbb\xbf" } else { b"" };
-        match json::from_slice::<Row>(line.strip_prefix(mark).unwrap_or(&line)) {
+        match json::from_slice::<Row>(&line) {
             Ok(row) => each(number, Ok(&row)),
             Err(e) => each(number, Err(Error::input(place(), format!("expected a JSON object: {e}")))),
         }

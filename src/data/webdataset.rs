@@ -76,7 +76,11 @@ struct TarSet {
 }
 
 impl ClassList {
-    fn names(&self) -> Result<Vec<String>> {
+    /// The names in order.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or holds neither a list nor an object with the numbers from 0 on.
+    pub fn names(&self) -> Result<Vec<String>> {
         let path = match self {
             Self::Names(names) => return Ok(names.clone()),
             Self::File(path) => path,
@@ -346,7 +350,7 @@ impl TarRows {
                 return Err(wrong(format!("has {} bytes, expected at most {MAX_TEXT}", member.size)));
             }
             let bytes = self::member(&self.file, [member.offset, member.size]).map_err(wrong)?;
-            let text = String::from_utf8(bytes).map_err(|_| wrong("is not UTF-8 text".into()))?;
+            let text = disk::text(&place(&member.extension), bytes)?;
             match (column, kind) {
                 ("", "txt") => _ = cells.insert("text".into(), text.into()),
                 (column, "txt") => _ = cells.insert(column.into(), text.into()),

@@ -13,12 +13,15 @@ mod disk;
 #[cfg(all(test, unix, feature = "cli"))]
 pub(crate) mod fault;
 mod fresh;
+mod text;
 
 #[cfg(feature = "hub")]
 pub(crate) use disk::link;
 pub(crate) use disk::{Output, create_dir_all, now, remove, rename, stepped};
 use fresh::FreshDir;
 pub(crate) use fresh::{Fresh, is_temporary, sweep_all};
+pub use text::{Lines, lines, read_lines, read_text, text};
+pub(crate) use text::{open_text, unmarked};
 
 /// Reads a file of at most `limit` bytes. Pipes and devices, which may never end, are refused.
 ///
@@ -50,15 +53,6 @@ pub fn open(path: &Path) -> Result<File> {
         return Err(Error::input(path.display(), format!("{found}, expected a file")));
     }
     File::open(path).map_err(|e| Error::read(path, e))
-}
-
-/// [`read`] of text in UTF-8.
-///
-/// # Errors
-/// As [`read`], and when it is no UTF-8.
-pub fn read_text(path: &Path, limit: u64) -> Result<String> {
-    String::from_utf8(read(path, limit)?)
-        .map_err(|e| Error::input(path.display(), format!("is not UTF-8 text: the byte at {} is not", e.utf8_error().valid_up_to())))
 }
 
 /// [`read_text`] of a file that may be missing.

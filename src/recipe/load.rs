@@ -30,6 +30,7 @@ impl Recipe {
     /// # Errors
     /// As [`Recipe::load`].
     pub fn parse(place: &str, text: &str, name: &str, sets: &[String]) -> Result<Self> {
+        let text = text.trim_start_matches('\u{feff}');
         let mut recipe = match (serde_saphyr::from_str::<Self>(text), sets.is_empty()) {
             (Ok(recipe), true) => recipe,
             (Err(e), true) => return Err(explain(place, &e)),

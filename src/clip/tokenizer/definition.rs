@@ -188,7 +188,7 @@ fn vocabulary(source: &Source) -> Result<Map<String, Value>> {
 fn merges(source: &Source) -> Result<Vec<Value>> {
     let place = source.place("merges.txt");
     let bytes = source.require("merges.txt")?;
-    let text = std::str::from_utf8(&bytes).map_err(|e| Error::input(&place, format!("is not UTF-8: {e}")))?;
+    let text = crate::files::text(&place, bytes.into_owned())?;
     let mut merges = Vec::new();
     for (i, line) in text.lines().enumerate() {
         if line.starts_with("#version") || line.trim().is_empty() {
