@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::clip::base::Parts;
 use crate::clip::decode::{self, DecodeOptions};
-use crate::data::{DataConfig, Dataset, Example, Split};
+use crate::data::{DataConfig, Dataset, Example, ImageRef, Split};
 use crate::error::Result;
 use crate::fetch::fetched;
 use crate::recipe::Recipe;
@@ -37,6 +37,8 @@ pub struct Survey {
     pub kind: &'static str,
     /// Examples of each split.
     pub splits: Counts,
+    /// Different images of each split. There are fewer than examples where an image has several rows: captions, questions.
+    pub images: Counts,
     /// Examples of each class and split, in label order.
     pub classes: Vec<ClassCounts>,
     /// Image files in bytes, altogether.
@@ -189,10 +191,14 @@ pub fn survey(subject: &Subject, observer: &mut dyn Observer) -> Result<(Survey,
             Err(error) => unreadable.push(Unreadable { split, id: e.id.clone(), reason: error.to_string() }),
         }
     }
+    // An image that several rows show is one.
+    let mut known = HashSet::new();
+    fine.retain(|(split, e, look)| known.insert((*split, shown(e, look))));
     let side = |f: &dyn Fn(&Look) -> u32| Spread::of(fine.iter().map(|(.., l)| f(l) as usize).collect());
     let survey = Survey {
         kind: subject.data.kind(),
         splits: Counts { train: data.train.len(), val: data.val.len(), test: data.test.len() },
+        images: images(&data),
         classes: classes(&data),
         bytes: fine.iter().map(|(.., l)| l.bytes).sum(),
         width: side(&|l| l.width),
@@ -267,11 +273,32 @@ fn captions(data: &Dataset, model: &str) -> Result<Option<Captions>> {
     }))
 }
 
+/// What tells images apart: the file, or the bytes in a shard where rows say different things of one image.
+fn shown(e: &Example, look: &Look) -> (Option<u128>, Option<blake3::Hash>, String) {
+    let says = !e.texts.is_empty() || e.question.is_some();
+    match (&e.image, e.image_key) {
+        (ImageRef::File(_), Some(key)) => (Some(key), None, label_of(e)),
+        (ImageRef::Stored(_), _) if says => (None, Some(look.hash), label_of(e)),
+        _ => (None, None, e.id.clone()),
+    }
+}
+
+/// One image with two classes is a contradiction that has to be told of.
+fn label_of(e: &Example) -> String {
+    e.label.map(|l| l.to_string()).unwrap_or_default()
+}
+
+fn images(data: &Dataset) -> Counts {
+    let [train, val, test] = SPLITS.map(|split| {
+        let mut seen = HashSet::new();
+        data.split(split).iter().filter(|e| e.image != ImageRef::Missing && e.image_key.is_none_or(|key| seen.insert(key))).count()
+    });
+    Counts { train, val, test }
+}
+
 fn duplicates(images: &[(Split, &Example, Look)], classes: &[String]) -> Duplicates {
     let mut groups: HashMap<blake3::Hash, Vec<(Split, &Example)>> = HashMap::new();
-    // One file that stands in a split twice is a row too many, not a copy.
-    let mut rows = HashSet::new();
-    for (split, example, look) in images.iter().filter(|(s, e, _)| rows.insert((*s, &e.id))) {
+    for (split, example, look) in images {
         groups.entry(look.hash).or_default().push((*split, example));
     }
     let copies = |group: &[(Split, &Example)]| -> Vec<Copy> {

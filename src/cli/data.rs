@@ -55,6 +55,11 @@ fn text(found: &Survey) -> String {
     lines.push(row("all", &found.splits));
     out += &columns(&lines, &[1, 2, 3]);
     let _ = writeln!(out, "\n{} classes, {} of images", found.classes.len(), size(found.bytes));
+    let total = |c: &Counts| c.train + c.val + c.test;
+    if total(&found.images) < total(&found.splits) && total(&found.images) > 0 {
+        let Counts { train, val, test } = found.images;
+        let _ = writeln!(out, "images    {} in {} rows: {train} train, {val} val, {test} test", total(&found.images), total(&found.splits));
+    }
     for (name, side) in [("width", found.width), ("height", found.height)] {
         if let Some(s) = side {
             let _ = writeln!(out, "{name:<10}{} to {} pixels, median {}", s.min, s.max, s.median);

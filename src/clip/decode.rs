@@ -21,7 +21,8 @@ use crate::guard::guarded;
 use timed::Timed;
 
 /// All extensions (lower-case) that a directory scan takes as images.
-pub const EXTENSIONS: &[&str] = &["png", "apng", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "dib", "tif", "tiff"];
+pub const EXTENSIONS: &[&str] =
+    &["png", "apng", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "dib", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"];
 
 /// Larger files are refused unread, whatever the options say.
 pub const MAX_FILE: u64 = 256 << 20;
@@ -156,12 +157,56 @@ fn sniff(place: &str, bytes: &[u8]) -> Result<ImageFormat> {
     if bytes.is_empty() {
         return Err(Error::input(place, "the file is empty"));
     }
-    let known = "PNG, JPEG, WebP, GIF, BMP and TIFF are understood";
+    let known = "PNG, JPEG, WebP, GIF, BMP, TIFF and PNM are understood";
+    if let Some(kind) = foreign(bytes) {
+        return Err(Error::input(place, format!("{kind} images cannot be read")).hint("convert them to JPEG or PNG"));
+    }
     match image::guess_format(bytes) {
         Ok(format) if format.reading_enabled() => Ok(format),
         Ok(format) => Err(Error::input(place, format!("{} images are not supported", format.to_mime_type())).hint(known)),
         Err(_) => Err(Error::input(place, "not an image of a known format (judged by its content)").hint(known)),
     }
+}
+
+/// Formats that people have images in and that no maintained decoder under a free licence reads without C: HEIC and AVIF come from
+/// phones and the web, the others from scanners and cameras.
+fn foreign(bytes: &[u8]) -> Option<&'static str> {
+    if bytes.get(4..8) == Some(b"ftyp") {
+        let size = bytes.first_chunk::<4>().map_or(0, |s| u32::from_be_bytes(*s) as usize);
+        let brands = bytes.get(8..size.min(bytes.len())).unwrap_or_default();
+        let has = |wanted: &[&[u8; 4]]| brands.chunks_exact(4).any(|brand| wanted.iter().any(|w| brand == *w));
+        return match () {
+            () if has(&[b"avif", b"avis"]) => Some("AVIF"),
+            () if has(&[b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"]) => Some("HEIC"),
+            () if has(&[b"crx "]) => Some("camera raw (CR3)"),
+            () => None,
+        };
+    }
+    let signatures: [(&[u8], &str); 5] = [
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (b"\xff\x0a", "JPEG XL"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
+        (b"\xff\x4f\xff\x51", "JPEG 2000"),
+        (b"8BPS", "Photoshop"),
+    ];
+    signatures.iter().find(|(signature, _)| bytes.starts_with(signature)).map(|(_, name)| *name)
+}
+
+/// The format that an extension (lower-case) says, where it is one of images that cannot be read.
+pub(crate) fn unread(extension: &str) -> Option<&'static str> {
+    Some(match extension {
+        "heic" | "heif" | "hif" => "HEIC",
+        "avif" => "AVIF",
+        "jxl" => "JPEG XL",
+        "jp2" | "j2k" | "jpx" | "jpf" => "JPEG 2000",
+        "psd" | "psb" => "Photoshop",
+        "svg" => "SVG",
+        "cr2" | "cr3" | "nef" | "arw" | "dng" | "raf" | "orf" | "rw2" => "camera raw",
+        "tga" => "TGA",
+        "ico" => "ICO",
+        "exr" | "hdr" => "HDR",
+        _ => return None,
+    })
 }
 
 /// Decodes with the `image` crate.

@@ -1,11 +1,13 @@
 //! COCO's captions: `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::identity::{name_in, numbered_apart};
+use super::paths::common;
 use super::{ImageRef, Raw, RawExample, Source, Split};
 use crate::error::{Error, Result};
 use crate::{files, json};
@@ -38,9 +40,21 @@ impl Source for CocoConfig {
     fn read(&self) -> Result<Raw> {
         let mut raw = Raw::default();
         let own = (self.val.is_some() || self.test.is_some()).then_some(Split::Train);
+        let mut roots = Vec::new();
         for (path, split) in [(Some(&self.path), own), (self.val.as_ref(), Some(Split::Val)), (self.test.as_ref(), Some(Split::Test))] {
             if let Some(path) = path {
-                read(path, self.images.as_deref(), split, &mut raw)?;
+                roots.extend(read(path, self.images.as_deref(), split, &mut raw)?);
+            }
+        }
+        numbered_apart(&mut raw.examples);
+        // Two directories may have images of the same name.
+        let mut names = HashSet::new();
+        if roots.len() > 1 && !raw.examples.iter().all(|e| names.insert(e.id.clone())) {
+            let root = common(&roots.iter().map(|root| root.join("image")).collect::<Vec<_>>());
+            for example in &mut raw.examples {
+                if let ImageRef::File(path) = &example.image {
+                    example.id = name_in(&root, path);
+                }
             }
         }
         Ok(raw)
@@ -116,7 +130,8 @@ pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path, expected: &
     json::from_large_slice(&bytes).map_err(|e| Error::input(path.display(), format!("expected {expected}: {e}")))
 }
 
-fn read(path: &Path, images: Option<&Path>, split: Option<Split>, raw: &mut Raw) -> Result<()> {
+/// Reads one file; what comes back is the directory of its images.
+fn read(path: &Path, images: Option<&Path>, split: Option<Split>, raw: &mut Raw) -> Result<Option<PathBuf>> {
     let file: Captions = read_json(path, "{\"images\": […], \"annotations\": […]}")?;
     let mut index: HashMap<u64, usize> = HashMap::new();
     let mut root = None;
@@ -146,7 +161,7 @@ fn read(path: &Path, images: Option<&Path>, split: Option<Split>, raw: &mut Raw)
     }
     // Images without captions have nothing to say; COCO's test images are such.
     raw.examples.retain(|e| !e.texts.is_empty());
-    Ok(())
+    Ok(root)
 }
 
 /// The directory from which an image is found: the file's own, one beside it or one level up, or one below these.

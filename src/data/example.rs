@@ -46,6 +46,9 @@ pub struct Example {
     pub choices: Vec<String>,
     /// Examples of one group show the same thing: they share a split and are no negatives of one another.
     pub group: Option<String>,
+    /// Equal for examples that show the same image: a digest of the file's resolved path, or of the bytes in a shard. Nothing where
+    /// no other example shows it, or there is no image.
+    pub image_key: Option<u128>,
 }
 
 impl Example {
@@ -78,6 +81,19 @@ impl Example {
             ImageRef::Stored(stored) => stored.place(),
             _ => self.id.clone(),
         }
+    }
+
+    /// Whether both show the same thing: the same image, or images of one group.
+    #[must_use]
+    pub fn shows_same(&self, other: &Self) -> bool {
+        let equal = |a: Option<&str>, b: Option<&str>| a.is_some() && a == b;
+        self.same_image(other) || equal(self.group.as_deref(), other.group.as_deref()) || self.id == other.id
+    }
+
+    /// Whether both show the same image.
+    #[must_use]
+    pub fn same_image(&self, other: &Self) -> bool {
+        self.image_key.is_some() && self.image_key == other.image_key
     }
 
     /// Every class that it belongs to.

@@ -1,11 +1,13 @@
 //! From a path to a source: which of the layouts lies there.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use super::paths::{Paths, on_hub};
+use super::metadata;
+use super::paths::{Paths, on_hub, split_named};
 use super::{
-    CocoConfig, ColumnNames, CoopConfig, DataConfig, Draw, FolderConfig, ParquetConfig, Source, TableConfig, VqaConfig, VqaFiles,
-    WebDatasetConfig, coco, is_split, table,
+    CocoConfig, ColumnNames, CoopConfig, DataConfig, Draw, FolderConfig, ImageRef, ParquetConfig, Raw, Source, Split, TableConfig,
+    VqaConfig, VqaFiles, WebDatasetConfig, coco, is_split, table,
 };
 use crate::error::{Error, Result};
 use crate::hub;
@@ -40,8 +42,8 @@ impl DataConfig {
         let files: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(|p| p.is_file()).collect();
         let named = |wanted: &dyn Fn(&str) -> bool| files.iter().any(|f| f.file_name().is_some_and(|n| wanted(&n.to_string_lossy())));
         let root = place.to_path_buf();
-        if let Ok(found) = table::imagefolder(place) {
-            return Ok(Self { table: Some(TableConfig { path: root, ..guess(&found[0].0)? }), ..Self::default() });
+        if let Some(found) = metadata::find(place)? {
+            return Ok(Self { table: Some(TableConfig { path: root, ..guess(&found.files[0].0)? }), ..Self::default() });
         }
         if named(&|n| is_split(n) || n == "variants.txt" || n == "classnames.txt") {
             let coop = CoopConfig { root, split: None, images: None, draw: Draw::default() };
@@ -53,14 +55,21 @@ impl DataConfig {
         }
         let folder = FolderConfig { root };
         let read = folder.read();
-        let mut tables = files.iter().filter(|f| is_table(f));
-        match (&read, tables.next(), tables.next()) {
-            (Err(_), Some(one), None) => Ok(Self { table: Some(guess(one)?), ..Self::default() }),
-            (Err(e), ..) => Err(Error::input(path, format!("holds nothing that can be learnt from ({})", without_place(e))).hint(
-                "expected <class>/<image>, <split>/<class>/<image>, metadata.csv or metadata.jsonl, one table, Parquet files, tars, \
-                 COCO's captions, VQA's questions, or one of CoOp's benchmarks",
-            )),
-            _ => Ok(Self { folder: Some(folder), ..Self::default() }),
+        let mut tables: Vec<PathBuf> = files.iter().filter(|f| is_table(f)).cloned().collect();
+        tables.sort();
+        match &read {
+            // Images of one directory are what the tables beside it are about.
+            Ok(raw) if tables.is_empty() || !is_one_class(raw) => Ok(Self { folder: Some(folder), ..Self::default() }),
+            Err(e) if tables.is_empty() => {
+                let message = format!("holds nothing that can be learnt from ({})", without_place(e));
+                Err(Error::input(path, message).hint(hint_of(e).unwrap_or_else(|| LAYOUTS.into())))
+            }
+            _ => match split_tables(path, &tables) {
+                Ok(table) if read.is_err() || names_images(&table) => Ok(Self { table: Some(table), ..Self::default() }),
+                Ok(_) => Ok(Self { folder: Some(folder), ..Self::default() }),
+                Err(_) if read.is_ok() => Ok(Self { folder: Some(folder), ..Self::default() }),
+                Err(e) => Err(e),
+            },
         }
     }
 
@@ -83,6 +92,51 @@ impl DataConfig {
             ("coop", self.coop.is_some()),
         ];
         given.iter().find(|(_, is)| *is).map_or("builtin", |(name, _)| name)
+    }
+}
+
+/// What a directory may hold.
+const LAYOUTS: &str = "expected <class>/<image>, <split>/<class>/<image>, metadata.csv or metadata.jsonl, one table or one for each split \
+     (train.csv, test.csv), Parquet files, tars, COCO's captions, VQA's questions, or one of CoOp's benchmarks";
+
+fn is_one_class(raw: &Raw) -> bool {
+    let first = raw.examples.first().and_then(|e| e.label.as_ref());
+    raw.examples.iter().all(|e| e.label.as_ref() == first)
+}
+
+/// Whether the first image that a table names is there.
+fn names_images(table: &TableConfig) -> bool {
+    let first = table.read().ok().and_then(|raw| raw.examples.into_iter().next());
+    matches!(first.map(|e| e.image), Some(ImageRef::File(path)) if path.is_file())
+}
+
+/// The one table of a directory, or one for each split by their names.
+fn split_tables(path: &str, tables: &[PathBuf]) -> Result<TableConfig> {
+    if let [one] = tables {
+        return guess(one);
+    }
+    let mut of: BTreeMap<Split, &PathBuf> = BTreeMap::new();
+    for table in tables {
+        let split = split_named(&table.file_stem().unwrap_or_default().to_string_lossy());
+        let other = split.and_then(|split| of.insert(split, table));
+        if split.is_none() || other.is_some() {
+            let names: Vec<String> = tables.iter().filter_map(|t| Some(t.file_name()?.to_string_lossy().into_owned())).collect();
+            return Err(Error::input(path, format!("holds several tables, whose names do not say one split each: {}", names.join(", ")))
+                .hint("name the one that is meant, or `table: { path: FILE, val: FILE, test: FILE }` in a recipe"));
+        }
+    }
+    let Some(train) = of.get(&Split::Train) else {
+        let names: Vec<String> = of.values().filter_map(|t| Some(t.file_name()?.to_string_lossy().into_owned())).collect();
+        return Err(Error::input(path, format!("holds {}, and no table to train on", names.join(" and "))));
+    };
+    let other = |split: Split| of.get(&split).map(|p| (*p).clone());
+    Ok(TableConfig { val: other(Split::Val), test: other(Split::Test), ..guess(train)? })
+}
+
+fn hint_of(error: &Error) -> Option<String> {
+    match error {
+        Error::Input(p) if p.message.contains("class director") => p.hint.clone(),
+        _ => None,
     }
 }
 
@@ -125,7 +179,7 @@ fn sharded(path: &str, place: &Path) -> Result<Option<DataConfig>> {
     let first = |extension: &str| {
         Paths::One(path.into()).files("data", &[extension]).ok()?.into_iter().find(|f| ends(&f.to_string_lossy(), &format!(".{extension}")))
     };
-    if !pattern || (place.is_dir() && table::imagefolder(place).is_ok()) {
+    if !pattern || (place.is_dir() && metadata::find(place)?.is_some()) {
         return Ok(None);
     }
     if let Some(file) = first("parquet") {

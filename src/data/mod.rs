@@ -12,19 +12,24 @@ use crate::error::{Error, Result};
 use crate::hub;
 
 pub mod augment;
+mod bare;
 mod builtin;
 mod coco;
 mod columns;
 mod coop;
 mod example;
 mod folder;
+mod identity;
 pub mod images;
 mod labels;
 pub mod loader;
 mod locate;
+mod metadata;
 mod parquet;
 mod paths;
+mod scan;
 mod shards;
+mod shared;
 mod split;
 mod stored;
 pub mod stream;
@@ -58,25 +63,25 @@ pub use webdataset::{ClassList, WebDatasetConfig};
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
     /// Images in one directory a class.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "bare::source")]
     pub folder: Option<FolderConfig>,
     /// A CSV, TSV or JSONL file, or a directory with `metadata.jsonl` or `metadata.csv`.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "bare::source")]
     pub table: Option<TableConfig>,
     /// Parquet files as Hugging Face `datasets` writes them.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "bare::source", skip_serializing_if = "Option::is_none")]
     pub parquet: Option<ParquetConfig>,
     /// Tars as `webdataset` writes them.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "bare::source", skip_serializing_if = "Option::is_none")]
     pub webdataset: Option<WebDatasetConfig>,
     /// COCO's captions.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "bare::source", skip_serializing_if = "Option::is_none")]
     pub coco: Option<CocoConfig>,
     /// Questions and answers of VQA v2.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "bare::source", skip_serializing_if = "Option::is_none")]
     pub vqa: Option<VqaConfig>,
     /// One of CoOp's few-shot benchmarks in its own layout.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "bare::source", skip_serializing_if = "Option::is_none")]
     pub coop: Option<CoopConfig>,
     /// Data inside the binary: `emoji` or `emoji-flat`.
     #[serde(default)]
@@ -125,6 +130,7 @@ pub(crate) struct RawExample {
     pub(crate) answers: Vec<String>,
     pub(crate) choices: Vec<String>,
     pub(crate) group: Option<String>,
+    pub(crate) image_key: Option<u128>,
     pub(crate) split: Option<Split>,
 }
 
@@ -138,6 +144,8 @@ pub(crate) struct Raw {
     pub(crate) examples: Vec<RawExample>,
     /// Rows that cannot be read, each with the reason.
     pub(crate) bad: Vec<Error>,
+    /// What a user should know.
+    pub(crate) notes: Vec<String>,
 }
 
 /// A place where examples come from.
@@ -232,15 +240,17 @@ impl DataConfig {
         let draw = self.shots.filter(|_| own.is_none()).map(|shots| (shots, seed));
         let mut raw = own.unwrap_or_else(|| source.read())?;
         let bad = std::mem::take(&mut raw.bad);
+        let told = std::mem::take(&mut raw.notes);
         if !bad.is_empty() && !self.skip_bad {
             return Err(unreadable("rows", bad.len(), &bad));
         }
         if raw.examples.is_empty() {
             return Err(Error::input(place, "there is no image"));
         }
+        let same = identity::join(&place, &mut raw.examples)?;
         let (classes, labelled, notes) = classes(&place, raw)?;
         let mut data = split::divide(&place, self, classes, labelled, draw)?;
-        data.notes.extend(notes);
+        data.notes.extend(told.into_iter().chain(same).chain(notes));
         if let Some(first) = bad.first() {
             data.skipped += bad.len();
             data.notes.push(format!("skipped {} rows that cannot be read; the first: {first}", bad.len()));
@@ -291,8 +301,8 @@ fn numbered(place: &str, count: usize, e: RawExample, find: &dyn Fn(&str) -> Opt
         labels.sort_unstable();
         labels.dedup();
     }
-    let RawExample { id, image, texts, question, value, fits, answers, choices, group, .. } = e;
-    Ok(Example { id, image, texts, question, label, labels, value, fits, answers, choices, group })
+    let RawExample { id, image, texts, question, value, fits, answers, choices, group, image_key, .. } = e;
+    Ok(Example { id, image, texts, question, label, labels, value, fits, answers, choices, group, image_key })
 }
 
 impl Dataset {

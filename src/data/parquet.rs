@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::columns::{Columns, with_columns};
-use super::paths::{Paths, common, split_of};
+use super::paths::{Paths, common, splits_of};
 use super::shards::{Rows, Shard, Shards, StreamOptions, Streaming};
 use super::stored::{Address, Store};
 use super::{DataConfig, Dataset, Raw, Source, Split, check_classes, shards};
@@ -74,9 +74,10 @@ impl ParquetConfig {
         if let Some(error) = files.iter().find_map(ShardFile::failure).filter(|_| !skip_bad) {
             return Err(error);
         }
-        let shards = paths.iter().zip(&files).map(|((path, split), file)| Shard {
+        let splits = splits_of(&paths, &root, "parquet")?;
+        let shards = paths.iter().zip(splits).zip(&files).map(|(((path, _), split), file)| Shard {
             name: path.strip_prefix(&root).unwrap_or(path).display().to_string(),
-            split: split.or_else(|| split_of(path, &root)),
+            split,
             row_bytes: file.row_bytes(),
         });
         Ok(ParquetSet {

@@ -191,13 +191,40 @@ pub(super) fn common(files: &[PathBuf]) -> PathBuf {
 /// The split that a file's name or its directories say, as the hub reads them: `train-00000-of-00003.parquet`, `test/0.tar`.
 pub(super) fn split_of(file: &Path, root: &Path) -> Option<Split> {
     let inner = file.strip_prefix(root).unwrap_or(file);
-    let words = |part: &std::ffi::OsStr| {
-        let text = part.to_string_lossy();
-        text.split(|c: char| !c.is_ascii_alphabetic()).find_map(Split::parse)
-    };
     // The root itself may be the split's directory.
     let own = root.file_name().filter(|_| inner.components().count() == 1);
-    inner.iter().rev().chain(own).find_map(words)
+    let parents = inner.parent().into_iter().flatten();
+    parents.chain(inner.file_name()).chain(own).find_map(|part| split_named(&part.to_string_lossy()))
+}
+
+/// The split that the name of a directory or a file says: one of the words that Hugging Face `datasets` knows, by itself or set off
+/// by `-`, `.`, `_`, a space or digits, in any case: `train`, `test_set`, `images-val`, `train2017`. Words of two splits say none.
+pub(super) fn split_named(name: &str) -> Option<Split> {
+    let lower = name.to_ascii_lowercase();
+    let word = |word: &str| match word {
+        "train" | "training" => Some(Split::Train),
+        "validation" | "valid" | "val" | "dev" => Some(Split::Val),
+        "test" | "testing" | "eval" | "evaluation" => Some(Split::Test),
+        _ => None,
+    };
+    let mut found = lower.split(|c: char| "-._ ".contains(c) || c.is_ascii_digit()).filter_map(word);
+    let first = found.next()?;
+    found.all(|other| other == first).then_some(first)
+}
+
+/// The splits of a set's files: what its keys say, or their names. Either all names say one, or none does.
+pub(super) fn splits_of(files: &[(PathBuf, Option<Split>)], root: &Path, key: &str) -> Result<Vec<Option<Split>>> {
+    let splits: Vec<Option<Split>> = files.iter().map(|(path, split)| split.or_else(|| split_of(path, root))).collect();
+    let of = |named: bool| splits.iter().position(|s| s.is_some() == named);
+    if let (Some(with), Some(without)) = (of(true), of(false)) {
+        let others = splits.iter().filter(|s| s.is_none()).count() - 1;
+        let more = if others > 0 { format!(" (and {others} more)") } else { String::new() };
+        let message = format!("names no split{more}, while {} does", files[with].0.display());
+        return Err(Error::input(files[without].0.display(), message).hint(format!(
+            "rename it after its split (train, validation, test), or list the files that are wanted in data.{key}.path, val and test"
+        )));
+    }
+    Ok(splits)
 }
 
 #[cfg(test)]
@@ -231,6 +258,33 @@ mod tests {
             assert_eq!(split_of(Path::new(name), Path::new("d")), split, "{name}");
         }
         assert_eq!(split_of(Path::new("x/test/0.tar"), Path::new("x/test")), Some(Split::Test));
+    }
+
+    /// `datasets` has no case; what it reads as two splits is none here.
+    #[test]
+    fn names_are_read_as_datasets_reads_them() {
+        let golden: serde_json::Value = serde_json::from_str(include_str!("../../tests/data/splits.json")).unwrap();
+        let expected = |value: &serde_json::Value| match value.as_str() {
+            Some("train") => Some(Split::Train),
+            Some("validation") => Some(Split::Val),
+            Some("test") => Some(Split::Test),
+            _ => None,
+        };
+        for (name, split) in golden["directories"].as_object().unwrap() {
+            assert_eq!(split_named(name), expected(split), "{name}");
+            assert_eq!(split_named(&name.to_uppercase()), expected(split), "{name}");
+        }
+        for (name, split) in golden["files"].as_object().unwrap() {
+            assert_eq!(split_of(&Path::new("d").join(name), Path::new("d")), expected(split), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_file_without_a_split_beside_others_is_named() {
+        let files: Vec<_> = ["d/train-0.parquet", "d/test-0.parquet", "d/unsupervised-0.parquet"].map(|f| (PathBuf::from(f), None)).into();
+        let message = splits_of(&files, Path::new("d"), "parquet").unwrap_err().to_string();
+        assert!(message.contains("unsupervised-0.parquet") && message.contains("data.parquet.path"), "{message}");
+        assert_eq!(splits_of(&files[..2], Path::new("d"), "parquet").unwrap(), [Some(Split::Train), Some(Split::Test)]);
     }
 
     #[test]

@@ -8,9 +8,10 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::columns::{At, Columns, Row};
+use super::shared::SharedImages;
 use super::stored::{Address, Store, Stored};
 use super::stream::Stream;
-use super::{DataConfig, Dataset, Example, ImageRef, Raw, RawExample, Split, SplitConfig, classes, split, unreadable};
+use super::{DataConfig, Dataset, Example, ImageRef, Raw, RawExample, Split, SplitConfig, classes, identity, split, unreadable};
 use crate::error::{Error, Result};
 
 /// Training splits with more rows than this are streamed unless told otherwise.
@@ -162,6 +163,8 @@ pub(super) struct Reading {
     pub(super) shards: Arc<dyn Shards>,
     store: Arc<dyn Store>,
     division: Division,
+    /// Rows that show one image; empty where nothing is divided.
+    same: Arc<SharedImages>,
 }
 
 /// What [`Reading::next`] gives.
@@ -174,7 +177,7 @@ pub(super) enum Next {
 
 impl Reading {
     fn new<S: Shards + 'static>(shards: Arc<S>) -> Self {
-        Self { store: shards.clone(), shards, division: Division::default() }
+        Self { store: shards.clone(), shards, division: Division::default(), same: Arc::default() }
     }
 
     /// Whether names of shards, or a column, say what is trained on and what is tested.
@@ -188,12 +191,20 @@ impl Reading {
 
     /// The next row of a shard.
     pub(super) fn next(&self, shard: usize, rows: &mut dyn Rows) -> Next {
-        match rows.next() {
-            None => Next::End,
-            Some(found) => match found.and_then(|found| self.example(shard, found)) {
-                Ok(example) => Next::Row(Box::new(example)),
-                Err(error) => Next::Bad(error),
-            },
+        self.next_at(shard, rows).1
+    }
+
+    /// The next row of a shard and its number there.
+    pub(super) fn next_at(&self, shard: usize, rows: &mut dyn Rows) -> (u64, Next) {
+        let found = match rows.next() {
+            None => return (0, Next::End),
+            Some(Err(error)) => return (0, Next::Bad(error)),
+            Some(Ok(found)) => found,
+        };
+        let number = found.number;
+        match self.example(shard, found) {
+            Ok(example) => (number, Next::Row(Box::new(example))),
+            Err(error) => (number, Next::Bad(error)),
         }
     }
 
@@ -211,6 +222,7 @@ impl Reading {
             }
             Place::None => ImageRef::Missing,
         };
+        self.same.mark((address.shard, address.row), &mut example);
         let key = example.group.as_deref().unwrap_or(&found.key);
         example.split = Some(self.division.split(example.split.or(*split), key));
         if example.id.is_empty() {
@@ -348,6 +360,10 @@ pub(super) fn open<S: Shards + 'static>(config: &DataConfig, shards: Arc<S>, dra
     }
     let fractions = config.split.clone().unwrap_or_default();
     fractions.check()?;
+    let mut same = false;
+    if !own {
+        (reading.same, same) = (Arc::new(SharedImages::find(&reading)?), true);
+    }
     reading.division = Division { seed: fractions.seed, carve: false, fractions: (!own).then_some(fractions) };
     let mut notes = Vec::new();
     let mut options = reading.shards.options();
@@ -360,6 +376,9 @@ pub(super) fn open<S: Shards + 'static>(config: &DataConfig, shards: Arc<S>, dra
     let mut walk = match walk(&reading, options.streaming)? {
         found if found.held_out.iter().any(|e| e.split == Some(Split::Val)) => found,
         _ => {
+            if !same {
+                (reading.same, same) = (Arc::new(SharedImages::find(&reading)?), true);
+            }
             reading.division.carve = true;
             walk(&reading, options.streaming)?
         }
@@ -381,6 +400,9 @@ pub(super) fn open<S: Shards + 'static>(config: &DataConfig, shards: Arc<S>, dra
     let names = reading.shards.classes().unwrap_or_else(|| ordered(std::mem::take(&mut walk.names)));
     let mut examples = std::mem::take(&mut walk.listed);
     examples.append(&mut walk.held_out);
+    if !same {
+        notes.extend(identity::join(&place, &mut examples)?);
+    }
     let raw = Raw { classes: Some(names), examples, ..Default::default() };
     let (classes, placed, told) = classes(&place, raw)?;
     let plain = DataConfig { split: None, ..config.clone() };

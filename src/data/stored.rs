@@ -29,6 +29,10 @@ pub(super) struct Address {
 pub(super) trait Store: Debug + Send + Sync {
     /// Its bytes.
     fn bytes(&self, at: Address) -> Result<Vec<u8>>;
+    /// The number of its bytes, where it is known without reading them.
+    fn size(&self, _at: Address) -> Option<u64> {
+        None
+    }
     /// Its name in messages.
     fn row_place(&self, at: Address) -> String;
 }
@@ -44,6 +48,11 @@ impl Stored {
     /// When the shard cannot be read.
     pub fn bytes(&self) -> Result<Vec<u8>> {
         self.store.bytes(self.at)
+    }
+
+    /// The number of its bytes, where it is known without reading them.
+    pub(super) fn size(&self) -> Option<u64> {
+        self.store.size(self.at)
     }
 
     /// Names shard and row.

@@ -10,6 +10,7 @@ use rand::Rng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
+use super::identity::key_of;
 use super::shards::{Next, Reading, Rows, StreamOptions, Streaming};
 use super::{Example, ImageRef, RawExample, numbered};
 use crate::error::{Error, Result};
@@ -261,12 +262,18 @@ impl Feed<'_> {
         if skipped {
             return Ok(());
         }
-        let example = self.stream.example(*raw)?;
+        let mut example = self.stream.example(*raw)?;
         let image = match &example.image {
             ImageRef::Missing => None,
             ImageRef::Stored(_) => Some(cursor.rows.image()),
             _ => Some(example.bytes().map(std::borrow::Cow::into_owned)),
         };
+        // Captions of one image are no negatives of it, wherever the splits come from.
+        if let (None, Some(Ok(bytes))) = (example.image_key, &image)
+            && !example.texts.is_empty()
+        {
+            example.image_key = Some(key_of(bytes));
+        }
         self.held.insert(index, (example, image));
         self.peak = self.peak.max(self.held.len());
         Ok(())

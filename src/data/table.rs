@@ -9,6 +9,9 @@ use std::rc::Rc;
 use serde_json::Value;
 
 use super::columns::{At, Row, shown, with_columns};
+use super::identity::name_in;
+use super::metadata::{self, Tables};
+use super::paths::common;
 use super::{ImageRef, Raw, RawExample, Source, Split};
 use crate::error::{Error, Result};
 use crate::{files, json};
@@ -38,31 +41,39 @@ impl Source for TableConfig {
 
     fn read(&self) -> Result<Raw> {
         let mut raw = Raw::default();
-        for (path, split) in self.tables()? {
+        let tables = self.tables()?;
+        for (path, split) in &tables.files {
             let before = raw.examples.len() + raw.bad.len();
-            self.read_table(&path, split, &mut raw)?;
+            self.read_table(path, &tables.root, *split, &mut raw)?;
             if raw.examples.len() + raw.bad.len() == before {
                 return Err(Error::input(path.display(), "has no rows"));
             }
         }
+        metadata::place(&tables, &mut raw)?;
         Ok(raw)
     }
 }
 
 impl TableConfig {
     /// The table files and the split that their place says.
-    fn tables(&self) -> Result<Vec<(PathBuf, Option<Split>)>> {
+    fn tables(&self) -> Result<Tables> {
         let own = self.val.is_some() || self.test.is_some();
         let mut tables = match self.path.is_dir() {
-            true => imagefolder(&self.path)?,
-            false => vec![(self.path.clone(), own.then_some(Split::Train))],
+            true => metadata::find(&self.path)?.ok_or_else(|| {
+                Error::input(self.path.display(), "has no metadata.jsonl or metadata.csv, and none in train, val or test")
+                    .hint("name a table file, or use `folder` for one directory a class")
+            })?,
+            false => Tables { files: vec![(self.path.clone(), own.then_some(Split::Train))], root: PathBuf::new(), is_folder: false },
         };
-        tables.extend(self.val.clone().map(|p| (p, Some(Split::Val))));
-        tables.extend(self.test.clone().map(|p| (p, Some(Split::Test))));
+        tables.files.extend(self.val.clone().map(|p| (p, Some(Split::Val))));
+        tables.files.extend(self.test.clone().map(|p| (p, Some(Split::Test))));
+        if !tables.is_folder {
+            tables.root = common(&tables.files.iter().map(|(p, _)| p.clone()).collect::<Vec<_>>());
+        }
         Ok(tables)
     }
 
-    fn read_table(&self, path: &Path, split: Option<Split>, raw: &mut Raw) -> Result<()> {
+    fn read_table(&self, path: &Path, root: &Path, split: Option<Split>, raw: &mut Raw) -> Result<()> {
         let columns = self.columns();
         let flat = !is_json(path);
         rows(path, &mut |line, row| {
@@ -72,7 +83,7 @@ impl TableConfig {
                 let image = columns.image(at)?;
                 let mut example = columns.example(at)?;
                 example.split = split.or(example.split);
-                locate(path, line, image, &mut example, at)?;
+                locate((path, root), line, image, &mut example, at)?;
                 Ok(example)
             });
             match found {
@@ -84,51 +95,29 @@ impl TableConfig {
 }
 
 /// Where the image is, and what the example is called.
-fn locate(path: &Path, line: usize, image: Option<Value>, example: &mut RawExample, at: At<'_>) -> Result<()> {
+fn locate((path, root): (&Path, &Path), line: usize, image: Option<Value>, example: &mut RawExample, at: At<'_>) -> Result<()> {
     let cell = match &image {
         Some(Value::String(s)) => Some(s.trim()).filter(|s| !s.is_empty()),
         Some(other) => return Err(at.wrong("image", "a path", &shown(other)).hint("data.table.image names the column")),
         None => None,
     };
-    let file = path.file_name().unwrap_or_default().to_string_lossy();
     let id = match cell {
         Some(image) => {
-            example.image = ImageRef::File(path.parent().unwrap_or(Path::new(".")).join(image));
-            image.to_string()
+            let file = path.parent().unwrap_or(Path::new(".")).join(image);
+            let name = name_in(root, &file);
+            example.image = ImageRef::File(file);
+            name
         }
         None if example.texts.is_empty() && example.question.is_none() => {
             return Err(Error::input((at.place)(), "expected a path in the image column, found none, and there is no text either")
                 .hint("data.table.image and data.table.text name the columns"));
         }
-        None => format!("{file}:{line}"),
+        None => format!("{}:{line}", name_in(root, path)),
     };
     if example.id.is_empty() {
         example.id = id;
     }
     Ok(())
-}
-
-/// The `metadata` files of HF's imagefolder.
-pub(super) fn imagefolder(dir: &Path) -> Result<Vec<(PathBuf, Option<Split>)>> {
-    let metadata = |dir: &Path| ["metadata.jsonl", "metadata.csv"].map(|n| dir.join(n)).into_iter().find(|p| p.is_file());
-    if let Some(path) = metadata(dir) {
-        return Ok(vec![(path, None)]);
-    }
-    let mut found = Vec::new();
-    let entries = std::fs::read_dir(dir).map_err(|e| Error::read(dir, e))?;
-    let mut names: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(|p| p.is_dir()).collect();
-    names.sort();
-    for sub in names {
-        let split = sub.file_name().and_then(|n| Split::parse(&n.to_string_lossy()));
-        if let (Some(split), Some(path)) = (split, metadata(&sub)) {
-            found.push((path, Some(split)));
-        }
-    }
-    match found.is_empty() {
-        true => Err(Error::input(dir.display(), "has no metadata.jsonl or metadata.csv, and none in train, val or test")
-            .hint("name a table file, or use `folder` for one directory a class")),
-        false => Ok(found),
-    }
 }
 
 /// The names of a table's columns: its header, or the keys of its first line.

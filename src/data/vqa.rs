@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::coco::{Entry, find, read_json};
+use super::identity::numbered_apart;
 use super::{ImageRef, Raw, RawExample, Source, Split};
 use crate::error::{Error, Result};
 
@@ -61,6 +62,7 @@ impl Source for VqaConfig {
                 self.split(files, split, &mut raw)?;
             }
         }
+        numbered_apart(&mut raw.examples);
         Ok(raw)
     }
 }

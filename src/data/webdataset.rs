@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::columns::{Columns, Row, with_columns};
 use super::parquet::files;
-use super::paths::{Paths, common, split_of};
+use super::paths::{Paths, common, splits_of};
 use super::shards::{Found, Place, Rows, Shard, Shards, StreamOptions, Streaming};
 use super::stored::{Address, Shared, Store};
 use super::{DataConfig, Dataset, Raw, Source, check_classes, shards};
@@ -112,9 +112,10 @@ impl WebDatasetConfig {
             check_classes("data.webdataset.classes", names)?;
         }
         let root = common(&paths.iter().map(|(p, _)| p.clone()).collect::<Vec<_>>());
-        let shards = paths.iter().map(|(path, split)| Shard {
+        let splits = splits_of(&paths, &root, "webdataset")?;
+        let shards = paths.iter().zip(splits).map(|((path, _), split)| Shard {
             name: path.strip_prefix(&root).unwrap_or(path).display().to_string(),
-            split: split.or_else(|| split_of(path, &root)),
+            split,
             row_bytes: largest(path),
         });
         Ok(TarSet {
@@ -166,6 +167,10 @@ impl Store for TarSet {
     fn bytes(&self, at: Address) -> Result<Vec<u8>> {
         let path = self.path(at.shard as usize)?;
         member(&Shared::new(disk::open(path)?), at.part).map_err(|e| Error::input(self.row_place(at), e))
+    }
+
+    fn size(&self, at: Address) -> Option<u64> {
+        Some(at.part[1])
     }
 
     fn row_place(&self, at: Address) -> String {

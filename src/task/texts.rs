@@ -184,8 +184,7 @@ fn joined(mut parts: Vec<Encoded>) -> Result<Encoded> {
 
 /// Whether `text`, which is one of `of`'s, fits `image` as well: its own, a picture of the same thing, or an equal caption.
 pub(super) fn belongs(image: &Example, of: &Example, text: &str) -> bool {
-    let group = |e: &Example| e.group.clone().unwrap_or_else(|| e.id.clone());
-    group(image) == group(of) || image.texts.iter().any(|t| t == text)
+    image.shows_same(of) || image.texts.iter().any(|t| t == text)
 }
 
 /// One of an example's texts, another one each epoch.

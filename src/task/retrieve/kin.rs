@@ -17,32 +17,59 @@ pub(super) struct Kin {
     pub(super) both_ways: bool,
 }
 
-fn group(e: &Example) -> u64 {
-    rng::name_key(e.group.as_deref().unwrap_or(&e.id))
+/// What an example shows, quick to compare.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Shown {
+    /// Its group, or itself.
+    group: u64,
+    image: Option<u128>,
+}
+
+impl Shown {
+    pub(super) fn of(e: &Example) -> Self {
+        Self { group: rng::name_key(e.group.as_deref().unwrap_or(&e.id)), image: e.image_key }
+    }
+
+    /// Whether both show the same image.
+    pub(super) fn is_image_of(&self, other: &Self) -> bool {
+        self.image.is_some() && self.image == other.image
+    }
+
+    /// Whether both show the same image, or images of one group.
+    pub(super) fn belongs(&self, other: &Self) -> bool {
+        self.group == other.group || self.is_image_of(other)
+    }
 }
 
 impl Kin {
     /// Images and texts, one of each example. An image's positives are its own text, those of its group, and whatever else is one
     /// of its captions ("an icon of a mammal", drawn for another mammal); all others are negatives.
     pub(super) fn of_texts(examples: &[&Example], texts: &[&str]) -> Self {
-        let drawn: Vec<(u64, u64)> = examples.iter().zip(texts).map(|(e, t)| (group(e), rng::name_key(t))).collect();
+        let drawn: Vec<(Shown, u64)> = examples.iter().zip(texts).map(|(e, t)| (Shown::of(e), rng::name_key(t))).collect();
         let of_image = |(at, image): (usize, &&Example)| {
             let captions: HashSet<u64> = image.texts.iter().map(|t| rng::name_key(t)).collect();
             let own = drawn[at];
-            let belongs = |&(group, text): &(u64, u64)| group == own.0 || text == own.1 || captions.contains(&text);
+            let belongs = |&(shown, text): &(Shown, u64)| shown.belongs(&own.0) || text == own.1 || captions.contains(&text);
             drawn.iter().map(belongs).collect::<Vec<_>>()
         };
         let positive: Vec<bool> = examples.iter().enumerate().flat_map(of_image).collect();
         Self { count: examples.len(), negative: positive.iter().map(|p| !p).collect(), positive, both_ways: true }
     }
 
-    /// Images among themselves: those of a class, or of a group, belong together.
+    /// Images among themselves: those of a class, or of a group, belong together. An image and itself are left out, in another
+    /// row as well.
     pub(super) fn of_labels(examples: &[&Example]) -> Self {
-        let keys: Vec<(u64, Option<u32>)> = examples.iter().map(|e| (group(e), e.label)).collect();
+        let keys: Vec<(Shown, Option<u32>)> = examples.iter().map(|e| (Shown::of(e), e.label)).collect();
         let count = keys.len();
-        let same = |i: usize, j: usize| keys[i].0 == keys[j].0 || keys[i].1.is_some() && keys[i].1 == keys[j].1;
+        let same = |i: usize, j: usize| keys[i].0.belongs(&keys[j].0) || keys[i].1.is_some() && keys[i].1 == keys[j].1;
+        let other = |i: usize, j: usize| i != j && !keys[i].0.is_image_of(&keys[j].0);
         let all = |of: &dyn Fn(usize, usize) -> bool| (0..count * count).map(|at| of(at / count, at % count)).collect();
-        Self { count, positive: all(&|i, j| i != j && same(i, j)), negative: all(&|i, j| i != j && !same(i, j)), both_ways: false }
+        Self {
+            count,
+            positive: all(&|i, j| other(i, j) && same(i, j)),
+            negative: all(&|i, j| other(i, j) && !same(i, j)),
+            both_ways: false,
+        }
     }
 
     fn at(&self, i: usize, j: usize, turned: bool) -> usize {
@@ -105,6 +132,18 @@ mod tests {
         let kin = Kin::of_texts(&references, &["a mammal", "a dog"]);
         assert_eq!(kin.targets(false), [1.0, 0.0, 0.5, 0.5]);
         assert_eq!(kin.targets(true), [0.5, 0.5, 0.0, 1.0]);
+    }
+
+    /// Two rows of one image, each with a caption, and another image: the captions are each other's positives.
+    #[test]
+    fn captions_of_one_image_are_no_negatives() {
+        let of = |id: &str, image: u128| Example { image_key: Some(image), ..example(id, None, &[]) };
+        let all = [of("a:1", 7), of("a:2", 7), of("b", 8)];
+        let kin = Kin::of_texts(&all.iter().collect::<Vec<_>>(), &["one", "two", "three"]);
+        assert_eq!(kin.targets(false), [0.5, 0.5, 0.0, 0.5, 0.5, 0.0, 0.0, 0.0, 1.0]);
+        assert!(!kin.negative(0, 1, false) && kin.negative(0, 2, false));
+        let kin = Kin::of_labels(&all.iter().collect::<Vec<_>>());
+        assert!(!kin.positive(0, 1, false) && !kin.negative(0, 1, false) && kin.negative(0, 2, false));
     }
 
     #[test]
