@@ -194,8 +194,9 @@ impl Answer {
     }
 
     fn told(request: &Request, told: Told, top: Option<usize>) -> Self {
-        let mut predictions: Vec<Ranked> = told.scores.into_iter().map(|(label, probability)| Ranked { label, probability }).collect();
-        predictions.sort_by(|a, b| b.probability.total_cmp(&a.probability));
+        let one = |((label, probability), logit): ((String, f32), f32)| Ranked { label, probability, logit };
+        let mut predictions: Vec<Ranked> = told.scores.into_iter().zip(told.logits).map(one).collect();
+        Ranked::sort(&mut predictions);
         predictions.truncate(top.unwrap_or(usize::MAX));
         Self { prediction: Some(told.prediction), predictions, ..Self::to(request) }
     }

@@ -36,6 +36,10 @@ pub struct Prediction {
     /// Probabilities in the order of the report's classes.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub scores: Vec<f32>,
+    /// What these are made of, before the temperature: verdicts and ranks are taken from here, since large probabilities are
+    /// equal in f32.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub logits: Vec<f32>,
 }
 
 /// Per-class figures and the confusion matrix.

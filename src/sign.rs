@@ -20,6 +20,9 @@ pub const SUMS: &str = "B3SUMS";
 
 const SIGNATURE: &str = "minisig";
 
+/// Their signature.
+pub(crate) const SUMS_SIGNATURE: &str = "B3SUMS.minisig";
+
 /// The largest key, signature or list of digests that is read.
 const MAX_TEXT: u64 = 16 << 20;
 
@@ -176,7 +179,8 @@ fn check_signature(place: &Path, bytes: &[u8], keys: &[PublicKey]) -> Result<()>
 /// half-written, which nothing reads and the next writer removes.
 fn digests(dir: &Path) -> Result<BTreeMap<String, String>> {
     let mut all = BTreeMap::new();
-    for entry in walkdir::WalkDir::new(dir).sort_by_file_name() {
+    // What is behind a link is read, so it is signed: a hub's cache consists of links, and the directory may be one itself.
+    for entry in walkdir::WalkDir::new(dir).follow_links(true).min_depth(1).sort_by_file_name() {
         let entry = entry.map_err(|e| Error::input(dir.display(), e))?;
         let Ok(name) = entry.path().strip_prefix(dir) else { continue };
         if entry.file_type().is_dir() {
@@ -187,7 +191,7 @@ fn digests(dir: &Path) -> Result<BTreeMap<String, String>> {
             continue;
         }
         let name = name.join("/");
-        if name == SUMS || name == format!("{SUMS}.{SIGNATURE}") {
+        if name == SUMS || name == SUMS_SIGNATURE {
             continue;
         }
         let bytes = files::read(entry.path(), MAX_FILE)?;
@@ -198,6 +202,15 @@ fn digests(dir: &Path) -> Result<BTreeMap<String, String>> {
 
 fn sums(digests: &BTreeMap<String, String>) -> String {
     digests.iter().map(|(name, digest)| format!("{digest}  {name}\n")).collect()
+}
+
+/// The files that a list of digests names.
+///
+/// # Errors
+/// When it cannot be read or is not one.
+pub(crate) fn listed(sums: &Path) -> Result<Vec<String>> {
+    let text = files::read_text(sums, MAX_TEXT)?;
+    Ok(parse(sums, &text)?.into_keys().collect())
 }
 
 fn parse(place: &Path, text: &str) -> Result<BTreeMap<String, String>> {

@@ -275,3 +275,51 @@ fn datasets_that_are_not_there_are_said() {
     let message = hub.fails(&w, &["data", "hub:some/pets"], &[], 2);
     assert!(message.contains("HF_TOKEN") && message.contains("datasets/some/pets"), "{message}");
 }
+
+/// No sleeps and no clocks: where the patience did not hold, the command would not end.
+#[test]
+fn a_silent_hub_ends_in_a_stated_time_and_an_endless_one_at_a_stated_size() {
+    let (w, hub) = world();
+    let fast = [("HF_HUB_DOWNLOAD_TIMEOUT", "0.2"), ("PEFT_HUB_MAX_UNSIZED", "100000")];
+    let inspect = ["inspect", "some/base"];
+    hub.set(|s| s.silent = Some("HEAD"));
+    assert!(hub.fails(&w, &inspect, &fast, 3).contains("cannot be reached"));
+    hub.set(|s| (s.silent, s.unsized_files) = (None, true));
+    for part in ["GET /some/base/resolve", "GET /cdn"] {
+        hub.set(|s| s.silent = Some(part));
+        hub.fails(&w, &inspect, &fast, 3);
+        hub.set(|s| (s.silent, s.hanging) = (None, Some(part)));
+        hub.fails(&w, &inspect, &fast, 3);
+        hub.set(|s| s.hanging = None);
+    }
+    // Small files, of which nothing is here yet.
+    hub.set(|s| s.endless = Some("GET /some/base/resolve"));
+    let message = hub.fails(&World::new(), &inspect, &fast, 3);
+    assert!(message.contains("100000") && message.contains("PEFT_HUB_MAX_UNSIZED"), "{message}");
+    hub.set(|s| s.endless = Some("GET /cdn"));
+    hub.fails(&w, &inspect, &fast, 3);
+    assert!(hub.fails(&w, &inspect, &[("HF_HUB_DOWNLOAD_TIMEOUT", "soon")], 2).contains("seconds"));
+    // What was refused left nothing behind: files without a size come whole.
+    hub.set(|s| s.endless = None);
+    let local = w.json(&["inspect", "base"]);
+    assert_eq!(hub.json(&w, &inspect, &[])["facts"]["digest"], local["facts"]["digest"]);
+}
+
+#[test]
+fn a_signature_comes_with_its_adapter() {
+    let (w, hub) = world();
+    w.json(&["train", "recipe.yaml", "--set", "train.epochs=1"]);
+    w.json(&["sign", "--generate", "release"]);
+    let predict = |key: &'static str| ["predict", "--model", "base", "--adapter", "some/adapter", "--trusted-key", key, "data/red/1.png"];
+    hub.add("some/unsigned", &w.path("run/adapter"));
+    let unsigned = ["predict", "--model", "base", "--adapter", "some/unsigned", "--trusted-key", "release.pub", "data/red/1.png"];
+    assert!(hub.fails(&w, &unsigned, &[], 2).contains("is not signed"));
+    // A file that no verb reads is signed as well.
+    w.write("run/adapter/LICENSE", "free");
+    w.json(&["sign", "run/adapter", "--key", "release.key"]);
+    hub.add("some/adapter", &w.path("run/adapter"));
+    hub.json(&w, &predict("release.pub"), &[]);
+    hub.json(&w, &predict("release.pub"), &OFFLINE);
+    w.json(&["sign", "--generate", "other"]);
+    assert!(hub.fails(&w, &predict("other.pub"), &[], 2).contains("not signed by a trusted key"));
+}

@@ -155,14 +155,13 @@ fn an_image_has_any_number_of_labels() {
         verbs(&world, &report, "micro_f1");
     }
     let scalars = &stored(&world)["scalars"];
-    let threshold = scalars["threshold"].as_f64().unwrap();
+    let threshold = scalars["logit_threshold"].as_f64().unwrap();
     assert!(scalars["temperature"].as_f64().unwrap() > 0.0);
     let told = world.json(&["predict", "--model", "base", "--adapter", "run/adapter", &all[2].0]);
     let first = &predictions(&world)[0];
     assert_eq!((&first["id"], &told[0]["prediction"]), (&json!(all[2].0), &first["prediction"]), "{told} {first}");
     let own = told[0]["predictions"].as_array().unwrap();
-    let above: Vec<&str> =
-        own.iter().filter(|p| p["probability"].as_f64().unwrap() >= threshold).map(|p| p["label"].as_str().unwrap()).collect();
+    let above: Vec<&str> = own.iter().filter(|p| p["logit"].as_f64().unwrap() >= threshold).map(|p| p["label"].as_str().unwrap()).collect();
     assert_eq!(above.len(), told[0]["prediction"].as_str().unwrap().split('|').filter(|p| !p.is_empty()).count(), "{told}");
     let page = std::fs::read_to_string(world.path("run/report.html")).unwrap();
     assert!(page.contains("samples avg") && !page.contains("Confusion"));

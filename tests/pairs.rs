@@ -65,17 +65,26 @@ fn a_verdict_follows_the_threshold_that_was_stored() {
     recipe(&world, "path: pairs.jsonl", "match: {}", "fusion: { concat: { hidden: 32 } }");
     let report = world.json(&["train", "pairs.yaml"]);
     let stored: Value = serde_json::from_slice(&std::fs::read(world.path("run/adapter/peft.json")).unwrap()).unwrap();
-    let threshold = stored["scalars"]["threshold"].as_f64().unwrap();
+    let threshold = stored["scalars"]["logit_threshold"].as_f64().unwrap();
     assert_eq!(stored["classes"], json!(["does not fit", "fits"]));
     // What was evaluated is evaluated again alike, and what is predicted one by one is the same.
     let again = world.json(&["eval", "run"]);
     assert_eq!(again["f1"], report["after"]["f1"]);
     let lines = std::fs::read_to_string(world.path("run/predictions.jsonl")).unwrap();
     let first: Value = serde_json::from_str(lines.lines().next().unwrap()).unwrap();
-    assert!((first["scores"][1].as_f64().unwrap() >= threshold) == (first["prediction"] == "fits"), "{first} {threshold}");
+    assert!((first["logits"][1].as_f64().unwrap() >= threshold) == (first["prediction"] == "fits"), "{first} {threshold}");
     let predict = ["predict", "--model", "base", "--adapter", "run/adapter", "--text", "red", "--text", "blue", "data/red/9.png"];
     let told = world.json(&predict);
     assert_eq!((&told[0]["prediction"], &told[1]["prediction"]), (&json!("fits"), &json!("does not fit")), "{told}");
+    // Adapters up to 0.1 held a probability, and judge as they did.
+    let probability = 1.0 / (1.0 + (-threshold).exp());
+    let manifest = world.path("run/adapter/peft.json");
+    let new = std::fs::read(&manifest).unwrap();
+    let mut old = stored.clone();
+    old["scalars"] = json!({ "threshold": probability });
+    std::fs::write(&manifest, old.to_string()).unwrap();
+    assert_eq!(told, world.json(&predict));
+    std::fs::write(&manifest, new).unwrap();
     // A bundle carries the task, and judges alike.
     world.json(&["merge", "--model", "base", "--adapter", "run/adapter", "--bundle", "--output", "bundle"]);
     let from_bundle = world.json(&["predict", "--model", "bundle", "--text", "red", "--text", "blue", "data/red/9.png"]);

@@ -3,6 +3,9 @@
 
 mod common;
 
+/// An adapter that CLIP-LoRA saved.
+const CLIP_LORA: &str = "tests/data/open_clip/clip_lora/lora_weights.pt";
+
 use common::World;
 
 /// An adapter signed by `release.key`, and another key pair.
@@ -47,6 +50,53 @@ fn a_signed_adapter_is_read_and_any_change_is_refused() {
     assert!(world.fails(&with("release.pub"), 2).contains("is not signed"));
     // Without the key nobody asks.
     world.json(&PREDICT[..6]);
+}
+
+/// A new verb that reads adapters belongs here.
+#[test]
+fn no_verb_reads_an_unsigned_adapter_where_a_key_is_named() {
+    let world = World::new();
+    world.json(&["train", "recipe.yaml", "--set", "train.epochs=1"]);
+    world.json(&["sign", "--generate", "release"]);
+    world.json(&["merge", "--model", "base", "--adapter", "run/adapter", "--output", "merged"]);
+    world.json(&["merge", "--model", "base", "--adapter", "run/adapter", "--bundle", "--output", "bundle"]);
+    world.write("lines.jsonl", "{\"image\": \"data/red/1.png\", \"adapter\": \"run/adapter\"}\n");
+    std::fs::copy(std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(CLIP_LORA), world.path("foreign.pt")).unwrap();
+    for verb in [
+        "predict --model base --adapter run/adapter data/red/1.png",
+        "predict --model base --jsonl lines.jsonl",
+        "predict --model bundle data/red/1.png",
+        "embed --model base --adapter run/adapter --output e.safetensors data/red/1.png",
+        "eval run",
+        "inspect run/adapter",
+        "inspect foreign.pt",
+        "merge --model base --adapter run/adapter --output out",
+        "merge --model base --adapter run/adapter --bundle --output out",
+        "merge --model base --adapter run/adapter --adapter run/adapter --combine svd --output out",
+        "merge --model merged --undo run/adapter --output out",
+        "train recipe.yaml --force --set train.init_adapter=run/adapter",
+        "convert foreign.pt --output out",
+    ] {
+        let args: Vec<&str> = verb.split(' ').chain(["--trusted-key", "release.pub"]).collect();
+        let message = world.fails(&args, 2);
+        assert!(message.contains("is not signed"), "{verb}: {message}");
+        assert!(!world.path("out").exists(), "{verb}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_link_to_a_signed_directory_is_as_good_as_the_directory() {
+    let world = signed();
+    std::os::unix::fs::symlink("run/adapter", world.path("link")).unwrap();
+    let predict = ["predict", "--model", "base", "--adapter", "link", "data/red/1.png", "--trusted-key", "release.pub"];
+    world.json(&predict);
+    // What is behind a link inside is signed too.
+    std::fs::rename(world.path("run/adapter/adapter_config.json"), world.path("config.json")).unwrap();
+    std::os::unix::fs::symlink("../../config.json", world.path("run/adapter/adapter_config.json")).unwrap();
+    world.json(&predict);
+    world.write("config.json", "{}");
+    assert!(world.fails(&predict, 2).contains("changed: adapter_config.json"));
 }
 
 #[test]

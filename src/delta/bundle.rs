@@ -68,7 +68,8 @@ pub fn digest(dir: &Path) -> Result<String> {
 /// When it cannot be read.
 pub fn files(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut all = Vec::new();
-    for entry in walkdir::WalkDir::new(dir).sort_by_file_name() {
+    // A hub's cache consists of links.
+    for entry in walkdir::WalkDir::new(dir).follow_links(true).sort_by_file_name() {
         let entry = entry.map_err(|e| Error::input(dir.display(), e))?;
         if let (true, Ok(name)) = (entry.file_type().is_file(), entry.path().strip_prefix(dir)) {
             all.push(name.to_path_buf());

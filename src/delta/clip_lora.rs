@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::clip::weights::{self, Content};
 use crate::error::{Error, Result};
+use crate::sign;
 
 /// Its names of the projections, and HF's.
 const PARTS: [(&str, &str); 4] = [("q_proj", "q_proj"), ("k_proj", "k_proj"), ("v_proj", "v_proj"), ("proj", "out_proj")];
@@ -43,11 +44,12 @@ pub fn is_clip_lora(path: &Path) -> bool {
     small && weights::read_torch(path).is_ok_and(|c| c.get("weights").is_some() && c.get("metadata").is_some())
 }
 
-/// Reads a file of CLIP-LoRA's.
+/// Reads a file of CLIP-LoRA's. Every verb that takes one comes through here, so that none reads what no trusted key has signed.
 ///
 /// # Errors
-/// When it is none, or incomplete.
+/// When it is none, or incomplete, or no trusted key has signed it where keys were named.
 pub(super) fn read(path: &Path) -> Result<Imported> {
+    sign::check_trust(path)?;
     let place = path.display().to_string();
     let content = weights::read_torch(path)?;
     let (Some(Content::Map(layers)), Some(metadata)) = (content.get("weights"), content.get("metadata")) else {

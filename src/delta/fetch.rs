@@ -6,9 +6,13 @@ use super::{Manifest, file};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::hub::{Progress, Repo, Snapshot};
+use crate::sign;
 
 /// The largest `peft.json` that is read.
 const MAX_JSON: u64 = 64 << 20;
+
+/// A signed adapter has at most so many files.
+const MAX_FILES: usize = 1000;
 
 /// Where the files of an adapter are; those of a hub id are fetched where they are not in the cache.
 ///
@@ -58,7 +62,20 @@ fn fetch(repo: &Repo, progress: &mut Progress<'_>) -> Result<PathBuf> {
         }
     }
     if found {
+        signature(&mut snapshot, progress)?;
         snapshot.keep()?;
     }
     snapshot.dir().filter(|_| found).ok_or_else(|| snapshot.lacks(&format!("adapter ({})", file::CONFIG)))
+}
+
+/// What a signature is checked with, where the adapter is signed: the digests, their signature and every file that they name.
+fn signature(snapshot: &mut Snapshot, progress: &mut Progress<'_>) -> Result<()> {
+    let Some(sums) = snapshot.get(sign::SUMS, progress)? else { return Ok(()) };
+    snapshot.get(sign::SUMS_SIGNATURE, progress)?;
+    let names = sign::listed(&sums)?;
+    if names.len() > MAX_FILES {
+        return Err(Error::input(sums.display(), format!("names {} files; an adapter has at most {MAX_FILES}", names.len())));
+    }
+    // What the repository lacks is told by who verifies.
+    names.iter().try_for_each(|name| snapshot.get(name, progress).map(drop))
 }

@@ -50,7 +50,6 @@ impl Delta {
         if !dir.exists() {
             files::recover_dir(dir)?;
         }
-        sign::check_trust(dir)?;
         if dir.is_file() {
             let (config, tensors) = clip_lora::read(dir)?;
             let method = registry::from_adapter_config(&config).map_err(|e| Error::input(dir.display(), e))?;
@@ -60,6 +59,8 @@ impl Delta {
             return Err(Error::input(dir.display(), "no such adapter directory")
                 .hint("an adapter is a directory, a .pt of CLIP-LoRA's, or a hub id owner/name"));
         }
+        // Every verb reads adapters here, so that none can forget it.
+        sign::check_trust(dir)?;
         let manifest = read_manifest(&dir.join(file::MANIFEST))?;
         let mut methods = Vec::new();
         let listed = manifest.as_ref().map(|m| m.methods.clone()).unwrap_or_default();

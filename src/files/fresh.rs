@@ -31,8 +31,9 @@ pub(crate) struct Fresh {
 }
 
 impl Fresh {
-    /// Begins a file beside `target`.
+    /// Begins a file beside `target`, or beside what `target` links to.
     pub(crate) fn new(target: &Path) -> Result<Self> {
+        let target = &super::through_links(target)?;
         if let Some(what) = fs::metadata(target).ok().filter(|meta| !meta.is_file()) {
             let what = if what.is_dir() { "a directory" } else { "a pipe or a device" };
             return Err(Error::input(target.display(), format!("is {what}, and no file to be written")).hint("choose another name"));

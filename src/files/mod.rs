@@ -132,11 +132,13 @@ pub(crate) fn json(path: &Path, value: &impl Serialize) -> Result<Vec<u8>> {
 /// Fills a temporary sibling of `target` and lets it take its place.
 ///
 /// Where the system can exchange two directories in one go, the target is there at all times. Elsewhere the old one is moved
-/// aside first; a kill in between leaves it under `.old-<name>`, from where [`recover_dir`] brings it back.
+/// aside first; a kill in between leaves it under `.old-<name>`, from where [`recover_dir`] brings it back. A target that is a
+/// symbolic link stays one: the directory that it points to is replaced.
 ///
 /// # Errors
 /// What `fill` returns, or when the file system refuses; the target is then as it was.
 pub fn replace_dir(target: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let target = &through_links(target)?;
     recover_dir(target)?;
     let fresh = FreshDir::new(target)?;
     fill(fresh.path())?;
@@ -149,6 +151,7 @@ pub fn replace_dir(target: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Res
 /// # Errors
 /// When the file system refuses.
 pub fn recover_dir(target: &Path) -> Result<()> {
+    let target = &through_links(target)?;
     let old = aside(target);
     match (old.exists(), target.exists()) {
         (false, _) => Ok(()),
@@ -162,6 +165,23 @@ pub fn recover_dir(target: &Path) -> Result<()> {
 pub fn dir_size(dir: &Path) -> u64 {
     let entries = walkdir::WalkDir::new(dir).into_iter().filter_map(std::result::Result::ok);
     entries.filter_map(|e| e.metadata().ok()).filter(fs::Metadata::is_file).map(|m| m.len()).sum()
+}
+
+/// As many links as Linux follows.
+const MAX_LINKS: usize = 40;
+
+/// What a symbolic link points to, which need not exist; any other path is itself. Writing goes through links, as a shell's `>`
+/// does, so that the link stays.
+fn through_links(path: &Path) -> Result<PathBuf> {
+    let mut place = path.to_path_buf();
+    for _ in 0..MAX_LINKS {
+        match fs::read_link(&place) {
+            Ok(to) => place = parent(&place).join(to),
+            // Not a link, or nothing yet.
+            Err(_) => return Ok(place),
+        }
+    }
+    Err(Error::input(path.display(), "is a symbolic link that leads in a circle").hint("choose another name"))
 }
 
 fn aside(target: &Path) -> PathBuf {
@@ -193,6 +213,25 @@ mod tests {
         assert!(failed.is_err());
         assert_eq!(fs::read(target.join("a")).unwrap(), b"1");
         assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 1);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_stay_and_what_they_point_to_is_written() {
+        let tmp = tempfile::tempdir().unwrap();
+        let at = |name: &str| tmp.path().join(name);
+        fs::create_dir(at("far")).unwrap();
+        for (link, to) in [("dir", "far/dir"), ("again", "dir"), ("file", "far/file"), ("circle", "circle")] {
+            std::os::unix::fs::symlink(to, at(link)).unwrap();
+        }
+        for content in [b"1", b"2"] {
+            replace_dir(&at("again"), |d| write_atomic(&d.join("a"), content)).unwrap();
+            write_atomic(&at("file"), content).unwrap();
+            assert_eq!((fs::read(at("far/dir/a")).unwrap(), fs::read(at("far/file")).unwrap()), (content.to_vec(), content.to_vec()));
+        }
+        assert!(["dir", "again", "file"].iter().all(|link| at(link).is_symlink()));
+        assert_eq!(write_atomic(&at("circle"), b"1").unwrap_err().exit_code(), 2);
+        assert_eq!(fs::read_dir(at("far")).unwrap().count(), 2);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
 use ureq::http::Response;
@@ -16,8 +16,23 @@ use crate::files::{self, Output};
 
 const ENDPOINT: &str = "https://huggingface.co";
 
-/// Without an answer, or without another piece of it, for so long a connection counts as lost.
+/// Without an answer, or without [`SLOWEST`] more bytes of it, for so long a connection counts as lost.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The same in seconds, as `huggingface_hub` reads it.
+const TIMEOUT: &str = "HF_HUB_DOWNLOAD_TIMEOUT";
+
+/// A connection that brings less in [`PATIENCE`] is as good as silent.
+const SLOWEST: u64 = 4096;
+
+/// The largest file that is fetched where the hub does not say its size.
+const MAX_UNSIZED: u64 = 16 << 30;
+
+/// Another limit, in bytes.
+const LIMIT: &str = "PEFT_HUB_MAX_UNSIZED";
+
+/// No file is larger, whatever the hub says.
+const MAX_FILE: u64 = 1 << 40;
 
 /// How often a lost connection is opened again where nothing came in between.
 const RETRIES: usize = 3;
@@ -35,6 +50,8 @@ pub(super) struct Remote {
     endpoint: String,
     token: Option<String>,
     repo: Repo,
+    patience: Duration,
+    max_unsized: u64,
 }
 
 /// What the hub says of a file.
@@ -79,16 +96,20 @@ impl Remote {
         if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {
             return Err(Error::input("HF_ENDPOINT", format!("expected an http or https address, found `{endpoint}`")));
         }
+        let patience = number_of(TIMEOUT, "a number of seconds above 0")?.map_or(PATIENCE, Duration::from_secs_f64);
+        let max_unsized = number_of(LIMIT, "a number of bytes above 0")?.map_or(MAX_UNSIZED, |bytes| bytes as u64);
         let config = Agent::config_builder()
             .max_redirects(0)
             .http_status_as_error(false)
-            .timeout_connect(Some(PATIENCE))
-            .timeout_recv_response(Some(PATIENCE))
-            .timeout_per_read(Some(PATIENCE))
+            .timeout_resolve(Some(patience))
+            .timeout_connect(Some(patience))
+            .timeout_send_request(Some(patience))
+            .timeout_recv_response(Some(patience))
+            .timeout_per_read(Some(patience))
             .user_agent(concat!("peft/", env!("CARGO_PKG_VERSION")))
             .build();
         let endpoint = endpoint.trim_end_matches('/').to_string();
-        Ok(Self { agent: config.into(), endpoint, token: token(), repo: repo.clone() })
+        Ok(Self { agent: config.into(), endpoint, token: token(), repo: repo.clone(), patience, max_unsized })
     }
 
     fn url(&self, revision: &str, file: &str) -> String {
@@ -113,8 +134,11 @@ impl Remote {
             _ => return Err(refusal(&response)),
         }
         let mut text = Vec::new();
-        let body = response.body_mut().as_reader();
-        body.take(MAX_LISTING).read_to_end(&mut text).map_err(|e| Failure::Unreachable(e.to_string()))?;
+        let body = Paced::new(response.body_mut().as_reader(), self.patience);
+        body.take(MAX_LISTING + 1).read_to_end(&mut text).map_err(|e| Failure::Unreachable(e.to_string()))?;
+        if text.len() as u64 > MAX_LISTING {
+            return Err(Failure::Other(format!("the list of files is larger than {MAX_LISTING} bytes")));
+        }
         let found: Listing =
             serde_json::from_slice(&text).map_err(|e| Failure::Other(format!("the list of files is not understood: {e}")))?;
         match is_commit(&found.sha) {
@@ -184,6 +208,9 @@ impl Remote {
 
     /// Fetches a file into `<blob>.incomplete`, from where an earlier attempt stopped, and renames it when it is whole.
     pub(super) fn download(&self, meta: &Meta, file: &str, blob: &Path, progress: &mut Progress<'_>) -> Result<()> {
+        if meta.size > MAX_FILE {
+            return Err(Error::input(self.place(file), format!("has {} bytes, says the hub; expected at most {MAX_FILE}", meta.size)));
+        }
         let part = PathBuf::from(format!("{}.incomplete", blob.display()));
         let parent = blob.parent().unwrap_or(Path::new("."));
         files::create_dir_all(parent)?;
@@ -195,7 +222,8 @@ impl Remote {
             if complete {
                 break;
             }
-            idle = if here > before { 0 } else { idle + 1 };
+            // What drips could go on for ever.
+            idle = if here >= before + SLOWEST { 0 } else { idle + 1 };
             before = here;
             if idle > RETRIES {
                 let what = lost.map_or(String::new(), |why| format!(": {why}"));
@@ -241,15 +269,21 @@ impl Remote {
         let mut out = Output::append(part)?;
         out.set_len(from)?;
         let (mut done, mut buffer) = (from, vec![0u8; PIECE]);
-        let mut body = response.body_mut().as_reader();
+        let limit = if meta.size > 0 { meta.size } else { self.max_unsized };
+        let mut body = Paced::new(response.body_mut().as_reader(), self.patience);
         loop {
             let (count, lost) =
                 fill(&mut body, &mut buffer, |more| progress(Transfer { file, done: done + more as u64, total: meta.size }))?;
             done += count as u64;
-            if meta.size > 0 && done > meta.size {
+            if done > limit {
                 drop(out);
                 files::remove(part)?;
-                return Err(Error::fault(self.place(file), format!("expected {} bytes, the hub sends more", meta.size)));
+                let place = self.place(file);
+                return Err(match meta.size {
+                    0 => Error::fault(place, format!("the hub does not say how large it is, and sends more than {limit} bytes"))
+                        .hint(format!("{LIMIT} sets another limit; or fetch it with another program, and name the directory")),
+                    size => Error::fault(place, format!("expected {size} bytes, the hub sends more")),
+                });
             }
             if count > 0 {
                 out.put(&buffer[..count])?;
@@ -284,6 +318,42 @@ impl Remote {
                 .hint(format!("check the name; set HF_TOKEN for a private {kind}; a directory is named with a leading ./")),
             Failure::Other(why) => Error::fault(self.place(file), why),
         }
+    }
+}
+
+/// A number above 0 in an environment variable.
+fn number_of(name: &str, expected: &str) -> Result<Option<f64>> {
+    let Some(text) = std::env::var(name).ok().filter(|v| !v.trim().is_empty()) else { return Ok(None) };
+    // More than a day or a tebibyte is no limit.
+    let number = text.trim().parse().ok().filter(|n: &f64| *n > 0.0 && *n <= MAX_FILE as f64);
+    number.map(Some).ok_or_else(|| Error::input(name, format!("expected {expected}, found `{text}`")))
+}
+
+/// A body that ends with an error where less than [`SLOWEST`] bytes arrive in the time of one's patience.
+struct Paced<R> {
+    body: R,
+    patience: Duration,
+    since: Instant,
+    arrived: u64,
+}
+
+impl<R: Read> Paced<R> {
+    fn new(body: R, patience: Duration) -> Self {
+        Self { body, patience, since: Instant::now(), arrived: 0 }
+    }
+}
+
+impl<R: Read> Read for Paced<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let count = self.body.read(buffer)?;
+        self.arrived += count as u64;
+        if self.arrived >= SLOWEST {
+            (self.since, self.arrived) = (Instant::now(), 0);
+        } else if count > 0 && self.since.elapsed() > self.patience {
+            let why = format!("less than {SLOWEST} bytes came in {:?}", self.patience);
+            return Err(std::io::Error::new(std::io::ErrorKind::TimedOut, why));
+        }
+        Ok(count)
     }
 }
 

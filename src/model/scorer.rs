@@ -16,6 +16,16 @@ pub struct Ranked {
     pub label: String,
     /// From 0 to 1; all classes add up to 1.
     pub probability: f32,
+    /// What the probability is made of, before the temperature; where ranks come from, since small and large probabilities are
+    /// equal in f32.
+    pub logit: f32,
+}
+
+impl Ranked {
+    /// Most likely first.
+    pub(crate) fn sort(all: &mut [Self]) {
+        all.sort_by(|a, b| b.logit.total_cmp(&a.logit));
+    }
 }
 
 /// Labels whose text side is computed.
@@ -71,13 +81,13 @@ impl Scorer {
         if features.dim(0)? == 0 {
             return Ok(Vec::new());
         }
-        let logits = (self.logits(model, features)?.to_dtype(DType::F32)? / self.temperature(model))?;
-        let rows = candle_nn::ops::softmax(&logits, 1)?.to_vec2::<f32>()?;
+        let logits = self.logits(model, features)?.to_dtype(DType::F32)?;
+        let rows = candle_nn::ops::softmax(&(&logits / self.temperature(model))?, 1)?.to_vec2::<f32>()?;
         if let Some(row) = rows.iter().position(|row| row.iter().any(|p| !p.is_finite())) {
             return Err(Error::input(format!("image {}", row + 1), "has scores that are not finite with this model")
                 .hint("see the weights of the adapter and the base, logit_scale among them"));
         }
-        Ok(rows.into_iter().map(|row| self.ranked(row)).collect())
+        Ok(rows.into_iter().zip(logits.to_vec2::<f32>()?).map(|(row, logits)| self.ranked(row, logits)).collect())
     }
 
     /// Logits of `features` [N, P], unnormalised, for the labels: [N, C].
@@ -105,10 +115,10 @@ impl Scorer {
         own.and_then(|m| m.scalars.get("temperature")).copied().unwrap_or(1.0)
     }
 
-    fn ranked(&self, row: Vec<f32>) -> Vec<Ranked> {
-        let mut all: Vec<Ranked> =
-            row.into_iter().zip(&self.labels).map(|(probability, label)| Ranked { label: label.clone(), probability }).collect();
-        all.sort_by(|a, b| b.probability.total_cmp(&a.probability));
+    fn ranked(&self, row: Vec<f32>, logits: Vec<f32>) -> Vec<Ranked> {
+        let one = |((probability, logit), label): ((f32, f32), &String)| Ranked { label: label.clone(), probability, logit };
+        let mut all: Vec<Ranked> = row.into_iter().zip(logits).zip(&self.labels).map(one).collect();
+        Ranked::sort(&mut all);
         all
     }
 }

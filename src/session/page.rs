@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     fn prediction(label: &str, prediction: &str, scores: &[f32]) -> Prediction {
-        Prediction { id: "a".into(), label: Some(label.into()), prediction: prediction.into(), scores: scores.to_vec() }
+        Prediction { id: "a".into(), label: Some(label.into()), prediction: prediction.into(), scores: scores.to_vec(), logits: Vec::new() }
     }
 
     #[test]

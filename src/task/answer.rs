@@ -8,8 +8,9 @@ use peft_adapters::Params;
 use serde::{Deserialize, Serialize};
 
 use super::joint::{Joint, JointParts, lacks};
-use super::matching::{bce, sigmoid};
+use super::matching::bce;
 use super::prompts::Pad;
+use super::threshold::sigmoid;
 use super::vqa::{accuracy, normalise, usual};
 use super::{Definition, Forward, Needs, Task, TaskParts, Told};
 use crate::clip::Encoded;
@@ -238,16 +239,25 @@ impl Answer {
         Ok(Tensor::from_vec(table, (counts.len(), width), &Device::Cpu)?)
     }
 
-    /// Each example's answers to choose from, with probabilities.
-    fn scored(&self, outputs: &Tensor, examples: &[Example]) -> Result<Vec<Vec<(String, f32)>>> {
+    /// Each example's answers to choose from.
+    fn scored(&self, outputs: &Tensor, examples: &[Example]) -> Result<Vec<Scored>> {
         let rows = outputs.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-        let one = |(row, e): (Vec<f32>, &Example)| {
+        let one = |(mut logits, e): (Vec<f32>, &Example)| {
             let names = if self.config.choose == Choose::Known { &self.vocabulary } else { &e.choices };
-            let logits = &row[..names.len().min(row.len())];
-            names.iter().cloned().zip(if self.each() { logits.iter().map(|&x| sigmoid(x)).collect() } else { softmax(logits) }).collect()
+            logits.truncate(names.len());
+            let probabilities = if self.each() { logits.iter().map(|&x| sigmoid(x)).collect() } else { softmax(&logits) };
+            Scored { best: best(names, &logits), scores: names.iter().cloned().zip(probabilities).collect(), logits }
         };
         Ok(rows.into_iter().zip(examples).map(one).collect())
     }
+}
+
+/// What an example's answer is chosen from.
+struct Scored {
+    best: String,
+    /// Each with a probability.
+    scores: Vec<(String, f32)>,
+    logits: Vec<f32>,
 }
 
 /// Shares that add up to 1.
@@ -257,10 +267,13 @@ fn softmax(logits: &[f32]) -> Vec<f32> {
     logits.iter().map(|x| (x - most).exp() / sum).collect()
 }
 
-/// The most probable of several.
-fn best(scores: &[(String, f32)]) -> String {
-    let first = scores.iter().fold(None::<&(String, f32)>, |best, s| if best.is_none_or(|b| s.1 > b.1) { Some(s) } else { best });
-    first.map(|s| s.0.clone()).unwrap_or_default()
+/// The answer with the largest logit: large probabilities are equal in f32.
+fn best(names: &[String], logits: &[f32]) -> String {
+    let largest = logits.iter().enumerate().fold(None::<(usize, f32)>, |best, (i, &z)| match best {
+        Some((_, most)) if z <= most => best,
+        _ => Some((i, z)),
+    });
+    largest.and_then(|(i, _)| names.get(i).cloned()).unwrap_or_default()
 }
 
 impl Task for Answer {
@@ -330,9 +343,8 @@ impl Task for Answer {
         let scored = self.scored(outputs, examples)?;
         let (mut right, mut vqa, mut possible, mut loss) = (0.0, 0.0, 0.0, 0.0);
         let mut predictions = Vec::with_capacity(examples.len());
-        for (i, (e, scores)) in examples.iter().zip(scored).enumerate() {
+        for (i, (e, Scored { best: prediction, scores, logits })) in examples.iter().zip(scored).enumerate() {
             let given: Vec<String> = e.answers.iter().map(|a| normalise(a)).collect();
-            let prediction = best(&scores);
             let label = usual(&given);
             right += f64::from(u8::from(normalise(&prediction) == label));
             vqa += accuracy(&normalise(&prediction), &given);
@@ -343,8 +355,9 @@ impl Task for Answer {
                 Choose::Given => Tensor::new(Self::choice_targets(e), row.device())?.to_dtype(DType::F32)?.unsqueeze(0)?,
             };
             loss += f64::from(self.criterion(&row, &targets)?.to_scalar::<f32>()?);
-            let scores = if scores.len() <= WRITTEN { scores.into_iter().map(|s| s.1).collect() } else { Vec::new() };
-            predictions.push(Prediction { id: e.id.clone(), label: Some(label), prediction, scores });
+            let (scores, logits) =
+                if scores.len() <= WRITTEN { (scores.into_iter().map(|s| s.1).collect(), logits) } else { Default::default() };
+            predictions.push(Prediction { id: e.id.clone(), label: Some(label), prediction, scores, logits });
         }
         let count = examples.len().max(1) as f64;
         let metrics = METRICS.into_iter().map(String::from).zip([right / count, vqa / count, possible / count]).collect::<BTreeMap<_, _>>();
@@ -352,7 +365,7 @@ impl Task for Answer {
     }
 
     fn tell(&self, outputs: &Tensor, examples: &[Example]) -> Result<Vec<Told>> {
-        let told = |scores: Vec<(String, f32)>| Told { prediction: best(&scores), scores };
+        let told = |scored: Scored| Told { prediction: scored.best, scores: scored.scores, logits: scored.logits };
         Ok(self.scored(outputs, examples)?.into_iter().map(told).collect())
     }
 

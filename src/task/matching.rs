@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::joint::{Joint, JointParts, lacks};
 use super::prompts::Pad;
 use super::texts::{belongs, drawn};
+use super::threshold::{self, sigmoid};
 use super::{Definition, Forward, Needs, Task, TaskParts, Told, metrics};
 use crate::clip::Encoded;
 use crate::clip::model::unit_rows;
@@ -79,9 +80,6 @@ const METRICS: [&str; 6] = ["accuracy", "precision", "recall", "f1", "roc_auc", 
 /// The two verdicts, in label order.
 const VERDICTS: [&str; 2] = ["does not fit", "fits"];
 
-/// Key of the threshold in `peft.json`.
-const THRESHOLD: &str = "threshold";
-
 impl Definition for MatchConfig {
     fn name(&self) -> &'static str {
         "match"
@@ -139,7 +137,7 @@ impl Definition for MatchConfig {
             config: self.clone(),
             smoothing: parts.label_smoothing,
             seed: parts.seed,
-            threshold: 0.5,
+            threshold: 0.0,
         }))
     }
 }
@@ -150,7 +148,7 @@ struct Match {
     verdicts: [String; 2],
     smoothing: f64,
     seed: u64,
-    /// A probability.
+    /// A logit: pairs that score at least as much fit.
     threshold: f64,
 }
 
@@ -201,6 +199,11 @@ impl Match {
         pairs
     }
 
+    /// Whether a pair with this logit counts as one that fits.
+    fn fits(&self, logit: f32) -> bool {
+        f64::from(logit) >= self.threshold
+    }
+
     /// The texts that one example of a split is judged with: its own first, then others of the split.
     fn candidates<'e>(&self, all: &'e [Example], at: usize) -> Vec<&'e str> {
         let own = &all[at];
@@ -249,6 +252,11 @@ impl Match {
     }
 }
 
+/// Of both verdicts. 1 − p would be 0 long before the pair is certain to fit.
+fn probabilities(logit: f32) -> [f32; 2] {
+    [sigmoid(-logit), sigmoid(logit)]
+}
+
 /// 0..count in a random order, drawn as it is read.
 fn sampled(rng: &mut ChaCha8Rng, count: usize) -> impl Iterator<Item = usize> {
     use rand::Rng as _;
@@ -269,10 +277,6 @@ fn sampled(rng: &mut ChaCha8Rng, count: usize) -> impl Iterator<Item = usize> {
 pub(super) fn bce(logits: &Tensor, target: &Tensor) -> Result<Tensor> {
     let tail = (logits.abs()?.neg()?.exp()? + 1.0)?.log()?;
     Ok(((logits.relu()? - (logits * target)?)? + tail)?)
-}
-
-pub(super) fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
 }
 
 impl Task for Match {
@@ -355,10 +359,9 @@ impl Task for Match {
         let judged = self.judged(outputs, examples)?;
         let fits: Vec<bool> = judged.iter().map(|j| j.3).collect();
         let logits: Vec<f32> = judged.iter().map(|j| j.2).collect();
-        let scores: Vec<f32> = logits.iter().map(|&x| sigmoid(x)).collect();
         let loss = self.criterion(&Tensor::from_vec(logits.clone(), logits.len(), &candle_core::Device::Cpu)?, &fits)?;
         let labels: Vec<u32> = fits.iter().map(|&f| u32::from(f)).collect();
-        let predicted: Vec<u32> = scores.iter().map(|&p| u32::from(f64::from(p) >= self.threshold)).collect();
+        let predicted: Vec<u32> = logits.iter().map(|&z| u32::from(self.fits(z))).collect();
         let classification = Classification::new(&self.verdicts, &labels, &predicted);
         let of = &classification.classes[1];
         let fixed = [("accuracy", classification.accuracy()), ("precision", of.precision), ("recall", of.recall), ("f1", of.f1)];
@@ -366,13 +369,14 @@ impl Task for Match {
         let ranking = [("roc_auc", metrics::roc_auc(&logits, &fits)), ("average_precision", metrics::average_precision(&logits, &fits))];
         let ranking = ranking.into_iter().filter_map(|(name, value)| Some((name, value?)));
         let metrics: BTreeMap<String, f64> = fixed.into_iter().chain(ranking).map(|(n, v)| (n.to_string(), v)).collect();
-        let predictions = judged.iter().zip(&scores).zip(labels.iter().zip(&predicted)).map(|((&(i, k, ..), &p), (&label, &guess))| {
+        let predictions = judged.iter().zip(labels.iter().zip(&predicted)).map(|(&(i, k, z, _), (&label, &guess))| {
             let id = &examples[i].id;
             Prediction {
                 id: if self.count() == 0 { id.clone() } else { format!("{id} with \"{}\"", self.candidates(examples, i)[k]) },
                 label: Some(self.verdicts[label as usize].clone()),
                 prediction: self.verdicts[guess as usize].clone(),
-                scores: vec![1.0 - p, p],
+                scores: probabilities(z).to_vec(),
+                logits: vec![-z, z],
             }
         });
         Ok(Evaluation {
@@ -389,27 +393,27 @@ impl Task for Match {
     }
 
     fn calibrate(&mut self, outputs: &Tensor, examples: &[Example]) -> Result<()> {
-        let (scores, fits): (Vec<f32>, Vec<bool>) = self.judged(outputs, examples)?.iter().map(|j| (sigmoid(j.2), j.3)).unzip();
-        if let Some(threshold) = metrics::best_threshold(&scores, &fits) {
+        let (logits, fits): (Vec<f32>, Vec<bool>) = self.judged(outputs, examples)?.iter().map(|j| (j.2, j.3)).unzip();
+        if let Some(threshold) = metrics::best_threshold(&logits, &fits) {
             self.threshold = threshold;
         }
         Ok(())
     }
 
     fn scalars(&self) -> BTreeMap<String, f64> {
-        BTreeMap::from([(THRESHOLD.to_string(), self.threshold)])
+        BTreeMap::from([(threshold::KEY.to_string(), self.threshold)])
     }
 
     fn set_scalars(&mut self, scalars: &BTreeMap<String, f64>) {
-        self.threshold = scalars.get(THRESHOLD).copied().unwrap_or(self.threshold);
+        self.threshold = threshold::stored(scalars, 1.0).unwrap_or(self.threshold);
     }
 
     fn tell(&self, outputs: &Tensor, _: &[Example]) -> Result<Vec<Told>> {
         let own = outputs.to_dtype(DType::F32)?.narrow(1, 0, 1)?.squeeze(1)?.to_vec1::<f32>()?;
-        let one = |logit: f32| {
-            let p = sigmoid(logit);
-            let verdict = &self.verdicts[usize::from(f64::from(p) >= self.threshold)];
-            Told { prediction: verdict.clone(), scores: self.verdicts.iter().cloned().zip([1.0 - p, p]).collect() }
+        let one = |z: f32| Told {
+            prediction: self.verdicts[usize::from(self.fits(z))].clone(),
+            scores: self.verdicts.iter().cloned().zip(probabilities(z)).collect(),
+            logits: vec![-z, z],
         };
         Ok(own.into_iter().map(one).collect())
     }

@@ -28,6 +28,7 @@ pub mod prompts;
 mod regress;
 mod retrieve;
 mod texts;
+mod threshold;
 mod vqa;
 
 pub use answer::{AnswerConfig, AnswerLoss, Choose};
@@ -218,6 +219,8 @@ pub struct Told {
     pub prediction: String,
     /// What it was chosen from, each with a probability, in the task's order; empty for numbers.
     pub scores: Vec<(String, f32)>,
+    /// The logit of each, before the temperature.
+    pub logits: Vec<f32>,
 }
 
 /// A loss and its metrics.

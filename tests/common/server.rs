@@ -28,6 +28,14 @@ pub(crate) struct State {
     pub(crate) damaged: bool,
     /// Large files wait until so many processes asked for them.
     pub(crate) together: usize,
+    /// The first request whose line holds this gets no answer, and neither do those after it; the connection stays open.
+    pub(crate) silent: Option<&'static str>,
+    /// As `silent`, but after the headers of an answer that says nothing of its size.
+    pub(crate) hanging: Option<&'static str>,
+    /// Requests whose line holds this get bytes without size and end.
+    pub(crate) endless: Option<&'static str>,
+    /// Files whose size is not said before the connection closes.
+    pub(crate) unsized_files: bool,
     pub(crate) log: Vec<String>,
 }
 
@@ -91,6 +99,25 @@ fn serve(stream: TcpStream, port: u16, shared: &(Mutex<State>, Condvar)) -> std:
     let request = Request { method, path, headers };
     shared.0.lock().unwrap().log.push(format!("{} {} {}", request.method, request.path, request.headers.get("range").map_or("", |r| r)));
     shared.1.notify_all();
+    let line = format!("{} {}", request.method, request.path);
+    let state = shared.0.lock().unwrap();
+    let is = |part: Option<&str>| part.is_some_and(|part| line.contains(part));
+    let (silent, hanging, endless) = (is(state.silent), is(state.hanging), is(state.endless));
+    drop(state);
+    if silent || hanging {
+        if hanging {
+            (&stream).write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{")?;
+        }
+        // Until the client gives up.
+        reader.read_line(&mut String::new())?;
+        return Ok(());
+    }
+    if endless {
+        (&stream).write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")?;
+        loop {
+            (&stream).write_all(&[b' '; 1 << 14])?;
+        }
+    }
     match request.path.strip_prefix("/cdn/") {
         Some(hash) => content(stream, &request, hash, shared),
         None => resolve(stream, &request, port, shared),
@@ -139,6 +166,12 @@ fn resolve(stream: TcpStream, request: &Request, port: u16, shared: &(Mutex<Stat
     };
     let sha = hash(bytes);
     let large = [".safetensors", ".bin", ".pt", ".parquet", ".tar"].iter().any(|e| file.ends_with(e));
+    if !large && state.unsized_files {
+        let mut stream = stream;
+        let head_of = format!("HTTP/1.1 200 OK\r\nConnection: close\r\nX-Repo-Commit: {commit}\r\nETag: \"{}\"\r\n\r\n", &sha[..40]);
+        stream.write_all(head_of.as_bytes())?;
+        return if head { Ok(()) } else { stream.write_all(bytes) };
+    }
     if !large {
         return respond(stream, "200 OK", &[("X-Repo-Commit", commit), ("ETag", &format!("\"{}\"", &sha[..40]))], bytes, head);
     }

@@ -213,6 +213,7 @@ impl Task for Regress {
             label: e.value.map(|v| v.to_string()),
             prediction: number.to_string(),
             scores: Vec::new(),
+            logits: Vec::new(),
         };
         Ok(Evaluation {
             examples: examples.len(),
@@ -234,7 +235,7 @@ impl Task for Regress {
     }
 
     fn tell(&self, outputs: &Tensor, _: &[Example]) -> Result<Vec<Told>> {
-        let one = |number: f64| Told { prediction: format!("{}", number as f32), scores: Vec::new() };
+        let one = |number: f64| Told { prediction: format!("{}", number as f32), scores: Vec::new(), logits: Vec::new() };
         Ok(self.numbers(outputs)?.into_iter().map(one).collect())
     }
 

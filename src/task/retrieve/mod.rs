@@ -208,6 +208,7 @@ impl Retrieve {
             label: right(i, t as usize).cloned(),
             prediction: found.texts[t as usize].clone(),
             scores: Vec::new(),
+            logits: Vec::new(),
         });
         let loss = chunked(examples, |from, chunk| {
             let references: Vec<&Example> = chunk.iter().collect();
@@ -242,6 +243,7 @@ impl Retrieve {
             label: name(e.label),
             prediction: name(examples[nearest as usize].label).unwrap_or_default(),
             scores: Vec::new(),
+            logits: Vec::new(),
         });
         let loss = chunked(all_rows, |from, chunk| {
             let own = features.narrow(0, from, chunk.len())?;
