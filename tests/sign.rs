@@ -66,7 +66,7 @@ fn no_verb_reads_an_unsigned_adapter_where_a_key_is_named() {
         "predict --model base --adapter run/adapter data/red/1.png",
         "predict --model base --jsonl lines.jsonl",
         "predict --model bundle data/red/1.png",
-        "embed --model base --adapter run/adapter --output e.safetensors data/red/1.png",
+        "embed --model base --adapter run/adapter --output e.safetensors --images data/red",
         "eval run",
         "inspect run/adapter",
         "inspect foreign.pt",
