@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::provenance::Provenance;
+
 /// Metrics of one split: fractions from 0 to 1, but for those that [`is_fraction`] names.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
@@ -121,6 +123,9 @@ pub struct TrainReport {
     pub base: String,
     /// Digest of the base.
     pub base_digest: String,
+    /// Digests of all that the run was made of.
+    #[serde(default)]
+    pub made_of: Provenance,
     /// Class names in label order.
     pub classes: Vec<String>,
     /// The number that chose the best epoch.

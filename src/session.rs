@@ -15,6 +15,7 @@ use crate::delta::{self, Adapters, BaseRef, Delta, Manifest, bundled};
 use crate::error::{Error, Result};
 use crate::estimate;
 use crate::fetch::fetched;
+use crate::provenance::Provenance;
 use crate::recipe::{ModelConfig, Recipe};
 use crate::report::Evaluation;
 use crate::run::RunDir;
@@ -22,6 +23,7 @@ use crate::task::{Needs, Task, TaskParts};
 use crate::train::{Event, FeatureSource, Features, Micro, Observer, Sampling, Trainer, check_finite};
 
 mod check;
+mod made_of;
 mod page;
 mod training;
 
@@ -245,10 +247,11 @@ impl Session {
         task.classes().unwrap_or(&self.data.classes).to_vec()
     }
 
-    fn manifest(&self, task: &dyn Task, metrics: &Evaluation) -> Result<Manifest> {
+    fn manifest(&self, task: &dyn Task, metrics: &Evaluation, made_of: &Provenance) -> Result<Manifest> {
         Ok(Manifest {
             version: env!("CARGO_PKG_VERSION").into(),
             base: BaseRef::of(&self.base, self.recipe.model.spec()),
+            made_of: made_of.clone(),
             task: to_json(&self.recipe.task)?,
             fusion: self.recipe.fusion.as_ref().map_or(Ok(serde_json::Value::Null), to_json)?,
             scalars: task.scalars(),
@@ -285,12 +288,16 @@ pub struct EvalOptions {
     pub allow_base_mismatch: bool,
 }
 
-/// `peft eval`: metrics of a split, with an adapter or without.
+/// `peft eval`: metrics of a split, with an adapter or without. Examples are in the splits that the adapter's run had them in.
 ///
 /// # Errors
 /// When the adapter does not fit or the split is empty.
 pub fn evaluate(recipe: Recipe, options: &EvalOptions, device: &Device, observer: &mut dyn Observer) -> Result<Evaluation> {
-    Session::open(recipe, device, observer)?.evaluate(options, observer)
+    let mut session = Session::open(recipe, device, observer)?;
+    if let Some(adapter) = &options.adapter {
+        session.settle(adapter, observer)?;
+    }
+    session.evaluate(options, observer)
 }
 
 impl Session {

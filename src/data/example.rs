@@ -49,6 +49,8 @@ pub struct Example {
     /// Equal for examples that show the same image: a digest of the file's resolved path, or of the bytes in a shard. Nothing where
     /// no other example shows it, or there is no image.
     pub image_key: Option<u128>,
+    /// The first 8 bytes of blake3 of its image's file, once that was read.
+    pub content: Option<u64>,
 }
 
 impl Example {

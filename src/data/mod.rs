@@ -302,7 +302,7 @@ fn numbered(place: &str, count: usize, e: RawExample, find: &dyn Fn(&str) -> Opt
         labels.dedup();
     }
     let RawExample { id, image, texts, question, value, fits, answers, choices, group, image_key, .. } = e;
-    Ok(Example { id, image, texts, question, label, labels, value, fits, answers, choices, group, image_key })
+    Ok(Example { id, image, texts, question, label, labels, value, fits, answers, choices, group, image_key, content: None })
 }
 
 impl Dataset {
@@ -353,7 +353,7 @@ impl Dataset {
     /// With all unreadable images at once, unless `skip_bad`.
     pub fn verify(&mut self, images: &Arc<Images>, skip_bad: bool) -> Result<()> {
         const ALL: [Split; 3] = [Split::Train, Split::Val, Split::Test];
-        let mut bad = ALL.map(|split| images.verify(self.split(split)));
+        let mut bad = [&mut self.train, &mut self.val, &mut self.test].map(|list| images.verify(list));
         // The machine's fault says nothing of an image.
         if let Some((list, at)) = bad.iter_mut().find_map(|list| list.iter().position(|(_, e)| e.exit_code() != 2).map(|at| (list, at))) {
             return Err(list.swap_remove(at).1);

@@ -152,9 +152,7 @@ impl Division {
 
 /// A number from 0 to 1 that depends on the key alone, so that rows can be divided without being listed.
 fn fraction(what: &str, seed: u64, key: &str) -> f64 {
-    let hash = blake3::hash(format!("{what} {seed} {key}").as_bytes());
-    let bytes = hash.as_bytes().first_chunk::<8>().copied().unwrap_or_default();
-    (u64::from_le_bytes(bytes) >> 11) as f64 / (1u64 << 53) as f64
+    (split::rank(what, seed, key) >> 11) as f64 / (1u64 << 53) as f64
 }
 
 /// A set of shards and how it is divided.
@@ -223,11 +221,11 @@ impl Reading {
             Place::None => ImageRef::Missing,
         };
         self.same.mark((address.shard, address.row), &mut example);
-        let key = example.group.as_deref().unwrap_or(&found.key);
-        example.split = Some(self.division.split(example.split.or(*split), key));
         if example.id.is_empty() {
             example.id = format!("{name}:{}", found.key);
         }
+        let key = example.group.as_deref().unwrap_or(&example.id);
+        example.split = Some(self.division.split(example.split.or(*split), key));
         Ok(example)
     }
 

@@ -3,8 +3,6 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
-use peft_adapters::rng;
-use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 
 use super::{DataConfig, Dataset, Example};
@@ -115,12 +113,10 @@ pub(super) fn divide(
         check_disjoint(place, &train, &val, &test)?;
     } else {
         let all: Examples = labelled.into_iter().map(|(e, _)| e).collect();
-        let (rest, t) = carve(all, split.test, split.seed, "test");
-        let (rest, v) = carve(rest, split.val / (1.0 - split.test).max(1e-9), split.seed, "val");
-        (train, val, test) = (rest, v, t);
+        [train, val, test] = apportion(all, &split);
     }
     if val.is_empty() && !train.is_empty() {
-        (train, val) = carve(train, VAL_FRACTION, split.seed, "val");
+        (train, val) = carve(train, VAL_FRACTION, split.seed);
         notes.push(format!("no validation split: {} of the training examples serve as one (seed {})", val.len(), split.seed));
     }
     if let Some((shots, seed)) = draw {
@@ -151,58 +147,79 @@ fn check_disjoint(place: &str, train: &[Example], val: &[Example], test: &[Examp
     Ok(())
 }
 
-/// Takes a fraction out, whole groups at a time, the same share of each class.
-fn carve(examples: Examples, fraction: f64, seed: u64, what: &str) -> (Examples, Examples) {
-    // Units that stay together, by class (of their first example), in source order.
-    let mut units: BTreeMap<u32, Vec<Vec<usize>>> = BTreeMap::new();
-    let mut by_group: HashMap<&str, (u32, usize)> = HashMap::new();
+/// A number that depends on seed and key alone: neither on the order of rows nor on what else there is.
+pub(super) fn rank(what: &str, seed: u64, key: &str) -> u64 {
+    let hash = blake3::hash(format!("{what} {seed} {key}").as_bytes());
+    u64::from_le_bytes(hash.as_bytes().first_chunk().copied().unwrap_or_default())
+}
+
+/// Examples that stay together, by class: a group, or one example. Those of a class are in an order that the seed draws and
+/// that is the same however the rows are ordered: by a hash of the group or the id.
+fn units(examples: &[Example], seed: u64, what: &str) -> BTreeMap<u32, Vec<Vec<usize>>> {
+    let mut by_key: HashMap<(bool, &str), (u32, Vec<usize>)> = HashMap::new();
     for (i, e) in examples.iter().enumerate() {
+        let key = e.group.as_deref().map_or((false, e.id.as_str()), |g| (true, g));
+        // The lowest class stands for a group of several, whichever comes first.
         let class = e.all_labels().first().copied().unwrap_or(u32::MAX);
-        match e.group.as_deref().and_then(|g| by_group.get(g)) {
-            Some(&(class, unit)) => {
-                if let Some(u) = units.get_mut(&class) {
-                    u[unit].push(i);
-                }
-            }
-            None => {
-                let list = units.entry(class).or_default();
-                if let Some(g) = e.group.as_deref() {
-                    by_group.insert(g, (class, list.len()));
-                }
-                list.push(vec![i]);
-            }
+        let unit = by_key.entry(key).or_insert((class, Vec::new()));
+        unit.0 = unit.0.min(class);
+        unit.1.push(i);
+    }
+    let mut units: BTreeMap<u32, Vec<_>> = BTreeMap::new();
+    for ((grouped, key), (class, members)) in by_key {
+        units.entry(class).or_default().push((rank(what, seed, key), key, grouped, members));
+    }
+    let sorted = |(class, mut list): (u32, Vec<(u64, &str, bool, Vec<usize>)>)| {
+        list.sort_unstable();
+        (class, list.into_iter().map(|(.., members)| members).collect())
+    };
+    units.into_iter().map(sorted).collect()
+}
+
+/// Divides undivided examples. Of each class the first units in their drawn order are test, the next ones val, so that each
+/// class has its share exactly, at least one example of each split where it has three, and one of train in any case. One more
+/// unit moves at most two others, each across one of the two borders; none goes from train to test.
+fn apportion(examples: Examples, split: &SplitConfig) -> [Examples; 3] {
+    let mut place = vec![Split::Train; examples.len()];
+    for list in units(&examples, split.seed, "split").into_values() {
+        let (n, most) = (list.len() as f64, list.len() - 1);
+        let at_least = |fraction: f64| usize::from(fraction > 0.0);
+        let test = ((n * split.test).round() as usize).max(at_least(split.test)).min(most);
+        let held_out = ((n * (split.test + split.val)).round() as usize).max(test + at_least(split.val)).min(most);
+        for (i, unit) in list.iter().take(held_out).enumerate() {
+            let to = if i < test { Split::Test } else { Split::Val };
+            unit.iter().for_each(|&example| place[example] = to);
         }
     }
-    let mut taken = vec![false; examples.len()];
-    for (class, mut list) in units {
-        list.shuffle(&mut rng::rng(seed, &[rng::name_key(what), u64::from(class)]));
-        // At least one of a class stays; at least one goes where the class has two.
-        let count = ((list.len() as f64 * fraction).round() as usize).max(usize::from(fraction > 0.0)).min(list.len() - 1);
-        list.iter().take(count).flatten().for_each(|&i| taken[i] = true);
+    let mut parts: [Examples; 3] = Default::default();
+    for (example, split) in examples.into_iter().zip(place) {
+        parts[split as usize].push(example);
     }
-    let (mut rest, mut out) = (Vec::new(), Vec::new());
-    for (example, taken) in examples.into_iter().zip(taken) {
-        if taken { out.push(example) } else { rest.push(example) }
-    }
+    parts
+}
+
+/// Takes validation out of train, whole groups at a time, the same share of each class.
+fn carve(examples: Examples, fraction: f64, seed: u64) -> (Examples, Examples) {
+    let [rest, out, _] = apportion(examples, &SplitConfig { train: 1.0 - fraction, val: fraction, test: 0.0, seed });
     (rest, out)
 }
 
-/// `shots` of each class.
+/// `shots` of each class, the first ones in an order that the seed draws.
 fn sample(place: &str, classes: &[String], train: Examples, shots: usize, seed: u64, notes: &mut Vec<String>) -> Result<Examples> {
-    let mut by_class: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
+    let mut by_class: BTreeMap<u32, Vec<(u64, &str, usize)>> = BTreeMap::new();
     for (i, e) in train.iter().enumerate() {
         let label = e.label.ok_or_else(|| {
             Error::input("data.shots", format!("`{}` in {place} has no label to count shots by", e.id)).hint("leave `shots` out")
         })?;
-        by_class.entry(label).or_default().push(i);
+        by_class.entry(label).or_default().push((rank("shots", seed, &e.id), &e.id, i));
     }
     let mut keep = vec![false; train.len()];
     for (class, mut list) in by_class {
-        list.shuffle(&mut rng::rng(seed, &[rng::name_key("shots"), u64::from(class)]));
+        list.sort_unstable();
         if list.len() < shots {
             notes.push(format!("class `{}` has {} training examples, fewer than {shots} shots", classes[class as usize], list.len()));
         }
-        list.iter().take(shots).for_each(|&i| keep[i] = true);
+        list.iter().take(shots).for_each(|&(.., i)| keep[i] = true);
     }
     Ok(train.into_iter().zip(keep).filter(|(_, k)| *k).map(|(e, _)| e).collect())
 }
@@ -241,6 +258,62 @@ mod tests {
         assert!(groups(&d.train).is_disjoint(&groups(&d.test)));
         assert!(groups(&d.train).is_disjoint(&groups(&d.val)));
         assert_eq!(d.train.len() + d.val.len() + d.test.len(), 80);
+    }
+
+    /// Where each example is, by id.
+    fn places(rows: Vec<(Example, Option<Split>)>, seed: u64) -> BTreeMap<String, Split> {
+        let config = DataConfig { split: Some(SplitConfig { seed, ..SplitConfig::default() }), ..DataConfig::default() };
+        let d = divide("p", &config, names(3), rows, None).unwrap();
+        [Split::Train, Split::Val, Split::Test].iter().flat_map(|&s| d.split(s).iter().map(move |e| (e.id.clone(), s))).collect()
+    }
+
+    #[test]
+    fn one_more_example_moves_at_most_two_and_none_from_train_to_test() {
+        for seed in 0..20 {
+            for each in 3..40 {
+                let before = places(examples(3, each, |_| None), seed);
+                let mut more = examples(3, each, |_| None);
+                // In front of all others, as a name that sorts first would be.
+                more.insert(0, (Example { id: "new".into(), label: Some(1), ..Default::default() }, None));
+                let after = places(more, seed);
+                let moved: Vec<_> = before.iter().filter(|(id, s)| after[*id] != **s).map(|(id, s)| (*s, after[id])).collect();
+                assert!(moved.len() <= 2, "seed {seed}, {each}: {moved:?}");
+                assert!(!moved.contains(&(Split::Train, Split::Test)) && !moved.contains(&(Split::Test, Split::Train)), "{moved:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_order_of_rows_does_not_matter() {
+        let group = |i: usize| i.is_multiple_of(3).then(|| format!("g{}", i / 7));
+        let mut turned = examples(3, 30, group);
+        turned.reverse();
+        assert_eq!(places(examples(3, 30, group), 5), places(turned, 5));
+        let shots = |turn: bool| {
+            let mut rows = examples(3, 10, |_| None);
+            if turn {
+                rows.reverse();
+            }
+            let d = divide("p", &DataConfig::default(), names(3), rows, Some((2, 1))).unwrap();
+            d.train.into_iter().map(|e| e.id).collect::<std::collections::BTreeSet<_>>()
+        };
+        assert_eq!(shots(false), shots(true));
+    }
+
+    /// Shares of whole classes, by hand: tests are round(n/5), at least 1; test and val together round(3n/10).
+    #[test]
+    fn each_class_has_its_share_exactly() {
+        for (each, expected) in [(1, [1, 0, 0]), (2, [1, 0, 1]), (3, [1, 1, 1]), (5, [3, 1, 1]), (10, [7, 1, 2]), (100, [70, 10, 20])] {
+            let d = divide("p", &DataConfig::default(), names(2), examples(2, each, |_| None), None);
+            let d = d.unwrap();
+            for class in 0..2 {
+                let count = |l: &[Example]| l.iter().filter(|e| e.label == Some(class)).count();
+                // Where no class has a validation example, a tenth of train becomes one, too; that is another rule.
+                if expected[1] > 0 {
+                    assert_eq!([count(&d.train), count(&d.val), count(&d.test)], expected, "{each}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -241,6 +241,17 @@ fn refuse_broken<'t>(place: &Path, tensors: impl Iterator<Item = &'t (String, Te
     if wrong.is_empty() { Ok(()) } else { Err(misfits(&place.display().to_string(), wrong)) }
 }
 
+/// What an adapter is for; nothing where it was made elsewhere, or is not there.
+///
+/// # Errors
+/// When `peft.json` is broken.
+pub fn manifest(dir: &Path) -> Result<Option<Manifest>> {
+    if !dir.exists() {
+        files::recover_dir(dir)?;
+    }
+    if dir.is_dir() { read_manifest(&dir.join(file::MANIFEST)) } else { Ok(None) }
+}
+
 fn read_manifest(path: &Path) -> Result<Option<Manifest>> {
     let Some(manifest) = read_json::<Manifest>(path)? else { return Ok(None) };
     let wrong = |what: String| Err(Error::input(path.display(), what));

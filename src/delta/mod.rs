@@ -11,6 +11,7 @@ use serde_json::Value;
 use crate::clip::base::Base;
 use crate::clip::method_error;
 use crate::error::Result;
+use crate::provenance::Provenance;
 
 mod bundle;
 mod clip_lora;
@@ -21,7 +22,7 @@ mod save;
 pub use bundle::{Bundle, Bundled, bundled, digest as bundle_digest, files as bundle_files};
 pub use clip_lora::is_clip_lora;
 pub use fetch::{locate, locate_with};
-pub use load::{Delta, convert};
+pub use load::{Delta, convert, manifest};
 pub use save::{check_output, save};
 
 /// Planned methods: parameters, hooks for training and hooks for evaluation.
@@ -127,6 +128,9 @@ pub struct Manifest {
     pub version: String,
     /// The base.
     pub base: BaseRef,
+    /// Digests of data, classes, base and preprocessing of the run that it comes from; empty ones are not known.
+    #[serde(default)]
+    pub made_of: Provenance,
     /// The task and its options, as a recipe has them.
     pub task: Value,
     /// How image and text become one, where that was said.

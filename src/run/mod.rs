@@ -9,6 +9,7 @@ use crate::events::Events;
 use crate::files::{self, Output};
 use crate::recipe::Recipe;
 use crate::report::{EpochRecord, Evaluation, Prediction, TrainReport};
+use crate::roster;
 use crate::train::StepRecord;
 
 mod read;
@@ -28,7 +29,8 @@ const FAILURE: &str = "failure.txt";
 /// The recipe of a run that is being removed.
 const REMOVED: &str = ".removed";
 /// All that `--force` may remove.
-const OURS: [&str; 11] = [RECIPE, REPORT, METRICS, PREDICTIONS, PAGE, EVENTS, LOCK, FAILURE, "adapter", "checkpoint", "model"];
+const OURS: [&str; 12] =
+    [RECIPE, roster::FILE, REPORT, METRICS, PREDICTIONS, PAGE, EVENTS, LOCK, FAILURE, "adapter", "checkpoint", "model"];
 
 /// What to do with a directory that is not empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,12 +62,18 @@ pub enum Opened {
 }
 
 impl RunDir {
+    /// Where the run of a recipe goes.
+    #[must_use]
+    pub fn place(recipe: &Recipe) -> PathBuf {
+        recipe.output.clone().unwrap_or_else(|| Path::new("runs").join(&recipe.name))
+    }
+
     /// Opens and locks the run directory of a recipe.
     ///
     /// # Errors
     /// When it belongs to something else, to another process, or to an unfinished run.
     pub fn open(recipe: &Recipe, existing: Existing) -> Result<Opened> {
-        let path = recipe.output.clone().unwrap_or_else(|| Path::new("runs").join(&recipe.name));
+        let path = Self::place(recipe);
         let yaml = recipe.to_yaml()?;
         check_ours(&path)?;
         files::create_dir_all(&path)?;

@@ -54,6 +54,7 @@ impl Observer for Logged<'_> {
 pub fn train(recipe: Recipe, existing: Existing, device: &Device, observer: &mut dyn Observer) -> Result<(TrainReport, bool)> {
     // What can be wrong with the recipe comes before anything is written.
     let session = Session::to_train(recipe, device, observer)?;
+    session.warn_of_seen(observer)?;
     let (mut adapters, task) = session.plan()?;
     tell(&adapters, observer);
     session.discard_replaced(&adapters)?;
@@ -61,20 +62,32 @@ pub fn train(recipe: Recipe, existing: Existing, device: &Device, observer: &mut
     let mut trainer = session.trainer(&mut adapters, task)?;
     trainer.micro = micro;
     trainer.adapters.check_steps(trainer.total_steps())?;
+    let roster = session.roster()?;
     let run = match RunDir::open(&session.recipe, existing)? {
-        Opened::Finished(report) => return Ok((*report, true)),
+        Opened::Finished(report) => {
+            session.check_same(&RunDir::place(&session.recipe), &roster, Some(&report.made_of))?;
+            return Ok((*report, true));
+        }
         Opened::Open(run) => run,
     };
+    let known = session.check_same(run.path(), &roster, None)?;
+    if !known {
+        roster.save(run.path())?;
+    }
     let mut state = trainer.begin()?;
     if micro != Micro::of(&session.recipe.train) {
         state.set_micro(micro);
     }
     if existing == Existing::Resume {
         trainer.resume(&mut state, &run.checkpoint())?;
+        if !known && state.state().step > 0 {
+            observer.event(Event::Note("the run does not say what data and base it was begun with, so they cannot be compared".into()));
+        }
         if trainer.micro != micro {
             observer.event(Event::Note(format!("the run goes on with {}, as it began", trainer.micro)));
         }
     }
+    state.set_made_of(run.path(), roster.made_of)?;
     let mut logged = Logged { inner: observer, run: *run, failed: None };
     logged.run.open_metrics(state.state().step, session.recipe.train.tensorboard)?;
     let done = session.execute(&mut trainer, &mut state, &mut logged);
@@ -124,7 +137,12 @@ impl Session {
         }
         let (changes, unfoldable) = self.changed(trainer, logged)?;
         logged.run.check()?;
-        let bytes = delta::save(&logged.run.adapter(), trainer.adapters, &self.sites(), &self.manifest(&*trainer.task, &after)?)?;
+        let bytes = delta::save(
+            &logged.run.adapter(),
+            trainer.adapters,
+            &self.sites(),
+            &self.manifest(&*trainer.task, &after, &run.state().made_of)?,
+        )?;
         if matches!(self.recipe.model, ModelConfig::Scratch(_)) {
             merge::write_trained(&self.base, std::mem::take(&mut trainer.adapters.view), &logged.run.model())?;
         }
@@ -143,7 +161,7 @@ impl Session {
         let Some(best) = trainer.keep_best(run)? else { return Ok(()) };
         logged.run.check()?;
         let dir = logged.run.adapter();
-        delta::save(&dir, trainer.adapters, &self.sites(), &self.manifest(&*trainer.task, &best)?)?;
+        delta::save(&dir, trainer.adapters, &self.sites(), &self.manifest(&*trainer.task, &best, &run.state().made_of)?)?;
         let epoch = run.state().best.as_ref().map_or(0, |b| b.epoch);
         logged.event(Event::Note(format!("the best epoch so far, {epoch}, is kept in {}", dir.display())));
         Ok(())
@@ -158,6 +176,7 @@ impl Session {
             task: self.recipe.task.name().into(),
             base: self.recipe.model.spec().into(),
             base_digest: self.base.digest.clone(),
+            made_of: state.made_of.clone(),
             classes: self.classes(&*trainer.task),
             metric: trainer.metric.clone(),
             split: split.to_string(),

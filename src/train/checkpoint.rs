@@ -12,6 +12,7 @@ use crate::clip::model::all_finite;
 use crate::clip::weights;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::provenance::Provenance;
 use crate::report::{EpochRecord, Evaluation};
 
 /// The file inside `checkpoint/`.
@@ -54,6 +55,9 @@ pub struct State {
     /// What `train.auto_batch` has come to, where that is not what the recipe says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub micro: Option<Micro>,
+    /// What the run is made of.
+    #[serde(default)]
+    pub made_of: Provenance,
 }
 
 /// The best epoch.

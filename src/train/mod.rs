@@ -15,6 +15,7 @@ use crate::data::{Dataset, Example, Images, Plan, Split};
 use crate::delta::Adapters;
 use crate::error::{Error, Result};
 use crate::optim::{Ema, Optimizer};
+use crate::provenance::Provenance;
 use crate::report::Evaluation;
 use crate::task::{Forward, Needs, Task};
 
@@ -92,6 +93,21 @@ impl Run {
     /// Notes micro-batches that differ from the recipe's.
     pub fn set_micro(&mut self, micro: Micro) {
         self.state.micro = Some(micro);
+    }
+
+    /// Notes what it is made of.
+    ///
+    /// # Errors
+    /// When the checkpoint is of a run that was made of something else.
+    pub fn set_made_of(&mut self, place: &Path, made_of: Provenance) -> Result<()> {
+        match self.state.made_of.differing(&made_of).as_slice() {
+            [] => self.state.made_of = made_of,
+            other => {
+                let message = format!("the checkpoint is of another run: {} differ", other.join(" and "));
+                return Err(Error::input(place.display(), message).hint("start anew with --force"));
+            }
+        }
+        Ok(())
     }
 
     /// Notes the evaluation before training.

@@ -1,0 +1,347 @@
+//! The examples of a run with their splits, kept beside it: 32 bytes for each. So `--resume` can say what has changed, and an
+//! evaluation counts nothing as test that the run has seen, however much was added to the data since.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+
+use crate::clip::weights;
+use crate::data::{Dataset, Example, ImageRef, Split};
+use crate::error::{Error, Result};
+use crate::files;
+use crate::provenance::Provenance;
+
+/// The file in a run directory.
+pub const FILE: &str = "examples.safetensors";
+/// The largest one that is read.
+const MAX_FILE: u64 = 16 << 30;
+/// Its metadata.
+const CLASSES: &str = "classes";
+const MADE_OF: &str = "made_of";
+
+/// Train first: what was trained on in one row and tested in another has been trained on.
+const SPLITS: [Split; 3] = [Split::Train, Split::Val, Split::Test];
+
+/// One example, as the first 8 bytes of blake3.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Entry {
+    id: i64,
+    /// Names of its classes.
+    label: i64,
+    /// What else there is to learn of it: texts, question, answers, numbers.
+    rest: i64,
+    /// Its image's bytes, or its texts where it has no image; 0 where they were not read.
+    content: i64,
+}
+
+impl Entry {
+    fn of(example: &Example, classes: &[String]) -> Self {
+        let names = example.all_labels().iter().map(|&l| classes.get(l as usize).map_or("", String::as_str));
+        let mut rest: Vec<String> = example.texts.clone();
+        rest.extend(example.question.clone());
+        rest.push(format!("{:?} {:?}", example.value, example.fits));
+        rest.extend(example.answers.iter().chain(&example.choices).cloned());
+        let rest = key(rest.iter().map(String::as_str));
+        let content = match (&example.image, example.content) {
+            (ImageRef::Missing, _) => rest,
+            (_, digest) => digest.map_or(0, u64::cast_signed),
+        };
+        Self { id: key([example.id.as_str()]), label: key(names), rest, content }
+    }
+}
+
+/// The first 8 bytes of blake3 of some texts, each with its length before it.
+fn key<'a>(texts: impl IntoIterator<Item = &'a str>) -> i64 {
+    let mut hasher = blake3::Hasher::new();
+    for text in texts {
+        hasher.update(&(text.len() as u64).to_le_bytes());
+        hasher.update(text.as_bytes());
+    }
+    i64::from_le_bytes(hasher.finalize().as_bytes().first_chunk().copied().unwrap_or_default())
+}
+
+fn digest(hasher: &blake3::Hasher) -> String {
+    format!("blake3:{}", hasher.finalize().to_hex())
+}
+
+/// See the module.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Roster {
+    /// Digests of these examples and of all else that the run was made of.
+    pub made_of: Provenance,
+    classes: Vec<String>,
+    /// In ascending order, of train, val and test.
+    splits: [Vec<Entry>; 3],
+}
+
+impl Roster {
+    /// The examples of `data`; `made_of` has the digests of the base.
+    ///
+    /// # Errors
+    /// When a shard cannot be read.
+    pub fn of(data: &Dataset, made_of: Provenance) -> Result<Self> {
+        let mut roster = Self { made_of, classes: data.classes.clone(), splits: Default::default() };
+        for (split, entries) in SPLITS.into_iter().zip(&mut roster.splits) {
+            data.visit(split, &mut |part| {
+                entries.extend(part.iter().map(|e| Entry::of(e, &data.classes)));
+                Ok(())
+            })?;
+            entries.sort_unstable();
+        }
+        let mut hasher = blake3::Hasher::new();
+        for entries in &roster.splits {
+            hasher.update(&(entries.len() as u64).to_le_bytes());
+            entries.iter().flat_map(|e| [e.id, e.label, e.rest, e.content]).for_each(|n| {
+                hasher.update(&n.to_le_bytes());
+            });
+        }
+        roster.made_of.data = digest(&hasher);
+        let mut hasher = blake3::Hasher::new();
+        for class in &data.classes {
+            hasher.update(&(class.len() as u64).to_le_bytes());
+            hasher.update(class.as_bytes());
+        }
+        roster.made_of.classes = digest(&hasher);
+        Ok(roster)
+    }
+
+    /// Writes it into a run directory.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        let mut tensors = Vec::new();
+        for (split, entries) in SPLITS.into_iter().zip(&self.splits) {
+            let numbers: Vec<i64> = entries.iter().flat_map(|e| [e.id, e.label, e.rest, e.content]).collect();
+            tensors.push((split.to_string(), Tensor::from_vec(numbers, (entries.len(), 4), &Device::Cpu)?));
+        }
+        let json = |value: serde_json::Result<String>| value.map_err(|e| Error::fault(FILE, e));
+        let metadata = [(CLASSES, json(serde_json::to_string(&self.classes))?), (MADE_OF, json(serde_json::to_string(&self.made_of))?)];
+        weights::save_with(&dir.join(FILE), &tensors, metadata.map(|(k, v)| (k.to_string(), v)).into())
+    }
+
+    /// Reads that of a run directory; none where the run is older than rosters.
+    ///
+    /// # Errors
+    /// When it is broken.
+    pub fn find(dir: &Path) -> Result<Option<Self>> {
+        let path = dir.join(FILE);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let place = path.display().to_string();
+        let (tensors, metadata) = weights::read_safetensors(&place, &files::read(&path, MAX_FILE)?)?;
+        let broken = || Error::input(&place, "does not list the examples of a run");
+        let mut tensors: HashMap<String, Tensor> = tensors.into_iter().collect();
+        let mut entries = |split: Split| -> Result<Vec<Entry>> {
+            let rows = tensors.remove(&split.to_string()).and_then(|t| t.to_vec2::<i64>().ok()).ok_or_else(broken)?;
+            let one = |row: &Vec<i64>| match row[..] {
+                [id, label, rest, content] => Ok(Entry { id, label, rest, content }),
+                _ => Err(broken()),
+            };
+            rows.iter().map(one).collect()
+        };
+        let splits = [entries(Split::Train)?, entries(Split::Val)?, entries(Split::Test)?];
+        let text = |name: &str| metadata.get(name).ok_or_else(broken);
+        let classes = serde_json::from_str(text(CLASSES)?).map_err(|_| broken())?;
+        let made_of = serde_json::from_str(text(MADE_OF)?).map_err(|_| broken())?;
+        Ok(Some(Self { made_of, classes, splits }))
+    }
+
+    fn all(&self) -> impl Iterator<Item = (Split, &Entry)> {
+        SPLITS.into_iter().zip(&self.splits).flat_map(|(split, entries)| entries.iter().map(move |e| (split, e)))
+    }
+
+    /// What is different in `now`, which was made of `data`; nothing where the runs are of the same.
+    ///
+    /// # Errors
+    /// When a shard cannot be read.
+    pub fn differences(&self, now: &Self, data: &Dataset) -> Result<Vec<String>> {
+        let parts = self.made_of.differing(&now.made_of);
+        let mut told = Vec::new();
+        for part in &parts {
+            match *part {
+                "the data" => told.extend(self.data_differences(now, data)?),
+                "the classes" => told.push(class_difference(&self.classes, &now.classes)),
+                "the base's weights" => told.push("the base has other weights".into()),
+                "the tokeniser" => told.push("the base has another tokeniser".into()),
+                _ => told.push("images are prepared in another way".into()),
+            }
+        }
+        Ok(told)
+    }
+
+    fn data_differences(&self, now: &Self, data: &Dataset) -> Result<Vec<String>> {
+        let ids = |roster: &Self| roster.all().map(|(_, e)| e.id).collect::<HashSet<_>>();
+        let (before, after) = (ids(self), ids(now));
+        let count = |what: usize, is: &str, are: &str| match what {
+            0 => None,
+            1 => Some(format!("1 example {is}")),
+            n => Some(format!("{n} examples {are}")),
+        };
+        let mut told: Vec<String> = [
+            count(after.difference(&before).count(), "is new", "are new"),
+            count(before.difference(&after).count(), "is gone", "are gone"),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
+        told.extend(self.changes(data)?.into_iter().filter_map(|(kind, (number, first))| {
+            let what = count(number, &format!("has {kind}"), &format!("have {kind}"))?;
+            Some(format!("{what} ({first})"))
+        }));
+        if told.is_empty() {
+            told.push("rows of the data have come or gone".into());
+        }
+        Ok(told)
+    }
+
+    /// How many examples of `data` have kept their id and changed otherwise, by kind, with the first of each.
+    fn changes(&self, data: &Dataset) -> Result<BTreeMap<&'static str, (usize, String)>> {
+        let mut known: HashMap<i64, Vec<(Split, &Entry)>> = HashMap::new();
+        self.all().for_each(|(split, e)| known.entry(e.id).or_default().push((split, e)));
+        let names: HashMap<i64, &str> = self.classes.iter().map(|n| (key([n.as_str()]), n.as_str())).collect();
+        let mut found: BTreeMap<&'static str, (usize, String)> = BTreeMap::new();
+        for split in SPLITS {
+            data.visit(split, &mut |part| {
+                for example in part {
+                    let now = Entry::of(example, &data.classes);
+                    let Some(before) = known.get(&now.id) else { continue };
+                    let Some((kind, was)) = change(before, split, &now) else { continue };
+                    let label = example.label.and_then(|l| data.classes.get(l as usize));
+                    let detail = match (kind, names.get(&was.1.label), label) {
+                        ("another label", Some(was), Some(is)) => format!("{}: {is}, was {was}", example.id),
+                        ("another split", ..) => format!("{}: {split}, was {}", example.id, was.0),
+                        _ => example.id.clone(),
+                    };
+                    found.entry(kind).or_insert((0, detail)).0 += 1;
+                }
+                Ok(())
+            })?;
+        }
+        Ok(found)
+    }
+}
+
+/// What of an example has changed since, where one with its id was there.
+fn change<'a>(before: &[(Split, &'a Entry)], split: Split, now: &Entry) -> Option<(&'static str, (Split, &'a Entry))> {
+    if before.iter().any(|(s, e)| *s == split && **e == *now) {
+        return None;
+    }
+    let was = *before.first()?;
+    let any = |test: &dyn Fn(&Entry) -> bool| before.iter().any(|(_, e)| test(e));
+    Some(match () {
+        () if !any(&|e| e.label == now.label) => ("another label", was),
+        () if !any(&|e| e.content == now.content) => ("another image", was),
+        () if !any(&|e| e.rest == now.rest) => ("another text or value", was),
+        () => ("another split", was),
+    })
+}
+
+/// The first class that differs.
+fn class_difference(before: &[String], now: &[String]) -> String {
+    let at = before.iter().zip(now).position(|(a, b)| a != b);
+    let first = at.map(|i| format!("class {} is `{}`, was `{}`", i + 1, now[i], before[i]));
+    let numbers = (before.len() != now.len()).then(|| format!("there are {} classes, were {}", now.len(), before.len()));
+    numbers.into_iter().chain(first).collect::<Vec<_>>().join("; ")
+}
+
+/// What [`Roster::settle`] did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Settled {
+    /// Examples that the run has not had.
+    pub new: usize,
+    /// Examples of the run that are not there any more.
+    pub gone: usize,
+    /// Examples that were in another split in the run, and are there again.
+    pub moved: usize,
+}
+
+/// Which split the run had an example in.
+struct Known {
+    exact: HashMap<(i64, i64), Split>,
+    content: HashMap<i64, Split>,
+    id: HashMap<i64, Split>,
+}
+
+impl Known {
+    fn new(roster: &Roster) -> Self {
+        let mut known = Self { exact: HashMap::new(), content: HashMap::new(), id: HashMap::new() };
+        // Train comes first, and stays.
+        for (split, e) in roster.all() {
+            known.id.entry(e.id).or_insert(split);
+            if e.content != 0 {
+                known.exact.entry((e.id, e.content)).or_insert(split);
+                known.content.entry(e.content).or_insert(split);
+            }
+        }
+        known
+    }
+
+    /// The same name counts only where the data is the run's own: `0.png` is a name that many sets have.
+    fn split(&self, e: &Entry, own: bool) -> Option<Split> {
+        let exact = self.exact.get(&(e.id, e.content)).or_else(|| self.content.get(&e.content));
+        exact.or_else(|| self.id.get(&e.id).filter(|_| own)).copied()
+    }
+}
+
+/// How [`Roster::settle`] takes data.
+#[derive(Debug, Clone, Copy)]
+pub struct Settling {
+    /// It is the run's own data, whose ids count. Otherwise only examples that the run has trained on or chosen by are moved,
+    /// which are known by their content.
+    pub own: bool,
+    /// The training split is drawn, so that others come and go in it.
+    pub drawn: bool,
+}
+
+impl Roster {
+    /// Puts the examples of `data` where the run had them, what is new of a known group with its group. A streamed training
+    /// split stays as it is; what belongs to it is left out of the others.
+    pub fn settle(&self, data: &mut Dataset, settling: Settling) -> Settled {
+        let Settling { own, drawn } = settling;
+        let known = Known::new(self);
+        let mut settled = Settled::default();
+        let lists = [std::mem::take(&mut data.train), std::mem::take(&mut data.val), std::mem::take(&mut data.test)];
+        let all: Vec<(Split, Example)> = SPLITS.into_iter().zip(lists).flat_map(|(s, l)| l.into_iter().map(move |e| (s, e))).collect();
+        let entries: Vec<Entry> = all.iter().map(|(_, e)| Entry::of(e, &data.classes)).collect();
+        let mut groups: HashMap<String, Split> = HashMap::new();
+        for ((_, example), entry) in all.iter().zip(&entries) {
+            if let (Some(group), Some(split)) = (&example.group, known.split(entry, own)) {
+                groups.entry(group.clone()).and_modify(|s| *s = (*s).min(split)).or_insert(split);
+            }
+        }
+        let mut seen = HashSet::new();
+        for ((fresh, example), entry) in all.into_iter().zip(entries) {
+            let before = known.split(&entry, own);
+            let group = example.group.as_ref().and_then(|g| groups.get(g)).copied();
+            settled.new += usize::from(before.is_none() && !(drawn && fresh == Split::Train));
+            seen.insert(entry.id);
+            let split = match before.or(group) {
+                Some(split) if own => split,
+                Some(split) => split.min(fresh),
+                None => fresh,
+            };
+            settled.moved += usize::from(split != fresh && before.is_some());
+            match split {
+                // Streamed rows cannot be added to: these are left out.
+                Split::Train if data.stream.is_some() => {}
+                Split::Train => data.train.push(example),
+                Split::Val => data.val.push(example),
+                Split::Test => data.test.push(example),
+            }
+        }
+        let listed = |split: &Split| *split != Split::Train || data.stream.is_none() && !drawn;
+        settled.gone = self.all().filter(|(split, e)| listed(split) && !seen.contains(&e.id)).count();
+        settled
+    }
+
+    /// How many of a split's examples the run has trained on or chosen its epoch by.
+    #[must_use]
+    pub fn seen_in(&self, data: &Dataset, split: Split) -> usize {
+        let known = Known::new(self);
+        let before = |e: &&Example| known.split(&Entry::of(e, &data.classes), true).is_some_and(|s| s < split);
+        data.split(split).iter().filter(before).count()
+    }
+}
