@@ -206,3 +206,52 @@ fn what_is_no_file_is_refused() {
     assert!(open(&data(), &options).unwrap_err().to_string().contains("expected a file"));
     assert!(open(&data().join("missing.png"), &options).unwrap_err().to_string().contains("no such file"));
 }
+
+/// Pixels as they stand in the file, which is what Pillow 12 makes of them: `Image.open(f).convert("RGB")`.
+#[test]
+fn pnm_is_read_in_each_of_its_forms() {
+    let values: Vec<u8> = (0..12).map(|i| (i * 37 + 11) as u8).collect();
+    let grey: Vec<u8> = values[..4].iter().flat_map(|v| [*v; 3]).collect();
+    let plain = |v: &[u8]| v.iter().map(u8::to_string).collect::<Vec<_>>().join(" ").into_bytes();
+    let bits: Vec<u8> = [0u8, 255, 255, 0].iter().flat_map(|v| [*v; 3]).collect();
+    let wide: Vec<u8> = values.iter().flat_map(|v| [*v, *v]).collect();
+    for (header, data, expected) in [
+        ("P6\n2 2\n255\n", values.clone(), &values),
+        ("P6 # a comment 7\n2 2 255\n", values.clone(), &values),
+        ("P6\n2 2\n65535\n", wide, &values),
+        ("P3\n# 1 2 3\n2 2\n255\n", plain(&values), &values),
+        ("P5\n2 2\n255\n", values[..4].to_vec(), &grey),
+        ("P2\n2 2\n255\n", plain(&values[..4]), &grey),
+        ("P4\n2 2\n", vec![0b1000_0000, 0b0100_0000], &bits),
+        ("P1\n2 2\n", b"1 0 0 1".to_vec(), &bits),
+    ] {
+        let found = decode(header, &[header.as_bytes(), &data].concat(), &DecodeOptions::default()).unwrap();
+        assert_eq!(found.as_raw(), expected, "{header}");
+    }
+    for (header, part) in [("P6\n2 2\n100\n", "found 100"), ("P5\n2 2\n1023\n", "found 1023"), ("P7\nWIDTH 2\n", "PAM images")] {
+        let message = decode("x.ppm", &[header.as_bytes(), &values].concat(), &DecodeOptions::default()).unwrap_err().to_string();
+        assert!(message.contains(part), "{message}");
+    }
+}
+
+/// Whatever the file is called: a phone's HEIC under `.jpg` is a HEIC.
+#[test]
+fn formats_that_cannot_be_read_are_called_by_their_names() {
+    for (bytes, name) in [
+        (&b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"[..], "HEIC"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf", "AVIF"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf", "AVIF"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
+        (b"8BPS\0\x01", "Photoshop"),
+    ] {
+        let error = decode("photo.jpg", bytes, &DecodeOptions::default()).unwrap_err();
+        let message = error.to_string();
+        assert!(
+            message.contains(&format!("{name} images are not supported")) && message.contains("convert them to JPEG or PNG"),
+            "{message}"
+        );
+        assert_eq!(error.exit_code(), 2);
+    }
+}

@@ -137,6 +137,7 @@ fn of_format(place: &str, bytes: &[u8], file: Timed<'_>, options: &DecodeOptions
             }
         }
         ImageFormat::Jpeg => jpeg::check_complete(place, bytes)?,
+        ImageFormat::Pnm => check_maximum(place, bytes)?,
         ImageFormat::Tiff => {
             if let Some(decoded) = tiff::special(place, bytes, file, options)? {
                 return Ok(decoded);
@@ -146,6 +147,31 @@ fn of_format(place: &str, bytes: &[u8], file: Timed<'_>, options: &DecodeOptions
     }
     generic(place, bytes, file, format, options)
 }
+
+/// The decoder does not scale grey values and colours whose maximum is another one, so that they would be too dark.
+fn check_maximum(place: &str, bytes: &[u8]) -> Result<()> {
+    let has_maximum = [b"P2", b"P3", b"P5", b"P6"].iter().any(|magic| bytes.starts_with(*magic));
+    if !has_maximum {
+        return match bytes.starts_with(b"P7") {
+            true => Err(Error::input(place, "PAM images are not supported").hint("convert them to JPEG or PNG")),
+            false => Ok(()),
+        };
+    }
+    // Magic, width, height, maximum; a comment reaches to the end of its line.
+    let mut words = bytes.get(2..bytes.len().min(MAX_PNM_HEADER)).unwrap_or_default().split(|b| *b == b'\n').flat_map(|line| {
+        let line = line.split(|b| *b == b'#').next().unwrap_or_default();
+        line.split(u8::is_ascii_whitespace).filter(|word| !word.is_empty())
+    });
+    let maximum = words.nth(2).map(|word| String::from_utf8_lossy(word).chars().take(20).collect::<String>());
+    match maximum.as_deref() {
+        Some("255" | "65535") => Ok(()),
+        found => Err(Error::input(place, format!("expected values up to 255 or 65535, found {}", found.unwrap_or("none")))
+            .hint("convert the image to PNG")),
+    }
+}
+
+/// Numbers in a PNM's header come before this byte, comments included.
+const MAX_PNM_HEADER: usize = 1 << 16;
 
 /// Width and height, which stand behind the signature and the first chunk's head.
 fn png_size(bytes: &[u8]) -> Option<[u64; 2]> {
@@ -159,7 +185,7 @@ fn sniff(place: &str, bytes: &[u8]) -> Result<ImageFormat> {
     }
     let known = "PNG, JPEG, WebP, GIF, BMP, TIFF and PNM are understood";
     if let Some(kind) = foreign(bytes) {
-        return Err(Error::input(place, format!("{kind} images cannot be read")).hint("convert them to JPEG or PNG"));
+        return Err(Error::input(place, format!("{kind} images are not supported")).hint("convert them to JPEG or PNG"));
     }
     match image::guess_format(bytes) {
         Ok(format) if format.reading_enabled() => Ok(format),
