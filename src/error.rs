@@ -99,6 +99,20 @@ impl Error {
         }
     }
 
+    /// The same about `to` wherever it names `from`, a temporary place.
+    #[must_use]
+    pub(crate) fn moved(self, from: &std::path::Path, to: &std::path::Path) -> Self {
+        let (from, to) = (from.display().to_string(), to.display().to_string());
+        let text = |s: String| s.replace(&from, &to);
+        let problem = |p: Box<Problem>| Box::new(Problem { place: text(p.place), message: text(p.message), hint: p.hint.map(text) });
+        match self {
+            Self::Input(p) => Self::Input(problem(p)),
+            Self::Fault(p) => Self::Fault(problem(p)),
+            Self::Verdict(message) => Self::Verdict(text(message)),
+            other => other,
+        }
+    }
+
     /// Adds the way out. No effect on variants without a [`Problem`].
     #[must_use]
     pub fn hint(mut self, hint: impl fmt::Display) -> Self {

@@ -7,6 +7,7 @@ use peft_adapters::{Patches, rng};
 use serde::Serialize;
 
 use crate::clip::base::Base;
+use crate::clip::source::PREPROCESSOR;
 use crate::clip::tokenizer::Tokenizer;
 use crate::clip::{Clip, TextBatch, foreign, weights};
 use crate::delta::{Delta, bundled, locate};
@@ -286,7 +287,7 @@ pub(crate) fn write(
         match layout {
             Layout::Hf => {
                 weights::save(&dir.join(weights_file), tensors)?;
-                files::write_atomic(&dir.join("preprocessor_config.json"), &preprocessor(base)?)?;
+                files::write_atomic(&dir.join(PREPROCESSOR), &preprocessor(base)?)?;
             }
             Layout::OpenClip => weights::save(&dir.join(weights_file), &weights::state_dict(tensors)?)?,
         }
@@ -294,7 +295,8 @@ pub(crate) fn write(
         for (name, bytes) in Tokenizer::files(&base.source)? {
             files::write_atomic(&dir.join(name), &bytes)?;
         }
-        check(dir)
+        // The directory has a temporary name, which nobody else knows.
+        check(dir).map_err(|e| e.moved(dir, output))
     })
 }
 
@@ -317,10 +319,12 @@ fn merged_config(base: &Base, dtype: DType) -> Result<serde_json::Value> {
     Ok(config)
 }
 
+/// `preprocessor_config.json` alone: transformers 5 reads it where there is no `processor_config.json`, and transformers 4 takes the
+/// `image_processor` in such a file for a processor and fails.
 fn preprocessor(base: &Base) -> Result<Vec<u8>> {
-    match base.source.read("preprocessor_config.json")? {
-        Some(bytes) => Ok(bytes.into_owned()),
-        None => Ok(base.preprocess.digest_bytes()),
+    match base.source.preprocessor()? {
+        Some((_, bytes)) => Ok(bytes),
+        None => serde_json::to_vec_pretty(&base.preprocess.to_json()).map_err(|e| Error::fault(PREPROCESSOR, e)),
     }
 }
 

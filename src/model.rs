@@ -9,7 +9,7 @@ use peft_adapters::{Patches, Step};
 
 use crate::clip::base::Base;
 use crate::clip::decode::{self, DecodeOptions};
-use crate::clip::model::all_finite;
+use crate::clip::model::{all_finite, unit_rows};
 use crate::data::check_classes;
 use crate::delta::{Adapters, Delta, Manifest, bundled, locate};
 use crate::error::{Error, Result};
@@ -254,7 +254,7 @@ impl Model {
         for chunk in images.chunks(BATCH) {
             let pixels: Vec<Vec<f32>> = chunk.par_iter().map(&pixels).collect::<Result<_>>()?;
             let pixels = Tensor::from_vec(pixels.concat(), (chunk.len(), 3, height, width), &Device::Cpu)?;
-            parts.push(finite("image", self.base.clip.image_features(&pixels, &self.patches)?.to_dtype(DType::F32)?)?);
+            parts.push(self.finite("image", self.base.clip.image_features(&pixels, &self.patches)?.to_dtype(DType::F32)?)?);
         }
         self.joined(&parts)
     }
@@ -280,7 +280,7 @@ impl Model {
             None => e,
         })?;
         let features = features.to_dtype(DType::F32)?;
-        Ok((finite("text", features)?, prompts.truncated))
+        Ok((self.finite("text", features)?, prompts.truncated))
     }
 
     fn joined(&self, parts: &[Tensor]) -> Result<Tensor> {
@@ -355,7 +355,21 @@ impl Model {
             return Ok(Scorer { classes: Classes::PerImage(Box::new(prompts)), templates, labels });
         }
         let classes = prompts.class_features(&Forward::eval(&self.base.clip, &self.patches)).map_err(|e| self.of_classes(e))?;
-        Ok(Scorer { classes: Classes::Shared(finite("text", classes)?), templates, labels })
+        Ok(Scorer { classes: Classes::Shared(self.finite("text", classes)?), templates, labels })
+    }
+
+    /// Features that can be ranked: they are finite, and so is their length.
+    pub(crate) fn finite(&self, what: &str, features: Tensor) -> Result<Tensor> {
+        if all_finite(&features)? && all_finite(&unit_rows(&features)?)? {
+            return Ok(features);
+        }
+        let error = Error::fault(format!("{what} features"), "are not finite, or too large for their length to be a number");
+        Err(match self.base.extreme()? {
+            Some((name, value)) => {
+                error.hint(format!("{} holds values up to {value:.1e} in `{name}`: the file is damaged", self.base.source))
+            }
+            None => error.hint("the adapter's weights may be too large for this base, or --dtype too narrow"),
+        })
     }
 
     /// What fails where an adapter is bound to classes that it does not name (one without `peft.json`) is the labels' fault; where
@@ -367,14 +381,5 @@ impl Model {
                 .hint("its files do not belong together: peft.json names other classes than its tensors are for"),
             _ => error,
         }
-    }
-}
-
-/// Features that can be ranked.
-fn finite(what: &str, features: Tensor) -> Result<Tensor> {
-    match all_finite(&features)? {
-        true => Ok(features),
-        false => Err(Error::fault(format!("{what} features"), "are not finite")
-            .hint("the adapter's weights may be too large for this base, or --dtype too narrow")),
     }
 }

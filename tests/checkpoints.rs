@@ -246,3 +246,109 @@ fn the_embedded_tokeniser_is_clips() {
 }
 
 const ZURICH: [u32; 11] = [49406, 89, 6522, 4021, 273, 271, 273, 275, 2074, 356, 49407];
+
+#[test]
+fn checkpoints_of_training_scripts_are_read() {
+    let w = World::new();
+    let notes = agrees(&w, &[&data("training/last.pt")], "quick16/golden.safetensors");
+    assert!(notes.contains("model_state_dict") && notes.contains("`ema`") && notes.contains("optimizer_state_dict"), "{notes}");
+    assert!(notes.contains("classifier.weight"), "{notes}");
+    // OpenAI's dict says its sizes in integers, so that no architecture has to be named.
+    agrees(&w, &[&data("training/openai.pt")], "openai/golden.safetensors");
+}
+
+#[test]
+fn wrappers_of_names_may_come_in_any_order() {
+    let w = World::new();
+    let custom = copy(&w, "custom");
+    let file = custom.join("open_clip_model.safetensors");
+    let plain = tensors(&file);
+    for prefix in ["model.", "clip.", "clip_model.", "module.clip_model.", "_orig_mod.module.", "module._orig_mod.model.clip."] {
+        let renamed: Vec<_> = plain.iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor.clone())).collect();
+        peft::clip::weights::save(&file, &renamed).unwrap();
+        agrees(&w, &[&custom.display().to_string()], "custom/golden.safetensors");
+    }
+}
+
+/// transformers 5 says in `processor_config.json` alone how images become pixels; what is written both generations read.
+#[test]
+fn a_directory_of_transformers_5_is_read_and_written() {
+    let w = World::new();
+    agrees(&w, &[&data("transformers5")], "transformers5/golden.safetensors");
+    w.json(&["convert", &data("transformers5"), "--output", "plain"]);
+    agrees(&w, &["plain"], "transformers5/golden.safetensors");
+    let written: serde_json::Value = serde_json::from_slice(&common::read(&w.path("plain/preprocessor_config.json"))).unwrap();
+    assert_eq!(written["crop_size"]["height"], 20);
+    assert!(!w.path("plain/processor_config.json").exists(), "transformers 4 fails at its image_processor");
+
+    // Where both say something else, transformers 5 takes the nested one.
+    let both = copy(&w, "transformers5");
+    std::fs::write(both.join("preprocessor_config.json"), r#"{"size": 20, "crop_size": 20}"#).unwrap();
+    let notes = agrees(&w, &[&both.display().to_string()], "transformers5/golden.safetensors");
+    assert!(notes.contains("processor_config.json"), "{notes}");
+    // Another size hides both.
+    let larger = embed(&w, &[&both.display().to_string(), "--image-size", "30"]).1;
+    assert!(larger.contains("30"), "{larger}");
+}
+
+#[test]
+fn a_base_without_preprocessing_says_what_is_done() {
+    let w = World::new();
+    std::fs::remove_file(w.path("base/preprocessor_config.json")).unwrap();
+    let notes = embed(&w, &["base"]).1;
+    assert!(notes.contains("processor_config.json"), "{notes}");
+    w.json(&["convert", "base", "--output", "plain"]);
+    let (before, after) = (embed(&w, &["base"]).0, embed(&w, &["plain"]));
+    assert_eq!(off(&before["image_embeds"], &after.0["image_embeds"]), 0.0);
+    assert!(!after.1.contains("processor_config.json"), "{}", after.1);
+}
+
+/// torchvision's crop, which OpenAI and open_clip use, rounds half to even.
+#[test]
+fn crops_are_torchvisions() {
+    use peft::clip::preprocess::{Preprocess, Rounding};
+    let rows: Vec<(u32, u32, u64)> = serde_json::from_slice(&common::read(data("crops.json").as_ref())).unwrap();
+    let preprocess = Preprocess { crop_rounding: Rounding::Torchvision, ..Preprocess::for_size(24) };
+    for (width, height, sum) in rows {
+        let image =
+            image::RgbImage::from_fn(width, height, |x, y| image::Rgb([0, 31, 62].map(|c| ((x * 7 + y * 13 + c + x * y) % 256) as u8)));
+        let done = preprocess.resize_crop(&image).unwrap();
+        let found: u64 = done.as_raw().iter().enumerate().map(|(i, v)| u64::from(*v) * (i as u64 % 1009 + 1)).sum();
+        assert_eq!(found, sum, "{width}×{height}");
+    }
+}
+
+/// A number near the end of f32 must not become zero on its way through a norm and look like a feature.
+#[test]
+fn weights_that_overflow_on_the_way_give_no_features() {
+    let w = World::new();
+    let file = w.path("base/model.safetensors");
+    let plain = tensors(&file);
+    for (name, image) in [
+        ("vision_model.embeddings.patch_embedding.weight", true),
+        ("vision_model.embeddings.position_embedding.weight", true),
+        ("vision_model.pre_layrnorm.weight", true),
+        ("vision_model.encoder.layers.0.mlp.fc2.weight", true),
+        ("vision_model.post_layernorm.weight", true),
+        ("visual_projection.weight", true),
+        ("text_model.embeddings.token_embedding.weight", false),
+        ("text_model.encoder.layers.1.self_attn.out_proj.weight", false),
+        ("text_model.encoder.layers.0.layer_norm1.weight", false),
+        ("text_model.final_layer_norm.weight", false),
+        ("text_projection.weight", false),
+    ] {
+        let mut changed = plain.clone();
+        let large = (changed[name].ones_like().unwrap() * 1e20).unwrap();
+        let large = (large + (&changed[name] * 1e21).unwrap()).unwrap();
+        changed.insert(name.into(), large);
+        peft::clip::weights::save(&file, &changed.into_iter().collect::<Vec<_>>()).unwrap();
+        w.write("texts.txt", "a cat\na red dog\n");
+        let input = if image { ["--images", "data/**/*.png"] } else { ["--texts", "texts.txt"] };
+        w.write("list.txt", "data/red/0.png\ndata/blue/3.png\n");
+        let input = if image { ["--images", "list.txt"] } else { input };
+        let out = w.peft(&["embed", "--model", "base", input[0], input[1], "--output", "out.safetensors"]);
+        assert!(!out.status.success(), "{name}: {:?}", String::from_utf8_lossy(&out.stdout));
+        let message = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(message.contains(name), "{name}: {message}");
+    }
+}

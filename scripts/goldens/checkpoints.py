@@ -18,7 +18,7 @@ from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 OUT = pathlib.Path(__file__).resolve().parents[2] / "tests/data/open_clip"
 TEXTS = ["a photo of a cat", "red", "two words here", "x"]
@@ -185,6 +185,66 @@ def clip_lora():
     golden(out, model, cfg["model_cfg"], cfg["preprocess_cfg"])
 
 
+def training():
+    """What training scripts save around quick16's and OpenAI's weights: wrappers, prefixes, averages, an optimiser, plain values."""
+    out = OUT / "training"
+    out.mkdir(parents=True)
+    state = torch.load(OUT / "quick16/open_clip_pytorch_model.bin")
+    wrapped = {f"_orig_mod.module.clip_model.{k}": v for k, v in state.items()}
+    wrapped["_orig_mod.module.classifier.weight"] = torch.ones(2, 3)
+    moments = {"state": {0: {"exp_avg": torch.ones(3), "step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999)}]}
+    average = {"visual.proj": torch.zeros(12, 12)}
+    torch.save(
+        {"epoch": 3, "ema": average, "model_state_dict": wrapped, "optimizer_state_dict": moments, "best": 0.5, "name": None},
+        out / "last.pt",
+    )
+    openai = dict(torch.jit.load(str(OUT / "openai/model.pt")).state_dict())
+    for key in ["input_resolution", "context_length", "vocab_size"]:
+        openai[key] = int(openai[key])
+    torch.save({f"module.{k}" if torch.is_tensor(v) else k: v for k, v in openai.items()}, out / "openai.pt")
+    for name in ["vocab.json", "merges.txt", "open_clip_config.json"]:
+        shutil.copy(OUT / "quick16" / name, out / name)
+
+
+def transformers5():
+    """A directory as transformers 5 saves it: `processor_config.json` alone says how images become pixels."""
+    out, source = OUT / "transformers5", OUT / "quick16"
+    tokenizer = CLIPTokenizer(vocab=str(source / "vocab.json"), merges=str(source / "merges.txt"))
+    sizes = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
+    end = VOCAB - 1
+    text = {**sizes, "vocab_size": VOCAB, "max_position_embeddings": 20, "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
+    config = CLIPConfig(text_config=text, vision_config={**sizes, "image_size": 20, "patch_size": 10}, projection_dim=12)
+    torch.manual_seed(9)
+    model = CLIPModel(config).eval()
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": 20}, crop_size={"height": 20, "width": 20}, image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7]
+    )
+    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(out)
+    model.save_pretrained(out)
+    assert not (out / "preprocessor_config.json").exists()
+    pixels = images(Image.open(OUT / "image.png"), return_tensors="pt")["pixel_values"]
+    encoded = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        projected = {
+            "image_embeds": model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output),
+            "text_embeds": model.text_projection(model.text_model(**encoded).pooler_output),
+        }
+    save_file({k: v.contiguous() for k, v in projected.items()}, out / "golden.safetensors")
+
+
+def crops():
+    """Sums of what torchvision's Resize and CenterCrop to 24 pixels make of images of many shapes."""
+    transform = image_transform_v2(PreprocessCfg(size=24), is_train=False).transforms
+    rows = []
+    for width in range(17, 47, 2):
+        for height in range(16, 47, 3):
+            y, x, c = np.mgrid[0:height, 0:width, 0:3]
+            image = Image.fromarray(((x * 7 + y * 13 + c * 31 + x * y) % 256).astype(np.uint8))
+            done = np.asarray(transform[1](transform[0](image))).astype(np.int64).ravel()
+            rows.append([width, height, int((done * (np.arange(done.size) % 1009 + 1)).sum())])
+    (OUT / "crops.json").write_text(json.dumps(rows, separators=(",", ":")))
+
+
 def main():
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
@@ -193,7 +253,7 @@ def main():
     Image.fromarray(noise).resize((45, 30), Image.Resampling.BICUBIC).save(OUT / "image.png")
     for case in ["openai", "gelu32", "quick16", "resized", "custom", "hf", "clip_lora"]:
         tokenizer(OUT / case)
-    for make in [openai, gelu32, quick16, resized, custom, transformers_sizes, clip_lora]:
+    for make in [openai, gelu32, quick16, resized, custom, transformers_sizes, clip_lora, training, transformers5, crops]:
         make()
     (OUT / "clip_lora/vocab.json").unlink()
     (OUT / "clip_lora/merges.txt").unlink()

@@ -61,12 +61,15 @@ impl Parts {
     pub fn from_source(source: Source) -> Result<Self> {
         let config = ClipConfig::from_json(&source.place("config.json"), &source.require("config.json")?)?;
         let tokenizer = Tokenizer::load(&source, &config.text)?;
-        let place = source.place("preprocessor_config.json");
-        let preprocess = match source.read("preprocessor_config.json")? {
-            Some(bytes) => Preprocess::from_json(&place, &bytes)?,
-            None => Preprocess::for_size(config.vision.image_size),
+        let size = config.vision.image_size;
+        let (place, preprocess) = match source.preprocessor()? {
+            Some((place, bytes)) => {
+                let preprocess = Preprocess::from_json(&place, &bytes)?;
+                (place, preprocess)
+            }
+            None => (source.place("config.json"), Preprocess::for_size(size)),
         };
-        preprocess.check(&place, config.vision.image_size)?;
+        preprocess.check(&place, size)?;
         Ok(Self { config, tokenizer, preprocess, source })
     }
 
@@ -105,6 +108,23 @@ impl Base {
             Some(list) => format!("blake3:{}", blake3::hash(&[weights.digest.as_bytes(), &list].concat()).to_hex()),
         };
         parts.with(weights.tensors, digest, weights.dtype, dtype, device)
+    }
+
+    /// The tensor with the largest value, where that is larger than any of a trained model: what to say once features are not finite.
+    ///
+    /// # Errors
+    /// When a tensor cannot be read.
+    pub(crate) fn extreme(&self) -> Result<Option<(String, f64)>> {
+        /// Squares of larger values come near the end of f32 where they are summed up.
+        const LARGE: f64 = 1e15;
+        let mut found: Option<(String, f64)> = None;
+        for (_, weight) in self.clip.sites().weights() {
+            let largest = f64::from(weight.tensor.to_dtype(DType::F32)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?);
+            if largest > found.as_ref().map_or(LARGE, |(_, value)| *value) {
+                found = Some((weight.name.clone(), largest));
+            }
+        }
+        Ok(found)
     }
 
     /// Random weights in the shape of `spec`.

@@ -301,7 +301,7 @@ pub(super) fn by_rows(count: usize, rows: usize, features: impl Fn(usize, usize)
     Tensor::cat(&parts.collect::<TensorResult<Vec<_>>>()?, 0)
 }
 
-/// Rows divided by their Euclidean norm, in f32 (f64 stays). Zero rows stay zero.
+/// Rows divided by their Euclidean norm, in f32 (f64 stays). Zero rows stay zero; rows whose norm overflows become NaN.
 ///
 /// # Shapes
 /// [..., D] → [..., D]
@@ -311,6 +311,8 @@ pub(super) fn by_rows(count: usize, rows: usize, features: impl Fn(usize, usize)
 pub fn unit_rows(x: &Tensor) -> TensorResult<Tensor> {
     let x = widen(x)?;
     let norm = (x.sqr()?.sum_keepdim(candle_core::D::Minus1)? + 1e-24)?.sqrt()?;
+    // A norm that overflowed becomes NaN: divided by infinity, the row would be zero, which looks like a result.
+    let norm = (&norm + (&norm * 0.0)?)?;
     x.broadcast_div(&norm)
 }
 

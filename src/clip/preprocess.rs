@@ -11,6 +11,10 @@ use serde_json::json;
 
 use crate::error::{Error, Result};
 
+/// A key of ours in `preprocessor_config.json`, which transformers passes over, and the value that is not its own way.
+pub(crate) const CROP_ROUNDING: &str = "crop_rounding";
+pub(crate) const TORCHVISION: &str = "torchvision";
+
 /// What becomes of transparency.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -34,6 +38,16 @@ pub enum ResizeTo {
         /// Width in pixels.
         width: usize,
     },
+}
+
+/// Which pixel a centre crop begins at where the margin is odd.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Rounding {
+    /// transformers: down where it cuts, up where it pads.
+    #[default]
+    Transformers,
+    /// torchvision, and so OpenAI and open_clip: half to even where it cuts, down where it pads.
+    Torchvision,
 }
 
 /// Pillow's resampling filters.
@@ -68,6 +82,8 @@ pub struct Preprocess {
     pub crop_height: usize,
     /// The crop's width.
     pub crop_width: usize,
+    /// Where the crop lies.
+    pub crop_rounding: Rounding,
     /// Whether values are multiplied by `rescale_factor`.
     pub do_rescale: bool,
     /// The factor, usually 1/255.
@@ -90,6 +106,7 @@ impl Default for Preprocess {
             do_center_crop: true,
             crop_height: 224,
             crop_width: 224,
+            crop_rounding: Rounding::Transformers,
             do_rescale: true,
             rescale_factor: 1.0 / 255.0,
             do_normalize: true,
@@ -113,6 +130,28 @@ impl Preprocess {
     /// When it is no JSON object or a value is not understood; the message names the key.
     pub fn from_json(place: &str, bytes: &[u8]) -> Result<Self> {
         read::from_json(place, bytes)
+    }
+
+    /// `preprocessor_config.json` as transformers writes it.
+    #[must_use]
+    pub fn to_json(&self) -> serde_json::Value {
+        let size = match self.size {
+            ResizeTo::ShortestEdge(edge) => json!({ "shortest_edge": edge }),
+            ResizeTo::Exact { height, width } => json!({ "height": height, "width": width }),
+        };
+        // The shortest decimals of f32, not the digits of the next f64.
+        let decimals = |values: [f32; 3]| values.map(|v| v.to_string().parse::<f64>().unwrap_or(f64::from(v)));
+        let mut value = json!({
+            "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": true,
+            "do_resize": self.do_resize, "size": size, "resample": self.resample.code(),
+            "do_center_crop": self.do_center_crop, "crop_size": { "height": self.crop_height, "width": self.crop_width },
+            "do_rescale": self.do_rescale, "rescale_factor": self.rescale_factor,
+            "do_normalize": self.do_normalize, "image_mean": decimals(self.mean), "image_std": decimals(self.std),
+        });
+        if self.crop_rounding == Rounding::Torchvision {
+            value[CROP_ROUNDING] = TORCHVISION.into();
+        }
+        value
     }
 
     /// Whether every image comes out as `image_size` × `image_size`.
@@ -188,7 +227,7 @@ impl Preprocess {
             ResizeTo::ShortestEdge(edge) => json!({ "shortest_edge": edge }),
             ResizeTo::Exact { height, width } => json!({ "height": height, "width": width }),
         };
-        let value = json!({
+        let mut value = json!({
             "size": self.do_resize.then_some(size),
             "resample": self.do_resize.then(|| self.resample.code()),
             "crop": self.do_center_crop.then_some([self.crop_height, self.crop_width]),
@@ -196,6 +235,10 @@ impl Preprocess {
             "mean": self.do_normalize.then_some(self.mean),
             "std": self.do_normalize.then_some(self.std),
         });
+        // Left out where it is transformers', so that digests stay what they were.
+        if self.do_center_crop && self.crop_rounding == Rounding::Torchvision {
+            value[CROP_ROUNDING] = TORCHVISION.into();
+        }
         value.to_string().into_bytes()
     }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::config::ClipConfig;
 use super::foreign::{self, Foreign, Interpolation};
+use super::preprocess::Preprocess;
 use super::spec::Spec;
 use super::tokenizer::FILES;
 use super::weights;
@@ -17,6 +18,12 @@ use crate::hub;
 
 /// The largest file that is read whole; weights are read piece by piece. The largest vocabularies have 35 MB.
 const MAX_FILE: u64 = 64 << 20;
+
+/// How images become pixels, for transformers up to 4; transformers 5 reads it, too, where [`PROCESSOR`] does not say.
+pub(crate) const PREPROCESSOR: &str = "preprocessor_config.json";
+
+/// Where transformers 5 says it, under `image_processor`.
+const PROCESSOR: &str = "processor_config.json";
 
 /// A set of named files.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,7 +69,8 @@ fn fetch(repo: &hub::Repo, progress: &mut hub::Progress<'_>) -> Result<(PathBuf,
         Some(_) => &["tokenizer_config.json", "special_tokens_map.json"][..],
         None => &FILES[1..],
     };
-    for name in tokenizer.iter().chain(own.then_some(&"preprocessor_config.json")) {
+    let preprocessing: &[&str] = if own { &[PREPROCESSOR, PROCESSOR] } else { &[] };
+    for name in tokenizer.iter().chain(preprocessing) {
         snapshot.get(name, progress)?;
     }
     let weights: &[&str] = if own { &weights::FILES } else { &foreign::WEIGHTS };
@@ -160,7 +168,62 @@ impl Source {
         if open_clip && !(config.is_file() && is_transformers(&config)?) {
             return Ok(Self::foreign(Foreign::in_dir(&dir, spec)?, spec));
         }
-        Self::Dir(dir).sized(spec)
+        let source = Self::Dir(dir);
+        match source.preprocessing_note()? {
+            Some(note) => source.noted(&spec.name, vec![note]).sized(spec),
+            None => source.sized(spec),
+        }
+    }
+
+    /// What to say where a directory does not say how images become pixels, or says it twice.
+    fn preprocessing_note(&self) -> Result<Option<String>> {
+        let (nested, old) = (self.nested_preprocessor()?, self.read(PREPROCESSOR)?);
+        Ok(match (nested, old) {
+            (Some((place, nested)), Some(old)) => {
+                let (nested, old) = (Preprocess::from_json(&place, &nested)?, Preprocess::from_json(&place, &old).ok());
+                (old != Some(nested)).then(|| {
+                    format!(
+                        "{self}: {PREPROCESSOR} and the `image_processor` of {PROCESSOR} differ; the latter counts, as in transformers 5"
+                    )
+                })
+            }
+            (None, None) => Some(format!(
+                "{self}: holds neither {PREPROCESSOR} nor the `image_processor` of a {PROCESSOR}; images get CLIP's own preprocessing \
+                 (bicubic, centre crop, OpenAI's mean and deviation) at the size of config.json"
+            )),
+            _ => None,
+        })
+    }
+
+    /// `image_processor` of transformers 5's file, where there is one.
+    fn nested_preprocessor(&self) -> Result<Option<(String, Vec<u8>)>> {
+        let Some(bytes) = self.read(PROCESSOR)? else { return Ok(None) };
+        let place = self.place(PROCESSOR);
+        let value: serde_json::Value = crate::json::from_slice(&bytes).map_err(|e| Error::input(&place, format!("not valid JSON: {e}")))?;
+        // Before transformers 5 the file named the processor's class and nothing of its parts.
+        let Some(inner) = value.get("image_processor").filter(|v| !v.is_null()) else { return Ok(None) };
+        let bytes = serde_json::to_vec_pretty(inner).map_err(|e| Error::fault(&place, e))?;
+        Ok(Some((format!("{place}: image_processor"), bytes)))
+    }
+
+    /// What says how images become pixels, in the form of `preprocessor_config.json`, and where it stands: `image_processor` of
+    /// `processor_config.json` (transformers 5), or else `preprocessor_config.json`. Nothing where there is neither.
+    ///
+    /// # Errors
+    /// When a file cannot be read or `processor_config.json` is not JSON.
+    pub fn preprocessor(&self) -> Result<Option<(String, Vec<u8>)>> {
+        if let Self::Derived(derived) = self {
+            // What was derived hides both files that it was derived from.
+            return match (derived.file(PREPROCESSOR), &derived.inner) {
+                (Some(bytes), _) => Ok(Some((self.place(PREPROCESSOR), bytes.to_vec()))),
+                (None, Some(inner)) => inner.preprocessor(),
+                (None, None) => Ok(None),
+            };
+        }
+        match self.nested_preprocessor()? {
+            Some(found) => Ok(Some(found)),
+            None => Ok(self.read(PREPROCESSOR)?.map(|bytes| (self.place(PREPROCESSOR), bytes.into_owned()))),
+        }
     }
 
     fn foreign(found: Foreign, spec: &Spec) -> Self {
@@ -189,9 +252,9 @@ impl Source {
             return Err(Error::input(&spec.name, format!("is described by its config.json; arch={arch} is for checkpoints that are not")));
         }
         let Some(size) = spec.image_size else { return Ok(self) };
-        let (config, preprocess) = (self.require("config.json")?, self.read("preprocessor_config.json")?);
-        let (files, note) = foreign::resized_files(&self.to_string(), &config, preprocess.as_deref(), size)?;
-        let (name, notes) = (spec.name.clone(), note.into_iter().collect());
+        let (config, preprocess) = (self.require("config.json")?, self.preprocessor()?);
+        let (files, note) = foreign::resized_files(&self.to_string(), &config, preprocess, size)?;
+        let (name, notes) = (spec.name.clone(), self.notes().iter().cloned().chain(note).collect());
         let interpolation = Some(Interpolation::Transformers);
         Ok(Self::Derived(Arc::new(Derived { name, files, inner: Some(self), weights: Vec::new(), interpolation, notes })))
     }

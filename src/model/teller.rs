@@ -202,7 +202,7 @@ impl Model {
             Needs::Tokens => clip.image_tokens_from(&clip.image_entrance(pixels.clone(), None, &self.patches)?, &self.patches, None)?,
             _ => Encoded::pooled(clip.image_features(pixels, &self.patches)?),
         };
-        super::finite("image", encoded.features.clone())?;
+        self.finite("image", encoded.features.clone())?;
         Ok(encoded)
     }
 }

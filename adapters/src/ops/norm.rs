@@ -31,7 +31,9 @@ fn moments<T: Float>(row: &[T], eps: T) -> (T, T) {
     let n = T::from_f64(row.len() as f64);
     let mean = sum(row, |v| v) / n;
     let variance = sum(row, |v| (v - mean) * (v - mean)) / n;
-    (mean, T::one() / (variance + eps).root())
+    let scale = T::one() / (variance + eps).root();
+    // A variance that overflowed would make the row zero, which looks like a result; NaN does not.
+    (mean, if scale == T::zero() { T::from_f64(f64::NAN) } else { scale })
 }
 
 vectorised! {

@@ -49,7 +49,10 @@ pub(super) fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result
     let wide_x = x.to_dtype(wide(x.dtype()))?;
     let centred = wide_x.broadcast_sub(&wide_x.mean_keepdim(D::Minus1)?)?;
     let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
-    let normed = centred.broadcast_div(&(variance + eps)?.sqrt()?)?;
+    let deviation = (variance + eps)?.sqrt()?;
+    // 0 for what is finite; a deviation that overflowed becomes NaN, since a division by it would look like a result.
+    let deviation = (&deviation + (&deviation * 0.0)?)?;
+    let normed = centred.broadcast_div(&deviation)?;
     normed.to_dtype(x.dtype())?.broadcast_mul(w)?.broadcast_add(b)
 }
 

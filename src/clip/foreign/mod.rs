@@ -12,10 +12,11 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::config::ClipConfig;
+use super::preprocess::{CROP_ROUNDING, TORCHVISION};
 use super::source::Source;
 use super::spec::Spec;
 use super::tokenizer::Tokenizer;
-use super::weights;
+use super::weights::{self, Outline};
 use crate::error::{Error, Result};
 use crate::files;
 use arch::{Arch, Tower, not_clip};
@@ -81,8 +82,10 @@ impl Foreign {
     }
 
     fn read(place: String, dir: &Path, weights: Vec<PathBuf>, spec: &Spec) -> Result<Self> {
-        let mut shapes = weights::shapes(&weights)?;
-        let openai = OPENAI.iter().filter(|key| shapes.remove(**key).is_some()).count() == OPENAI.len();
+        let Outline { mut shapes, scalars, mut notes } = weights::outline(&weights)?;
+        // Tensors in OpenAI's archives, integers in dicts that were made of them.
+        let mut said = |key: &&str| shapes.remove(*key).is_some() || scalars.iter().any(|s| s == *key);
+        let openai = OPENAI.iter().map(|key| usize::from(said(key))).sum::<usize>() == OPENAI.len();
         recognise(&place, &shapes)?;
         let beside = dir.join(CONFIG);
         let side = match beside.is_file() && !openai {
@@ -104,7 +107,8 @@ impl Foreign {
         ] {
             files.push((name.into(), serde_json::to_vec_pretty(&json).map_err(|e| Error::fault(&place, e))?));
         }
-        Ok(Self { weights, files, notes: shape.notes(&place) })
+        notes.extend(shape.notes(&place));
+        Ok(Self { weights, files, notes })
     }
 }
 
@@ -311,7 +315,7 @@ fn preprocessor(place: &str, config: &Value, size: usize) -> Result<Value> {
     Ok(json!({
         "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": true,
         "do_resize": true, "size": resize, "resample": resample,
-        "do_center_crop": crop, "crop_size": { "height": size, "width": size },
+        "do_center_crop": crop, "crop_size": { "height": size, "width": size }, CROP_ROUNDING: TORCHVISION,
         "do_rescale": true, "rescale_factor": 1.0 / 255.0, "do_normalize": true,
         "image_mean": triple("mean", [0.481_454_66, 0.457_827_5, 0.408_210_73]),
         "image_std": triple("std", [0.268_629_54, 0.261_302_58, 0.275_777_11]),
@@ -319,12 +323,16 @@ fn preprocessor(place: &str, config: &Value, size: usize) -> Result<Value> {
 }
 
 /// The configuration of a base in HF layout for images of another size, and what to say about it.
-pub(super) fn resized_files(place: &str, config: &[u8], preprocess: Option<&[u8]>, size: usize) -> Result<(Files, Option<String>)> {
-    let object = |name: &str, bytes: &[u8]| {
-        crate::json::from_slice::<Map<String, Value>>(bytes)
-            .map_err(|e| Error::input(format!("{place}/{name}"), format!("not valid JSON: {e}")))
+pub(super) fn resized_files(
+    place: &str,
+    config: &[u8],
+    preprocess: Option<(String, Vec<u8>)>,
+    size: usize,
+) -> Result<(Files, Option<String>)> {
+    let object = |place: &str, bytes: &[u8]| {
+        crate::json::from_slice::<Map<String, Value>>(bytes).map_err(|e| Error::input(place, format!("not valid JSON: {e}")))
     };
-    let mut config = object("config.json", config)?;
+    let mut config = object(&format!("{place}/config.json"), config)?;
     let vision = config.entry("vision_config").or_insert_with(|| json!({}));
     let get = |vision: &Value, key: &str, default: u64| vision.get(key).and_then(Value::as_u64).unwrap_or(default).max(1) as usize;
     let (patch, old) = (get(vision, "patch_size", 32), get(vision, "image_size", 224));
@@ -332,7 +340,7 @@ pub(super) fn resized_files(place: &str, config: &[u8], preprocess: Option<&[u8]
         vision.insert("image_size".into(), size.into());
     }
     let mut preprocess = match preprocess {
-        Some(bytes) => object("preprocessor_config.json", bytes)?,
+        Some((place, bytes)) => object(&place, &bytes)?,
         None => Map::new(),
     };
     let squash = preprocess.get("size").is_some_and(|s| s.get("height").is_some_and(|h| !h.is_null()));

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{Preprocess, Resample, ResizeTo};
+use super::{CROP_ROUNDING, Preprocess, Resample, ResizeTo, Rounding, TORCHVISION};
 use crate::error::{Error, Result};
 
 /// Larger outputs are mistakes, not CLIP models.
@@ -31,6 +31,7 @@ pub(super) fn from_json(place: &str, bytes: &[u8]) -> Result<Preprocess> {
         do_center_crop: keys.flag("do_center_crop", true)?,
         crop_height,
         crop_width,
+        crop_rounding: keys.rounding()?,
         do_rescale: keys.flag("do_rescale", true)?,
         rescale_factor: keys.factor()?.unwrap_or(default.rescale_factor),
         do_normalize: keys.flag("do_normalize", true)?,
@@ -75,6 +76,14 @@ impl Keys<'_> {
             .or_else(|| pair(value))
             .map(Some)
             .ok_or_else(|| self.wrong("crop_size", &format!("a length from 1 to {MAX_SIDE} or {{\"height\": …, \"width\": …}}"), value))
+    }
+
+    fn rounding(&self) -> Result<Rounding> {
+        match self.get(CROP_ROUNDING).map(|v| (v, v.as_str())) {
+            None | Some((_, Some("transformers"))) => Ok(Rounding::Transformers),
+            Some((_, Some(TORCHVISION))) => Ok(Rounding::Torchvision),
+            Some((found, _)) => Err(self.wrong(CROP_ROUNDING, "torchvision or transformers", found)),
+        }
     }
 
     fn resample(&self) -> Result<Option<Resample>> {

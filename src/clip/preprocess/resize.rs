@@ -7,7 +7,7 @@ use fast_image_resize::images::{Image, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
 use image::RgbImage;
 
-use super::{Preprocess, Resample, ResizeTo, exact};
+use super::{Preprocess, Resample, ResizeTo, Rounding, exact};
 use crate::error::{Error, Result};
 
 /// Longer resized sides come from broken images only.
@@ -65,7 +65,8 @@ fn axes(p: &Preprocess, image: &RgbImage) -> Result<(Axis, Axis)> {
         }
     };
     let crop = p.do_center_crop.then_some((p.crop_width, p.crop_height)).unzip();
-    let (x, y) = (Axis::new(width, resized_width, crop.0), Axis::new(height, resized_height, crop.1));
+    let axis = |source, resized, crop| Axis::new(source, resized, crop, p.crop_rounding);
+    let (x, y) = (axis(width, resized_width, crop.0), axis(height, resized_height, crop.1));
     if x.out.saturating_mul(y.out) > MAX_OUTPUT {
         return Err(Error::input("image", format!("{width}×{height} pixels would become {}×{}", x.out, y.out))
             .hint("set `do_center_crop` in preprocessor_config.json"));
@@ -74,17 +75,15 @@ fn axes(p: &Preprocess, image: &RgbImage) -> Result<(Axis, Axis)> {
 }
 
 impl Axis {
-    /// transformers' `center_crop`: floor where it cuts, ceiling where it pads.
-    fn new(source: usize, resized: usize, crop: Option<usize>) -> Self {
+    fn new(source: usize, resized: usize, crop: Option<usize>, rounding: Rounding) -> Self {
         let out = crop.unwrap_or(resized);
-        Self {
-            source,
-            resized,
-            start: resized.saturating_sub(out) / 2,
-            len: resized.min(out),
-            offset: out.saturating_sub(resized).div_ceil(2),
-            out,
-        }
+        let (cut, pad) = (resized.saturating_sub(out), out.saturating_sub(resized));
+        let (start, offset) = match rounding {
+            Rounding::Transformers => (cut / 2, pad.div_ceil(2)),
+            // Python's `round(cut / 2.0)`: a half goes to the even neighbour.
+            Rounding::Torchvision => (cut / 2 + usize::from(cut % 4 == 3), pad / 2),
+        };
+        Self { source, resized, start, len: resized.min(out), offset, out }
     }
 
     fn is_identity(self) -> bool {

@@ -84,6 +84,10 @@ pub(super) struct Container<'a> {
     pub(super) place: String,
     pub(super) bytes: Bytes<'a>,
     pub(super) entries: Vec<Entry>,
+    /// Names of plain values that stood among the tensors.
+    pub(super) scalars: Vec<String>,
+    /// What was left out, as sentences.
+    pub(super) notes: Vec<String>,
 }
 
 impl Container<'_> {

@@ -109,13 +109,25 @@ fn common_dtype(dtypes: impl Iterator<Item = DType>) -> DType {
     counts.into_values().max_by_key(|(n, _)| *n).map_or(DType::F32, |(_, dtype)| dtype)
 }
 
-/// The shapes of a checkpoint's tensors by open_clip's names.
+/// What a checkpoint of OpenAI's or open_clip's holds.
+pub(crate) struct Outline {
+    /// The shapes of its tensors by open_clip's names.
+    pub(crate) shapes: HashMap<String, Vec<usize>>,
+    /// Names of plain values among the tensors.
+    pub(crate) scalars: Vec<String>,
+    /// What of it is left out, as sentences.
+    pub(crate) notes: Vec<String>,
+}
+
+/// Looks into a checkpoint; no weight is read.
 ///
 /// # Errors
 /// When the file is damaged or of an unknown kind.
-pub(crate) fn shapes(files: &[PathBuf]) -> Result<HashMap<String, Vec<usize>>> {
+pub(crate) fn outline(files: &[PathBuf]) -> Result<Outline> {
     let containers = files.iter().map(|file| open_path(file)).collect::<Result<Vec<_>>>()?;
-    Ok(containers.iter().flat_map(open_clip::shapes).collect())
+    let (scalars, notes): (Vec<_>, Vec<_>) = containers.iter().map(open_clip::remarks).unzip();
+    let shapes = containers.iter().flat_map(open_clip::shapes).collect();
+    Ok(Outline { shapes, scalars: scalars.concat(), notes: notes.concat() })
 }
 
 /// A file by its content: zip archives are PyTorch's, anything else has to be safetensors.

@@ -2,7 +2,8 @@
 
 /// Wrappers that training code puts around the model: `nn.DataParallel`, `torch.compile`, a
 /// surrounding module.
-const PREFIXES: &[&str] = &["module.", "_orig_mod.", "model.", "clip.", "clip_model.", "base_model."];
+const PREFIXES: &[&str] =
+    &["module.", "_orig_mod.", "model.", "clip.", "clip_model.", "base_model.", "net.", "network.", "state_dict.", "model_state_dict."];
 
 /// What a name of the model itself begins with.
 const ROOTS: &[&str] = &["text_model.", "vision_model.", "visual_projection.", "text_projection.", "logit_scale"];
@@ -32,11 +33,16 @@ pub(super) fn canonical(name: &str) -> Option<String> {
     Some(name)
 }
 
-/// Without wrappers, where a name of the model is left.
+/// Without wrappers, where a name of transformers' model is left.
 fn unwrapped(name: &str) -> &str {
+    without_wrappers(name, ROOTS)
+}
+
+/// Without wrappers, in any order, where what is left begins with one of `roots`; else the name itself.
+pub(super) fn without_wrappers<'a>(name: &'a str, roots: &[&str]) -> &'a str {
     let mut rest = name;
     loop {
-        if ROOTS.iter().any(|root| rest.starts_with(root)) {
+        if roots.iter().any(|root| rest.starts_with(root)) {
             return rest;
         }
         match PREFIXES.iter().find_map(|prefix| rest.strip_prefix(prefix)) {

@@ -7,7 +7,9 @@ use std::collections::HashMap;
 
 use candle_core::Tensor;
 
+use super::check::list;
 use super::container::{Container, Entry};
+use super::names;
 use crate::error::{Error, Result};
 
 /// The towers there and here.
@@ -44,12 +46,56 @@ const FUSED: [&str; 3] = ["q_proj", "k_proj", "v_proj"];
 /// Values that OpenAI's archives keep as buffers.
 const SETTINGS: [&str; 3] = ["input_resolution", "context_length", "vocab_size"];
 
+/// What names begin with, in the layouts of OpenAI and open_clip and in transformers', whose names are refused later on.
+const ROOTS: [&str; 17] = [
+    "visual.",
+    "transformer.",
+    "token_embedding.",
+    "positional_embedding",
+    "ln_final.",
+    "text_projection",
+    "logit_scale",
+    "logit_bias",
+    "text.",
+    "text_decoder.",
+    "vision_model.",
+    "text_model.",
+    "visual_projection.",
+    "attn_mask",
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+];
+
 /// open_clip's plain name: without the wrappers of training code, and without `text.` of models whose text tower is a
 /// module of its own.
 fn plain(name: &str) -> &str {
-    let name = name.strip_prefix("module.").unwrap_or(name);
-    let name = name.strip_prefix("_orig_mod.").unwrap_or(name);
+    let name = names::without_wrappers(name, &ROOTS);
     name.strip_prefix("text.").unwrap_or(name)
+}
+
+/// Whether a training script put the model into a module of its own, beside which other tensors are other modules'.
+fn wrapped(container: &Container<'_>) -> bool {
+    container.entries.iter().any(|e| plain(&e.name) == "visual.proj" && e.name != "visual.proj")
+}
+
+/// Tensors beside a wrapped model, such as a head or a prompt learner: they are not parts of it.
+fn is_beside(name: &str) -> bool {
+    let plain = names::without_wrappers(name, &ROOTS);
+    !is_setting(plain) && !ROOTS.iter().any(|root| plain.starts_with(root))
+}
+
+/// What a checkpoint says besides its weights: names of plain values, and what is left out, as sentences.
+pub(super) fn remarks(container: &Container<'_>) -> (Vec<String>, Vec<String>) {
+    let mut notes: Vec<String> = container.notes.iter().map(|note| format!("{}: {note}", container.place)).collect();
+    if wrapped(container) {
+        let beside: Vec<&str> = container.entries.iter().map(|e| e.name.as_str()).filter(|name| is_beside(name)).collect();
+        if !beside.is_empty() {
+            let (count, list) = (beside.len(), list(&beside));
+            notes.push(format!("{}: {count} tensors beside the CLIP model are left out: {list}", container.place));
+        }
+    }
+    (container.scalars.clone(), notes)
 }
 
 /// What is no tensor of the model.
@@ -64,11 +110,11 @@ pub(super) fn shapes(container: &Container<'_>) -> HashMap<String, Vec<usize>> {
 
 /// Renames, splits and transposes entries; nothing is read. Unknown names stay, to be listed as unexpected.
 pub(super) fn translate(container: &mut Container<'_>) -> Result<()> {
-    let place = container.place.clone();
+    let (place, wrapped) = (container.place.clone(), wrapped(container));
     let entries = std::mem::take(&mut container.entries);
     for entry in entries {
         let name = plain(&entry.name).to_string();
-        if is_setting(&name) {
+        if is_setting(&name) || (wrapped && is_beside(&entry.name)) {
             continue;
         }
         if let Some((_, to)) = TRANSPOSED.iter().find(|(from, _)| *from == name) {

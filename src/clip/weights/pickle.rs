@@ -13,7 +13,7 @@ use std::rc::Rc;
 
 use candle_core::DType;
 
-pub(super) use walk::Node;
+pub(super) use walk::{Node, StateDict};
 
 /// Why a pickle was refused.
 pub(super) type Refusal = String;
@@ -97,7 +97,7 @@ struct Machine<'a> {
 }
 
 /// The tensors of a pickled state dict, or of a TorchScript module under their attributes' paths.
-pub(super) fn state_dict(pickle: &[u8]) -> Outcome<Vec<Rebuilt>> {
+pub(super) fn state_dict(pickle: &[u8]) -> Outcome<StateDict> {
     let (machine, top) = run(pickle)?;
     machine.tensors(&top)
 }

@@ -98,7 +98,8 @@ pub(super) fn open<'a>(place: &str, bytes: Bytes<'a>) -> Result<(Container<'a>, 
     for e in &mut entries {
         e.range = e.range.start + 8 + size..e.range.end + 8 + size;
     }
-    Ok((Container { place: place.to_string(), bytes, entries }, header.metadata))
+    let container = Container { place: place.to_string(), bytes, entries, scalars: Vec::new(), notes: Vec::new() };
+    Ok((container, header.metadata))
 }
 
 fn entry(name: String, info: Info) -> std::result::Result<Entry, String> {

@@ -11,7 +11,7 @@ use zip::{CompressionMethod, ZipArchive};
 use candle_core::Tensor;
 
 use super::container::{self, Bytes, Container, Entry, elements};
-use super::pickle::{self, Node, Rebuilt};
+use super::pickle::{self, Node, Rebuilt, StateDict};
 use crate::error::{Error, Result};
 
 /// A CLIP's pickle has some 100 kB.
@@ -101,14 +101,15 @@ impl<'a> Archive<'a> {
         }
     }
 
-    fn container(self, tensors: Vec<Rebuilt>) -> Result<Container<'a>> {
+    fn container(self, found: StateDict) -> Result<Container<'a>> {
+        let StateDict { tensors, scalars, notes } = found;
         let entries: Vec<Entry> = tensors
             .into_iter()
             .map(|tensor| entry(tensor, &self.prefix, &self.records, self.bytes.len()))
             .collect::<std::result::Result<_, _>>()
             .map_err(|why| refuse(&self.place, why))?;
         self.check_shared(entries.iter().map(|e| e.range.end - e.range.start).sum())?;
-        Ok(Container { place: self.place, bytes: self.bytes, entries })
+        Ok(Container { place: self.place, bytes: self.bytes, entries, scalars, notes })
     }
 }
 

@@ -13,6 +13,49 @@ const MAX_VISITED: usize = 1 << 18;
 /// Bytes of names and texts; one that is shared counts each time.
 const MAX_TEXT: usize = 16 << 20;
 
+/// Where training scripts put the weights, the best known first; an average of the weights only where there is nothing else.
+const WRAPPERS: [&str; 14] = [
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "net",
+    "network",
+    "clip",
+    "clip_model",
+    "checkpoint",
+    "params",
+    "weights",
+    "state_dict_ema",
+    "model_ema",
+    "ema",
+];
+
+/// What holds tensors of the training, not of the model.
+const NEVER: [&str; 4] = ["optim", "sched", "scaler", "loss"];
+
+/// A state dict and what was found around it.
+#[derive(Debug, Default)]
+pub(in crate::clip::weights) struct StateDict {
+    pub(in crate::clip::weights) tensors: Vec<Rebuilt>,
+    /// Names of plain values among the tensors.
+    pub(in crate::clip::weights) scalars: Vec<String>,
+    /// What was taken and what was left out, as sentences.
+    pub(in crate::clip::weights) notes: Vec<String>,
+}
+
+/// The key of what is more than a number or a text.
+fn left_out(key: &Value, value: &Value) -> Option<String> {
+    match (key, value) {
+        (Value::Text(key), Value::Dict(_) | Value::Object(_) | Value::Tensor(_)) => Some(short(key)),
+        _ => None,
+    }
+}
+
+fn short(key: &str) -> String {
+    key.chars().take(80).collect()
+}
+
 /// What walks have taken so far.
 #[derive(Default)]
 pub(super) struct Budget {
@@ -53,24 +96,84 @@ pub(in crate::clip::weights) enum Node {
 }
 
 impl Machine<'_> {
-    /// The top dict's tensors; training scripts put it under `state_dict`.
-    pub(super) fn tensors(&self, top: &Value) -> Outcome<Vec<Rebuilt>> {
+    /// The tensors of a state dict, wherever a training script put it.
+    pub(super) fn tensors(&self, top: &Value) -> Outcome<StateDict> {
         let mut budget = Budget::default();
-        let at = match top {
-            Value::Dict(at) => at,
+        match top {
+            Value::Dict(at) => self.state_dict(*at, &mut budget),
             Value::Object(_) => {
-                let mut found = Vec::new();
-                self.attributes("", top, 0, &mut budget, &mut found)?;
-                return Ok(found);
+                let mut found = StateDict::default();
+                self.attributes("", top, 0, &mut budget, &mut found.tensors)?;
+                Ok(found)
             }
-            _ => return Err("it holds no state dict".into()),
-        };
-        let dict = self.dicts.get(*at).ok_or("a dict is missing")?;
-        let inner = dict.iter().find_map(|(key, value)| match (key, value) {
-            (Value::Text(k), Value::Dict(at)) if &**k == "state_dict" => self.dicts.get(*at),
-            _ => None,
-        });
-        inner.unwrap_or(dict).iter().map(|(key, value)| rebuilt(key, value, &mut budget)).collect()
+            _ => Err("it holds no state dict".into()),
+        }
+    }
+
+    fn state_dict(&self, top: usize, budget: &mut Budget) -> Outcome<StateDict> {
+        let (mut at, mut found) = (top, StateDict::default());
+        for depth in 0.. {
+            budget.visit(depth)?;
+            if self.holds_tensors(at) {
+                break;
+            }
+            let mut inner = self.candidates(at, budget)?;
+            if inner.is_empty() {
+                break;
+            }
+            // The first of those that are equally well known, in the file's order.
+            inner.sort_by_key(|(rank, ..)| *rank);
+            let (_, taken, next) = inner[0];
+            let others: Vec<String> = self.dicts[at]
+                .iter()
+                .filter_map(|(key, value)| left_out(key, value).filter(|k| *k != short(taken)))
+                .map(|k| format!("`{k}`"))
+                .collect();
+            if !others.is_empty() {
+                found.notes.push(format!("the weights under `{taken}` are used; beside them are {}", others.join(", ")));
+            }
+            at = next;
+        }
+        let dict = self.dicts.get(at).ok_or("a dict is missing")?;
+        let tensors = self.holds_tensors(at);
+        for (key, value) in dict {
+            match (key, value) {
+                (_, Value::Tensor(_)) => found.tensors.push(rebuilt(key, value, budget)?),
+                // OpenAI's dict says its sizes in integers.
+                (Value::Text(key), Value::Int(_) | Value::Float(_) | Value::Bool | Value::None | Value::Text(_)) if tensors => {
+                    budget.text(key.len())?;
+                    found.scalars.push(key.to_string());
+                }
+                (Value::Text(key), Value::Dict(_) | Value::List) if tensors => {
+                    budget.text(key.len())?;
+                    found.notes.push(format!("`{}` stands among the weights and is left out", short(key)));
+                }
+                _ => _ = rebuilt(key, value, budget)?,
+            }
+        }
+        Ok(found)
+    }
+
+    fn holds_tensors(&self, at: usize) -> bool {
+        self.dicts.get(at).is_some_and(|dict| dict.iter().any(|(key, value)| matches!((key, value), (Value::Text(_), Value::Tensor(_)))))
+    }
+
+    /// The dicts inside a dict that may lead to weights: how well their key is known, the key, the dict.
+    fn candidates(&self, at: usize, budget: &mut Budget) -> Outcome<Vec<(usize, &str, usize)>> {
+        let mut found = Vec::new();
+        for (key, value) in self.dicts.get(at).ok_or("a dict is missing")? {
+            budget.visit(0)?;
+            let (Value::Text(key), Value::Dict(inner)) = (key, value) else { continue };
+            let lower = key.to_lowercase();
+            if NEVER.iter().any(|part| lower.contains(part)) {
+                continue;
+            }
+            let rank = WRAPPERS.iter().position(|w| **w == *lower);
+            if rank.is_some() || self.holds_tensors(*inner) {
+                found.push((rank.unwrap_or(WRAPPERS.len()), &**key, *inner));
+            }
+        }
+        Ok(found)
     }
 
     /// The tensors among an object's attributes, and its submodules'.
