@@ -18,6 +18,7 @@ use crate::delta::Delta;
 use crate::error::{Error, Result};
 use crate::merge;
 use crate::page;
+use crate::provenance::Provenance;
 use crate::recipe::{ModelConfig, Recipe};
 use crate::run;
 use crate::session::{EvalOptions, Session};
@@ -85,6 +86,14 @@ impl Measurer {
         Ok(Measured { inference: inference(&recipe, &adapter, &second.templates, device)?, forget, forget_failed })
     }
 
+    /// Digests of the second set and of a recipe's base.
+    ///
+    /// # Errors
+    /// When base or data cannot be read.
+    pub fn second_made_of(&self, recipe: &Recipe, second: &Second, device: &Device) -> Result<Provenance> {
+        self.second(recipe, second, device, |session| Ok(session.roster()?.made_of))
+    }
+
     /// Works on the second set with a recipe's base, opened before or now.
     fn second<T>(&self, recipe: &Recipe, second: &Second, device: &Device, work: impl FnOnce(&Session) -> Result<T>) -> Result<T> {
         let mut own = bare(recipe);
@@ -101,6 +110,14 @@ impl Measurer {
         let (_, session) = open.insert((key, session));
         work(session)
     }
+}
+
+/// Digests of what a run of a recipe would be made of now.
+///
+/// # Errors
+/// When base or data cannot be read.
+pub fn made_of(recipe: &Recipe, device: &Device) -> Result<Provenance> {
+    Ok(Session::open(bare(recipe), device, &mut Silent)?.roster()?.made_of)
 }
 
 fn told<T>(found: Result<T>) -> (Option<T>, Option<String>) {
@@ -137,6 +154,7 @@ fn classes(base: &Base, templates: &[String], patches: &Patches) -> Result<Tenso
 fn inference(recipe: &Recipe, adapter: &Path, templates: &[String], device: &Device) -> Result<Inference> {
     let base = base_of(recipe, device)?;
     let delta = Delta::read(adapter)?;
+    delta.check_base(&base, false)?;
     let mut adapters = delta.apply(&base.clip)?;
     let mut patches = std::mem::take(&mut adapters.view);
     patches.prepare(&Step::eval())?;

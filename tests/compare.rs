@@ -207,3 +207,26 @@ fn other_peoples_directories_are_left_alone() {
     assert!(w.fails(&["compare", "data"], 2).contains("is no run directory"));
     assert!(w.fails(&[&SMALL[..], &["--methods", "lora,lora"]].concat(), 2).contains("twice"));
 }
+
+/// Images are replaced between two calls: what is kept of the first says nothing of the second.
+#[test]
+fn figures_of_other_data_or_another_base_are_made_again() {
+    let w = World::new();
+    w.json(&[&SMALL[..], &["--methods", "lora"]].concat());
+    let report = || serde_json::from_slice::<Value>(&read(&w.path("out/lora-s3/report.json"))).unwrap();
+    let before = report();
+    // All images of a class become those of another, in the set itself and, being the same one, in that of forgetting.
+    for i in 0..10 {
+        std::fs::copy(w.path(&format!("data/red/{i}.png")), w.path(&format!("data/blue/{i}.png"))).unwrap();
+    }
+    let second = w.json(&[&SMALL[..], &["--methods", "lora,probe"]].concat());
+    let fresh = w.json(&[&SMALL[..6], &["--output", "fresh", "--threads", "1", "--methods", "lora,probe"]].concat());
+    assert_ne!(report()["made_of"]["data"], before["made_of"]["data"]);
+    assert_eq!(report()["made_of"]["base"], before["made_of"]["base"]);
+    let figures = |c: &Value| {
+        let group = &c["groups"][0];
+        let rows: Vec<_> = rows(c).iter().map(|r| (r["test"].clone(), r["forget"].clone(), r["difference"].clone())).collect();
+        (group["zero_shot"].clone(), group["forget"].clone(), rows)
+    };
+    assert_eq!(figures(&second), figures(&fresh));
+}

@@ -11,6 +11,7 @@ use serde_json::Value;
 use crate::compare::{BaseMeasured, Checked, Job, Measured, Runner, Second};
 use crate::error::{Error, Result};
 use crate::measure::{self, Measurer};
+use crate::provenance::Provenance;
 use crate::recipe::Recipe;
 
 /// How often a process is looked at.
@@ -135,6 +136,14 @@ impl Runner for Processes {
         let mut command = self.command("train", &job.recipe, job.threads)?;
         command.arg(if job.replace { "--force" } else { "--resume" }).arg("--stop-with-stdin");
         output(command, stop).map(drop)
+    }
+
+    fn made_of(&self, recipe: &Recipe) -> Result<Provenance> {
+        measure::made_of(recipe, &self.device)
+    }
+
+    fn second_made_of(&self, recipe: &Recipe, second: &Second) -> Result<Provenance> {
+        self.measurer.second_made_of(recipe, second, &self.device)
     }
 
     fn base(&self, recipe: &Recipe, second: &Second) -> Result<BaseMeasured> {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use super::made_of::Now;
 use super::plan::{PlannedGroup, PlannedRow, PlannedTrial};
 use super::stats::{self, Hits};
 use super::{BaseMeasured, CompareOptions, Measured, Runner, Second, draw, read_json, write};
@@ -39,15 +40,16 @@ pub(super) type LoadedRow = Vec<Loaded>;
 pub(super) struct Gather<'a> {
     options: &'a CompareOptions,
     runner: &'a dyn Runner,
+    now: &'a Now<'a>,
     cache: Cache,
     notes: Vec<String>,
 }
 
 impl<'a> Gather<'a> {
-    pub(super) fn new(options: &'a CompareOptions, runner: &'a dyn Runner) -> Result<Self> {
+    pub(super) fn new(options: &'a CompareOptions, runner: &'a dyn Runner, now: &'a Now<'a>) -> Result<Self> {
         // Another version may have kept other figures; they are measured again.
         let cache = read_json(&options.output.join("measured.json")).ok().flatten().unwrap_or_default();
-        Ok(Self { options, runner, cache, notes: Vec::new() })
+        Ok(Self { options, runner, now, cache, notes: Vec::new() })
     }
 
     pub(super) fn all(
@@ -93,7 +95,7 @@ impl<'a> Gather<'a> {
         let base = self.base(recipe, &second, observer)?;
         let (mut rows, mut loaded) = (Vec::new(), Vec::new());
         for row in &planned.rows {
-            let (row, runs) = self.row(row, metric, failed, &second, observer)?;
+            let (row, runs) = self.row(row, metric, failed, (recipe, &second), observer)?;
             rows.push(row);
             loaded.push(runs);
         }
@@ -101,9 +103,7 @@ impl<'a> Gather<'a> {
         self.compare_rows(&planned.name, of, &mut rows, &loaded);
         stats::mark_pareto(&mut rows);
         let any = loaded.iter().flatten().next().map(|l| &l.report);
-        if loaded.iter().flatten().any(|l| any.is_some_and(|a| a.base_digest != l.report.base_digest || a.classes != l.report.classes)) {
-            self.notes.push(format!("{}: runs differ in the base's weights or in the classes", planned.name));
-        }
+        self.tell_differing(planned, &loaded);
         let forget = base.as_ref().and_then(|b| b.forget).map(|(examples, before)| {
             Ok::<_, Error>(Forget { data: pruned(&second.data)?, templates: second.templates.clone(), examples, before })
         });
@@ -129,12 +129,42 @@ impl<'a> Gather<'a> {
         Ok((group, page))
     }
 
+    /// Runs of a group that cannot be compared with each other, and finished ones that are not of what there is now.
+    fn tell_differing(&mut self, planned: &PlannedGroup, loaded: &[LoadedRow]) {
+        let all: Vec<&TrainReport> = loaded.iter().flatten().map(|l| &l.report).collect();
+        let Some(first) = all.first() else { return };
+        if all.iter().any(|r| first.base_digest != r.base_digest || first.classes != r.classes) {
+            self.notes.push(format!("{}: runs differ in the base's weights or in the classes", planned.name));
+        }
+        // Each seed draws its own shots.
+        let drawn = planned.recipe.data.shots.is_some();
+        let other = |r: &&&TrainReport| first.made_of.differing(&r.made_of).contains(&"the data");
+        if let Some(run) = all.iter().find(other).filter(|_| !drawn) {
+            let (a, b) = (first.run.display(), run.run.display());
+            self.notes
+                .push(format!("{}: {a} and {b} were made of different data or splits, so their figures are not comparable", planned.name));
+        }
+        if self.options.runs.is_empty() || drawn {
+            return;
+        }
+        match self.now.of(&planned.recipe) {
+            Ok(now) => {
+                for run in all.iter().filter(|r| !r.made_of.differing(&now).is_empty()) {
+                    let what = run.made_of.differing(&now).join(" and ");
+                    self.notes.push(format!("{}: {what} changed after {} was made", planned.name, run.run.display()));
+                }
+            }
+            Err(e) => self.notes.push(format!("{}: whether data and base are those of the runs is not known: {e}", planned.name)),
+        }
+    }
+
     /// The base of a group; a comparison without it still says which method is better.
     fn base(&mut self, recipe: &Recipe, second: &Second, observer: &mut dyn Observer) -> Result<Option<BaseMeasured>> {
         stopped(observer)?;
         let mut bare = recipe.clone();
         (bare.method, bare.output, bare.compare) = (Vec::new(), None, None);
-        let key = key(&json!([env!("CARGO_PKG_VERSION"), bare, second]));
+        let made_of = (self.now.of(recipe).ok(), self.now.second(recipe, second));
+        let key = key(&json!([env!("CARGO_PKG_VERSION"), bare, second, made_of]));
         let found = match self.cache.bases.get(&key) {
             Some(found) => Some(found.clone()),
             None => match self.runner.base(recipe, second) {
@@ -161,7 +191,7 @@ impl<'a> Gather<'a> {
         planned: &PlannedRow,
         metric: &str,
         failed: &BTreeMap<PathBuf, Error>,
-        second: &Second,
+        second: (&Recipe, &Second),
         observer: &mut dyn Observer,
     ) -> Result<(Row, LoadedRow)> {
         let trials: Vec<(Trial, LoadedRow)> = planned.trials.iter().map(|t| trial(t, metric, failed)).collect::<Result<_>>()?;
@@ -197,7 +227,8 @@ impl<'a> Gather<'a> {
     }
 
     /// Inference and forgetting of each finished run.
-    fn measure(&mut self, row: &mut Row, second: &Second, observer: &mut dyn Observer) -> Result<()> {
+    fn measure(&mut self, row: &mut Row, (recipe, second): (&Recipe, &Second), observer: &mut dyn Observer) -> Result<()> {
+        let made_of = self.now.second(recipe, second);
         for run in &mut row.runs {
             stopped(observer)?;
             observer.event(Event::Advance(1));
@@ -205,7 +236,7 @@ impl<'a> Gather<'a> {
                 continue;
             }
             let report = files::read(&run.run.join("report.json"), 1 << 30)?;
-            let key = key(&json!([env!("CARGO_PKG_VERSION"), run.run, blake3::hash(&report).to_hex().as_str(), second]));
+            let key = key(&json!([env!("CARGO_PKG_VERSION"), run.run, blake3::hash(&report).to_hex().as_str(), second, made_of]));
             let found = match self.cache.runs.get(&key) {
                 Some(found) => found.clone(),
                 None => match self.runner.measure(&run.run, second) {

@@ -12,6 +12,7 @@ use crate::comparison::Comparison;
 use crate::data::DataConfig;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::provenance::Provenance;
 use crate::recipe::Recipe;
 use crate::run;
 use crate::train::{Event, Observer};
@@ -19,11 +20,13 @@ use crate::train::{Event, Observer};
 mod draw;
 mod gather;
 mod jobs;
+mod made_of;
 mod plan;
 mod stats;
 mod write;
 
 pub use jobs::Job;
+use made_of::Now;
 use plan::{PlannedGroup, PlannedRun};
 pub use write::{csv, headings, markdown, table};
 
@@ -127,6 +130,22 @@ pub trait Runner: Sync {
     /// When the run fails.
     fn train(&self, job: &Job, stop: &dyn Fn() -> Option<i32>) -> Result<()>;
 
+    /// Digests of what a run of a recipe would be made of now; empty ones are not compared.
+    ///
+    /// # Errors
+    /// When base or data cannot be read.
+    fn made_of(&self, _recipe: &Recipe) -> Result<Provenance> {
+        Ok(Provenance::default())
+    }
+
+    /// Digests of the second set and of a recipe's base.
+    ///
+    /// # Errors
+    /// When base or data cannot be read.
+    fn second_made_of(&self, _recipe: &Recipe, _second: &Second) -> Result<Provenance> {
+        Ok(Provenance::default())
+    }
+
     /// Measures the base without adapters.
     ///
     /// # Errors
@@ -167,8 +186,9 @@ pub fn compare(options: &CompareOptions, runner: &dyn Runner, observer: &mut dyn
     if let Some(Limit::Seconds(seconds)) = options.limit {
         paces(&mut groups, seconds, options, runner, observer)?;
     }
-    let failed = train(&groups, options, runner, observer)?;
-    let comparison = gather::Gather::new(options, runner)?.all(&groups, &failed, observer)?;
+    let now = Now::new(runner);
+    let failed = train(&groups, options, &now, runner, observer)?;
+    let comparison = gather::Gather::new(options, runner, &now)?.all(&groups, &failed, observer)?;
     let failed = verdict(&comparison, &failed);
     Ok((comparison, failed))
 }
@@ -273,6 +293,7 @@ fn paces(
 fn train(
     groups: &[PlannedGroup],
     options: &CompareOptions,
+    now: &Now<'_>,
     runner: &dyn Runner,
     observer: &mut dyn Observer,
 ) -> Result<BTreeMap<PathBuf, Error>> {
@@ -281,7 +302,8 @@ fn train(
     let rows: Vec<_> = groups.iter().flat_map(|g| &g.rows).collect();
     observer.event(Event::Phase("checked", Some(rows.len())));
     for row in rows {
-        let open = row.trials.iter().flat_map(|t| &t.runs).filter_map(|r| to_do(r, options).transpose()).collect::<Result<Vec<_>>>()?;
+        let runs = row.trials.iter().flat_map(|t| &t.runs);
+        let open = runs.filter_map(|r| to_do(r, options, now, observer).transpose()).collect::<Result<Vec<_>>>()?;
         observer.event(Event::Advance(1));
         let Some((first, _)) = open.first() else { continue };
         let memory = match runner.check(&write_recipe(&options.output, first)?) {
@@ -316,7 +338,12 @@ fn train(
 }
 
 /// Whether a run is to be made, and whether it replaces another.
-fn to_do<'r>(planned: &'r PlannedRun, options: &CompareOptions) -> Result<Option<(&'r Recipe, bool)>> {
+fn to_do<'r>(
+    planned: &'r PlannedRun,
+    options: &CompareOptions,
+    now: &Now<'_>,
+    observer: &mut dyn Observer,
+) -> Result<Option<(&'r Recipe, bool)>> {
     let Some(recipe) = planned.recipe.as_deref() else { return Ok(None) };
     if let Some(other) = run::differs(&planned.dir, recipe)? {
         return match options.force {
@@ -324,6 +351,9 @@ fn to_do<'r>(planned: &'r PlannedRun, options: &CompareOptions) -> Result<Option
             false => Err(Error::input(planned.dir.display(), format!("is a run with another recipe{other}"))
                 .hint("pass --force to replace such runs, or --output DIR for another place")),
         };
+    }
+    if now.replaces(planned, recipe, observer)? {
+        return Ok(Some((recipe, true)));
     }
     Ok(run::read_report(&planned.dir)?.is_none().then_some((recipe, false)))
 }

@@ -5,8 +5,10 @@ use std::path::Path;
 use super::{FAILURE, METRICS, PREDICTIONS, RECIPE, REPORT};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::provenance::Provenance;
 use crate::recipe::Recipe;
 use crate::report::{Prediction, TrainReport};
+use crate::roster::Roster;
 use crate::train::StepRecord;
 
 /// The largest file of a run that is read.
@@ -72,6 +74,20 @@ pub fn read_report(run: &Path) -> Result<Option<TrainReport>> {
     let path = run.join(REPORT);
     let text = files::find_text(&path, MAX_FILE)?;
     text.map(|text| serde_json::from_str(&text).map_err(|e| Error::input(path.display(), e))).transpose()
+}
+
+/// What a run was made of, as its report says, or as it was noted when it began; nothing where there is no run.
+///
+/// # Errors
+/// When a file is broken.
+pub fn read_made_of(run: &Path) -> Result<Option<Provenance>> {
+    if !run.join(RECIPE).exists() {
+        return Ok(None);
+    }
+    match read_report(run)? {
+        Some(report) => Ok(Some(report.made_of)),
+        None => Ok(Roster::find(run)?.map(|roster| roster.made_of)),
+    }
 }
 
 /// Why the last attempt at a run failed, if it did.

@@ -225,7 +225,7 @@ mod tests {
     use crate::task::classify::loss::Loss;
 
     fn examples(labels: &[&[u32]]) -> Vec<Example> {
-        labels.iter().map(|own| Example { label: own.first().copied(), labels: own.to_vec(), ..Example::default() }).collect()
+        labels.iter().map(|own| Example { label: own.first().copied(), labels: Some(own.to_vec()), ..Example::default() }).collect()
     }
 
     /// Above a logit of 17 every probability is 1 in f32; scikit-learn's `precision_recall_curve` of these logits in f64 has a
