@@ -7,6 +7,8 @@ use peft_adapters::{Patches, rng};
 use serde::Serialize;
 
 use crate::clip::base::Base;
+use crate::clip::clean::Cleaning;
+use crate::clip::preprocess::Rounding;
 use crate::clip::source::PREPROCESSOR;
 use crate::clip::tokenizer::Tokenizer;
 use crate::clip::{Clip, TextBatch, foreign, weights};
@@ -276,7 +278,10 @@ pub(crate) fn write(
 ) -> Result<()> {
     let [config_file, weights_file] = layout.files();
     let config = match layout {
-        Layout::Hf => merged_config(base, dtype)?,
+        Layout::Hf => {
+            notes.extend(unsaid(base));
+            merged_config(base, dtype)?
+        }
         Layout::OpenClip => {
             let (config, unsaid) = foreign::export::config(base)?;
             notes.extend(unsaid);
@@ -298,6 +303,26 @@ pub(crate) fn write(
         // The directory has a temporary name, which nobody else knows.
         check(dir).map_err(|e| e.moved(dir, output))
     })
+}
+
+/// What transformers would do otherwise with a model that comes from OpenAI or open_clip.
+fn unsaid(base: &Base) -> Vec<String> {
+    let mut notes = Vec::new();
+    if base.tokenizer.cleaning() != Cleaning::None {
+        notes.push(
+            "texts are cleaned as the source cleans them (ftfy, HTML entities), which tokenizer_config.json says; transformers does not \
+             clean, so curly quotes, entities and mojibake get other features there"
+                .into(),
+        );
+    }
+    if base.preprocess.do_center_crop && base.preprocess.crop_rounding == Rounding::Torchvision {
+        notes.push(
+            "the centre crop is torchvision's, which preprocessor_config.json says; transformers' lies a pixel aside where an odd margin \
+             is cut"
+                .into(),
+        );
+    }
+    notes
 }
 
 /// The base's own `config.json` with the dtype that is written.

@@ -155,6 +155,10 @@ fn a_converted_model_is_the_same_model() {
         for name in ["image_embeds", "text_embeds"] {
             assert!(off(&before[name], &after[name]) < 1e-5, "{case}: {name}");
         }
+        // How texts and images are prepared goes along, and what transformers does otherwise is said.
+        let tokenizer = |model: &str| w.json(&["inspect", model])["facts"]["tokenizer"].clone();
+        assert_eq!(tokenizer("hf"), tokenizer(&data(case)));
+        assert!(done["notes"].to_string().contains("ftfy"), "{done}");
         let config: serde_json::Value = serde_json::from_slice(&common::read(&w.path("hf/config.json"))).unwrap();
         assert_eq!(config["architectures"][0], "CLIPModel");
     }
@@ -243,6 +247,14 @@ fn the_embedded_tokeniser_is_clips() {
     // As `open_clip.tokenize` and `clip.tokenize` have it.
     assert_eq!(tokenizer.encode("a photo of a cat.").unwrap().0, [49406, 320, 1125, 539, 320, 2368, 269, 49407]);
     assert_eq!(tokenizer.encode("Zürich 2024 🐧").unwrap().0, ZURICH);
+    // Repaired first, as `ftfy` and `html.unescape` do it there.
+    let repaired = tokenizer.encode("the dog’s “ball” &amp; a cafÃ©").unwrap().0;
+    assert_eq!(repaired, [49406, 518, 1929, 568, 257, 1069, 257, 261, 320, 15304, 49407]);
+    let wide = "a photo of a Ｆｕｌｌ &eacute;clair ﬁsh.";
+    assert_eq!(tokenizer.encode(wide).unwrap().0, [49406, 320, 1125, 539, 320, 1476, 3459, 14039, 2759, 269, 49407]);
+    // The class name is found where it has come to lie.
+    let (ids, _, part) = tokenizer.encode_part("a &amp; b cafÃ© x", &("a &amp; b ".len().."a &amp; b cafÃ©".len())).unwrap();
+    assert_eq!(&ids[part], [15304]);
 }
 
 const ZURICH: [u32; 11] = [49406, 89, 6522, 4021, 273, 271, 273, 275, 2074, 356, 49407];

@@ -114,6 +114,15 @@ fn weights_may_be_pickled_and_sharded() {
 }
 
 #[test]
+fn what_transformers_5_says_of_images_comes_along() {
+    let (w, hub) = (World::new(), Hub::new());
+    hub.add("some/five", &Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/open_clip/transformers5"));
+    hub.json(&w, &["inspect", "some/five"], &[]);
+    let snapshot = w.path("hf/hub/models--some--five/snapshots").join(COMMIT);
+    assert!(snapshot.join("processor_config.json").exists());
+}
+
+#[test]
 fn a_refused_token_says_what_to_do() {
     let (w, hub) = world();
     hub.set(|s| s.private = true);

@@ -2,6 +2,7 @@
 
 pub mod base;
 pub mod block;
+pub mod clean;
 pub mod config;
 pub mod decode;
 pub mod encoded;

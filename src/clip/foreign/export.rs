@@ -4,8 +4,9 @@ use peft_adapters::ops::Activation;
 use serde_json::{Map, Value, json};
 
 use crate::clip::base::Base;
+use crate::clip::clean::Cleaning;
 use crate::clip::config::ClipConfig;
-use crate::clip::preprocess::{Preprocess, Resample, ResizeTo};
+use crate::clip::preprocess::{Preprocess, Resample, ResizeTo, Rounding};
 use crate::error::{Error, Result};
 
 /// The configuration that makes open_clip build this model, and what it cannot say.
@@ -43,7 +44,7 @@ pub(crate) fn config(base: &Base) -> Result<(Value, Vec<String>)> {
         text.insert("pool_type".into(), "eos".into());
         text.insert("eos_id".into(), t.eos_token_id.into());
     }
-    if base.tokenizer.digest() != super::clip_tokenizer(config)?.digest() {
+    if base.tokenizer.pipeline() != super::clip_tokenizer(config)?.pipeline() {
         // With any name open_clip takes the tokeniser that lies beside this file.
         text.insert("hf_tokenizer_name".into(), base.source.to_string().into());
     }
@@ -51,7 +52,13 @@ pub(crate) fn config(base: &Base) -> Result<(Value, Vec<String>)> {
     if quick {
         model.insert("quick_gelu".into(), true.into());
     }
-    let (preprocess, notes) = preprocess(&base.preprocess, config);
+    let (preprocess, mut notes) = preprocess(&base.preprocess, config);
+    if base.tokenizer.cleaning() == Cleaning::None {
+        notes.push("open_clip repairs texts before it splits them (ftfy, HTML entities), which this base does not do".into());
+    }
+    if base.preprocess.do_center_crop && base.preprocess.crop_rounding == Rounding::Transformers {
+        notes.push("open_clip's centre crop lies a pixel from this base's where an odd margin is cut".into());
+    }
     Ok((json!({ "model_cfg": model, "preprocess_cfg": preprocess }), notes))
 }
 

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use super::clean::{self, Cleaning};
 use super::config::ClipConfig;
 use super::preprocess::{CROP_ROUNDING, TORCHVISION};
 use super::source::Source;
@@ -101,6 +102,8 @@ impl Foreign {
         let shape = Shape::read(&place, &shapes, &arch, spec)?;
         let preprocess = side.as_ref().and_then(|s| s.get("preprocess_cfg")).cloned().unwrap_or(Value::Null);
         let mut files = vocab::files(dir, &place, shape.vocab_size, arch.tokenizer.as_deref())?;
+        // open_clip's own tokeniser lowers the case; transformers' tokenisers in it do so themselves or not at all.
+        said_cleaning(&mut files, &place, if arch.tokenizer.is_some() { Cleaning::Whitespace } else { Cleaning::Lower })?;
         for (name, json) in [
             ("config.json", shape.config(&arch)),
             ("preprocessor_config.json", preprocessor(&beside.display().to_string(), &preprocess, shape.image_size)?),
@@ -110,6 +113,25 @@ impl Foreign {
         notes.extend(shape.notes(&place));
         Ok(Self { weights, files, notes })
     }
+}
+
+/// Notes in `tokenizer_config.json` how texts are cleaned, unless it says so itself; there it stays when the model is converted.
+fn said_cleaning(files: &mut Files, place: &str, cleaning: Cleaning) -> Result<()> {
+    const NAME: &str = "tokenizer_config.json";
+    let at = files.iter().position(|(name, _)| name == NAME);
+    let mut config: Map<String, Value> = match at {
+        Some(at) => {
+            crate::json::from_slice(&files[at].1).map_err(|e| Error::input(format!("{place} ({NAME})"), format!("not valid JSON: {e}")))?
+        }
+        None => Map::new(),
+    };
+    config.entry(clean::KEY).or_insert_with(|| cleaning.name().into());
+    let bytes = serde_json::to_vec_pretty(&config).map_err(|e| Error::fault(place, e))?;
+    match at {
+        Some(at) => files[at].1 = bytes,
+        None => files.push((NAME.into(), bytes)),
+    }
+    Ok(())
 }
 
 /// CLIP's own tokeniser for a model.

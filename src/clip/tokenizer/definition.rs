@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
+use crate::clip::clean::{self, Cleaning};
 use crate::clip::source::Source;
 use crate::error::{Error, Result};
 
@@ -25,20 +26,31 @@ pub(super) struct Definition {
     pub(super) json: Value,
     pub(super) bos: String,
     pub(super) eos: String,
+    pub(super) cleaning: Cleaning,
 }
 
 impl Definition {
     pub(super) fn read(source: &Source) -> Result<Self> {
         let config = read_object(source, "tokenizer_config.json")?;
         let map = read_object(source, "special_tokens_map.json")?;
+        let cleaning = cleaning(&source.place("tokenizer_config.json"), &config)?;
         let special = Special { config, map };
         let (bos, eos) = (special.token("bos_token", BOS), special.token("eos_token", EOS));
         let (name, json) = match source.read("tokenizer.json")? {
             Some(bytes) => ("tokenizer.json", from_tokenizer(&source.place("tokenizer.json"), &bytes)?),
             None => ("vocab.json", from_vocabulary(source, &special)?),
         };
-        Ok(Self { place: source.place(name), json, bos, eos })
+        Ok(Self { place: source.place(name), json, bos, eos, cleaning })
     }
+}
+
+/// What happens to a text first: nothing, where the files are transformers' own.
+fn cleaning(place: &str, config: &Map<String, Value>) -> Result<Cleaning> {
+    let Some(value) = config.get(clean::KEY).filter(|v| !v.is_null()) else { return Ok(Cleaning::None) };
+    value
+        .as_str()
+        .and_then(Cleaning::named)
+        .ok_or_else(|| Error::input(place, format!("`{}`: expected none, lower, whitespace or canonicalize, found {value}", clean::KEY)))
 }
 
 /// Where transformers keeps special tokens.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
+use super::clean::Cleaning;
 use super::config::TextConfig;
 use super::source::Source;
 use crate::error::{Error, Result};
@@ -24,7 +25,10 @@ pub struct Tokenizer {
     bos: u32,
     eos: u32,
     context: usize,
+    /// Of all but the cleaning.
+    pipeline: String,
     digest: String,
+    cleaning: Cleaning,
 }
 
 impl Tokenizer {
@@ -34,7 +38,7 @@ impl Tokenizer {
     /// When there is no tokeniser, it is damaged, lacks its begin or end token, or knows ids that
     /// the model's token table has not.
     pub fn load(source: &Source, config: &TextConfig) -> Result<Self> {
-        let Definition { place, json, bos, eos } = Definition::read(source)?;
+        let Definition { place, json, bos, eos, cleaning } = Definition::read(source)?;
         let bytes = serde_json::to_vec(&json).map_err(|e| Error::fault(&place, e))?;
         let inner = guarded(|| tokenizers::Tokenizer::from_bytes(bytes))
             .map_err(|e| Error::input(&place, format!("is not a valid tokeniser: {e}")))?;
@@ -51,8 +55,13 @@ impl Tokenizer {
         if context < 2 {
             return Err(Error::input(&place, format!("a context of {context} tokens leaves no room for the begin and end tokens")));
         }
-        let digest = definition::digest(&place, &inner, bos_id, eos_id)?;
-        let tokenizer = Self { inner: Arc::new(inner), bos: bos_id, eos: eos_id, context, digest };
+        let pipeline = definition::digest(&place, &inner, bos_id, eos_id)?;
+        // What transformers would do has the digest that it always had.
+        let digest = match cleaning {
+            Cleaning::None => pipeline.clone(),
+            other => format!("blake3:{}", blake3::hash(format!("{pipeline} {}", other.name()).as_bytes()).to_hex()),
+        };
+        let tokenizer = Self { inner: Arc::new(inner), bos: bos_id, eos: eos_id, context, pipeline, digest, cleaning };
         // A vocabulary without the pieces or the unknown token it needs shows on the first text.
         tokenizer.encode("a photo of a \u{1f427}.").map_err(|e| Error::input(&place, e))?;
         Ok(tokenizer)
@@ -75,7 +84,8 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_part(&self, text: &str, part: &Range<usize>) -> Result<(Vec<u32>, bool, Range<usize>)> {
-        let encoding = guarded(|| self.inner.encode(text, false)).map_err(|e| unencodable(text, &e))?;
+        let (text, part) = self.cleaned_part(text, part)?;
+        let encoding = guarded(|| self.inner.encode(text.as_str(), false)).map_err(|e| unencodable(&text, &e))?;
         let offsets = encoding.get_offsets();
         let first = offsets.iter().take_while(|(_, end)| *end <= part.start).count();
         let len = offsets[first..].iter().take_while(|(start, _)| *start < part.end).count();
@@ -89,8 +99,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn words(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = guarded(|| self.inner.encode_fast(text, false)).map_err(|e| unencodable(text, &e))?;
-        Ok(encoding.get_ids().to_vec())
+        Ok(self.encoding(text)?.get_ids().to_vec())
     }
 
     /// Between begin and end token, cut to the context, and whether that was needed.
@@ -112,10 +121,28 @@ impl Tokenizer {
     }
 
     fn encoding(&self, text: &str) -> Result<tokenizers::Encoding> {
-        guarded(|| self.inner.encode_fast(text, false)).map_err(|e| {
-            let start: String = text.chars().take(80).collect();
-            Error::input("tokeniser", format!("cannot encode `{start}`: {e}"))
-        })
+        let text = self.cleaning.apply(text)?;
+        guarded(|| self.inner.encode_fast(text.as_ref(), false)).map_err(|e| unencodable(&text, &e))
+    }
+
+    /// A text as it is split, and where a part of it has come to lie: behind what the text before it became.
+    fn cleaned_part(&self, text: &str, part: &Range<usize>) -> Result<(String, Range<usize>)> {
+        if self.cleaning == Cleaning::None {
+            return Ok((text.to_string(), part.clone()));
+        }
+        let end_of = |at: usize| Ok::<_, Error>(self.cleaning.apply(text.get(..at).unwrap_or(text))?.len());
+        Ok((self.cleaning.apply(text)?.into_owned(), end_of(part.start)?..end_of(part.end)?))
+    }
+
+    /// What is done to a text before it is split.
+    #[must_use]
+    pub fn cleaning(&self) -> Cleaning {
+        self.cleaning
+    }
+
+    /// [`Tokenizer::digest`] of the tokeniser alone, whatever is done to texts before.
+    pub(crate) fn pipeline(&self) -> &str {
+        &self.pipeline
     }
 
     /// The ids of many texts, and how many were cut. For the caller to warn about.
