@@ -110,7 +110,8 @@ pub(super) fn run(args: MergeArgs, context: &Context) -> Result<()> {
         return take_out(&args, adapter, context);
     }
     let adapters = args.adapters.iter().map(|a| weighted(a)).collect::<Result<Vec<_>>>()?;
-    let model = args.base.fetched(context)?;
+    let named: Vec<PathBuf> = adapters.iter().map(|(adapter, _)| adapter.clone()).collect();
+    let model = args.base.fetched(&named, context)?;
     let adapters = adapters.into_iter().map(|(a, w)| Ok((context.adapter(&a)?, w))).collect::<Result<_>>()?;
     let output = args.output.unwrap_or_default();
     if let Some(how) = args.combine.how() {
@@ -152,7 +153,7 @@ pub(super) fn run(args: MergeArgs, context: &Context) -> Result<()> {
 fn take_out(args: &MergeArgs, adapter: &str, context: &Context) -> Result<()> {
     let (adapter, weight) = weighted(adapter)?;
     let done = undo(&UndoOptions {
-        model: args.base.fetched(context)?,
+        model: args.base.model.as_ref().map_or_else(|| Err(merged()), |_| args.base.fetched(&[], context))?,
         adapter: context.adapter(&adapter)?,
         weight,
         output: args.output.clone().unwrap_or_default(),
@@ -174,8 +175,14 @@ fn take_out(args: &MergeArgs, adapter: &str, context: &Context) -> Result<()> {
     })
 }
 
+/// What an adapter names is the base before the merge.
+fn merged() -> Error {
+    Error::input("--model", "expected the merged model, found none").hint("pass --model with the model that --undo takes the adapter out of")
+}
+
 fn write_classifier(args: &MergeArgs, file: &Path, context: &Context) -> Result<()> {
-    let mut model = Model::load(&args.base.fetched(context)?)?;
+    let named = args.adapters.iter().map(|a| Ok(weighted(a)?.0)).collect::<Result<Vec<_>>>()?;
+    let mut model = Model::load(&args.base.fetched(&named, context)?)?;
     for adapter in &args.adapters {
         model = match weighted(adapter)? {
             (adapter, 1.0) => model.with_adapter_of(&context.adapter(&adapter)?, args.allow_base_mismatch)?,

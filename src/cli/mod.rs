@@ -13,7 +13,7 @@ use crate::clip::decode::DecodeOptions;
 use crate::clip::preprocess::Background;
 use crate::clip::source::Source;
 use crate::clip::spec::Spec;
-use crate::delta::locate_with;
+use crate::delta::{locate_with, named_base};
 use crate::error::{Error, Result};
 use crate::fetch::fetched;
 use crate::model::Model;
@@ -147,9 +147,10 @@ enum Verb {
 /// What names a base.
 #[derive(Debug, Args)]
 struct BaseArgs {
-    /// The base: builtin:tiny, a directory, a checkpoint of OpenAI or open_clip, or a hub id owner/name[@revision]
+    /// The base: builtin:tiny, a directory, a checkpoint of OpenAI or open_clip, or a hub id owner/name[@revision]; the one that
+    /// the adapter names when left out
     #[arg(long, value_name = "BASE")]
-    model: String,
+    model: Option<String>,
     #[command(flatten)]
     options: BaseOptions,
 }
@@ -174,10 +175,31 @@ impl BaseOptions {
 
 impl BaseArgs {
     /// The base's name with its options; what has to be fetched is fetched, with a bar.
-    fn fetched(&self, context: &Context) -> Result<String> {
-        let spec = self.options.spec(&self.model)?;
+    fn fetched(&self, adapters: &[PathBuf], context: &Context) -> Result<String> {
+        let spec = self.spec(adapters, context)?;
         context.source(&spec)?;
         Ok(spec)
+    }
+
+    /// The base's name with its options; the first adapter that names a base says it where --model does not.
+    fn spec(&self, adapters: &[PathBuf], context: &Context) -> Result<String> {
+        if let Some(model) = &self.model {
+            return self.options.spec(model);
+        }
+        let lacks = |e: Error| e.hint("pass --model with the base that the adapter was trained on");
+        for adapter in adapters {
+            // Whose signature is wanted has to be checked before anything that it says is followed.
+            let adapter = context.adapter(adapter)?;
+            crate::sign::check_trust(&adapter)?;
+            if let Some(name) = named_base(&adapter).map_err(lacks)? {
+                context.say(&format!("note: --model is left out: the base is {name}, as {} names it", adapter.display()));
+                return self.options.spec(&name);
+            }
+        }
+        Err(lacks(match adapters {
+            [] => Error::input("--model", "expected a base, found none, and no --adapter that could name it"),
+            _ => Error::input("--model", "expected a base, found none, and the adapter names none either"),
+        }))
     }
 }
 
@@ -186,7 +208,7 @@ impl BaseArgs {
 struct ModelArgs {
     #[command(flatten)]
     base: BaseArgs,
-    /// An adapter: a directory, a .pt of CLIP-LoRA, or a hub id; may be repeated
+    /// An adapter: a directory, a run (its adapter), a .pt of CLIP-LoRA, or a hub id; may be repeated
     #[arg(long = "adapter", value_name = "ADAPTER")]
     adapters: Vec<PathBuf>,
     /// Accept an adapter that was made for another base
@@ -202,7 +224,7 @@ struct ModelArgs {
 
 impl ModelArgs {
     fn open(&self, context: &Context) -> Result<Model> {
-        let spec = self.base.options.spec(&self.base.model)?;
+        let spec = self.base.spec(&self.adapters, context)?;
         let base = Base::from_source(context.source(&spec)?, candle_core::DType::F32, &context.device)?;
         let mut model = Model::from_base(base).with_bundled(&spec)?;
         for adapter in &self.adapters {

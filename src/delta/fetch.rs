@@ -28,12 +28,27 @@ pub fn locate(name: &Path) -> Result<PathBuf> {
 /// As [`locate`], and what `progress` returns.
 pub fn locate_with(name: &Path, progress: &mut Progress<'_>) -> Result<PathBuf> {
     if name.exists() {
-        return Ok(name.to_path_buf());
+        return Ok(of_run(name)?.unwrap_or_else(|| name.to_path_buf()));
     }
     match name.to_str().and_then(Repo::parse) {
         Some(repo) => fetch(&repo, progress),
         // A directory that a kill moved aside is found by who reads it.
         None => Ok(name.to_path_buf()),
+    }
+}
+
+/// The adapter of a run directory. One that a kill moved aside is found by who reads it.
+fn of_run(dir: &Path) -> Result<Option<PathBuf>> {
+    let has = |name: &str| dir.join(name).exists();
+    if !dir.is_dir() || [file::CONFIG, file::MANIFEST, file::TASK, file::WEIGHTS, file::FULL].into_iter().any(has) {
+        return Ok(None);
+    }
+    match (has("adapter") || has(".old-adapter"), has("recipe.yaml")) {
+        (true, _) => Ok(Some(dir.join("adapter"))),
+        (false, true) => {
+            Err(Error::input(dir.display(), "is a run without an adapter yet").hint("let its training come to an end, or to its first saved epoch"))
+        }
+        (false, false) => Ok(None),
     }
 }
 

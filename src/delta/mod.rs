@@ -17,12 +17,14 @@ mod bundle;
 mod clip_lora;
 mod fetch;
 mod load;
+mod named;
 mod save;
 
 pub use bundle::{Bundle, Bundled, bundled, digest as bundle_digest, files as bundle_files};
 pub use clip_lora::is_clip_lora;
 pub use fetch::{locate, locate_with};
 pub use load::{Delta, convert, manifest};
+pub use named::named_base;
 pub use save::{check_output, save};
 
 /// Planned methods: parameters, hooks for training and hooks for evaluation.
