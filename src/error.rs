@@ -42,6 +42,20 @@ pub struct Problem {
     pub hint: Option<String>,
 }
 
+/// An error as JSON has it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Report {
+    /// `input` where a file, a flag or a line is wrong; `fault` where the machine is.
+    pub kind: String,
+    /// The place, as in [`Problem`].
+    pub place: String,
+    /// What was expected and what was found.
+    pub message: String,
+    /// What to do about it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+}
+
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if !self.place.is_empty() {
@@ -128,6 +142,22 @@ impl Error {
         let Self::Tensor(error) = self else { return false };
         let text = format!("{error} {error:?}").to_lowercase();
         ["out_of_memory", "out of memory", "alloc_failed", "failed to create metal resource"].iter().any(|t| text.contains(t))
+    }
+
+    /// The parts of the error, for programs.
+    #[must_use]
+    pub fn report(&self) -> Report {
+        let kind = match self {
+            Self::Input(_) => "input",
+            Self::Verdict(_) => "verdict",
+            Self::Interrupted { .. } => "interrupted",
+            Self::Fault(_) | Self::Tensor(_) => "fault",
+        };
+        let problem = match self {
+            Self::Input(p) | Self::Fault(p) => (**p).clone(),
+            other => Problem { place: String::new(), message: other.to_string(), hint: None },
+        };
+        Report { kind: kind.into(), place: problem.place, message: problem.message, hint: problem.hint }
     }
 
     /// The process exit code for this error.

@@ -144,6 +144,7 @@ pub mod files;
 pub mod fusion;
 pub mod guard;
 pub mod hub;
+pub mod inputs;
 pub mod inspect;
 mod json;
 pub mod measure;

@@ -17,9 +17,11 @@ pub use crate::task::Told;
 use crate::task::prompts::{self, Pad, Prompts};
 use crate::task::{Forward, HEAD};
 
+mod readable;
 mod scorer;
 mod teller;
 
+pub use readable::Readable;
 use scorer::Classes;
 pub use scorer::{Ranked, Scorer};
 pub use teller::Query;

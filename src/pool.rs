@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::model::{Model, Query, Ranked, Told};
+use crate::model::{Model, Query, Ranked, Scorer, Told};
 
 /// A model and others on its base, each with an adapter of its own, loaded when first asked for.
 ///
@@ -22,6 +22,7 @@ use crate::model::{Model, Query, Ranked, Told};
 pub struct Pool {
     model: Model,
     members: HashMap<PathBuf, Model>,
+    scorers: HashMap<Prepared, Scorer>,
     allow_base_mismatch: bool,
 }
 
@@ -29,7 +30,7 @@ impl Pool {
     /// `model` answers where no adapter is named.
     #[must_use]
     pub fn new(model: Model) -> Self {
-        Self { model, members: HashMap::new(), allow_base_mismatch: false }
+        Self { model, members: HashMap::new(), scorers: HashMap::new(), allow_base_mismatch: false }
     }
 
     /// Accepts adapters of another base.
@@ -59,67 +60,99 @@ impl Pool {
     /// # Errors
     /// With the line, counted from 1, of the first request that cannot be answered.
     pub fn answer(&mut self, requests: &[Request], options: &Defaults) -> Result<Vec<Answer>> {
-        let mut groups: Vec<(usize, Vec<usize>)> = Vec::new();
+        let answers = self.answers(requests, options);
+        answers.into_iter().zip(requests).map(|(answer, request)| answer.map_err(|e| on_line(request.line.max(1), e))).collect()
+    }
+
+    /// [`Pool::answer`] where each request has an answer or an error of its own.
+    pub fn answers(&mut self, requests: &[Request], options: &Defaults) -> Vec<Result<Answer>> {
+        let mut groups: Vec<Vec<usize>> = Vec::new();
         let mut known: HashMap<(&Option<PathBuf>, &Option<Vec<String>>), usize> = HashMap::new();
         for (i, request) in requests.iter().enumerate() {
             let group = *known.entry((&request.adapter, &request.labels)).or_insert_with(|| {
-                groups.push((i, Vec::new()));
+                groups.push(Vec::new());
                 groups.len() - 1
             });
-            groups[group].1.push(i);
+            groups[group].push(i);
         }
-        let mut answers: Vec<Option<Answer>> = vec![None; requests.len()];
-        for (first, members) in groups {
-            let at = |i: usize| {
-                let line = requests[i].line.max(1);
-                move |e: Error| on_line(line, e)
-            };
-            let request = &requests[first];
-            let model = self.with(request.adapter.as_deref()).map_err(at(first))?;
-            if model.tells() {
-                for (i, told) in members.iter().zip(judged(model, &members, requests)?) {
-                    answers[*i] = Some(Answer::told(&requests[*i], told, options.top));
-                }
-                continue;
-            }
-            let labels = request.labels.as_deref().unwrap_or(&options.labels);
-            let scorer = model.scorer(labels, &options.templates).map_err(at(first))?;
-            for part in members.chunks(BATCH) {
-                let images = part.iter().map(|i| requests[*i].image().map_err(at(*i))).collect::<Result<Vec<&Path>>>()?;
-                let features = match model.embed_images(&images) {
-                    Ok(features) => features,
-                    // Which of them it was.
-                    Err(e) => {
-                        let own = part.iter().zip(&images).find_map(|(i, image)| Some(at(*i)(model.embed_images(&[image]).err()?)));
-                        return Err(own.unwrap_or(e));
-                    }
-                };
-                for (i, mut predictions) in part.iter().zip(scorer.rank(model, &features)?) {
-                    predictions.truncate(options.top.unwrap_or(usize::MAX));
-                    answers[*i] = Some(Answer { predictions, ..Answer::to(&requests[*i]) });
-                }
+        let mut answers: Vec<Option<Result<Answer>>> = requests.iter().map(|_| None).collect();
+        for part in groups.iter().flat_map(|members| members.chunks(BATCH)) {
+            let together: Vec<&Request> = part.iter().map(|i| &requests[*i]).collect();
+            for (i, answer) in part.iter().zip(self.part(&together, options)) {
+                answers[*i] = Some(answer);
             }
         }
-        Ok(answers.into_iter().flatten().collect())
+        answers.into_iter().flatten().collect()
+    }
+
+    /// Answers for a batch of the same adapter and labels. Where they cannot be answered together, each is by itself.
+    fn part(&mut self, requests: &[&Request], options: &Defaults) -> Vec<Result<Answer>> {
+        match self.together(requests, options) {
+            Ok(answers) => answers,
+            Err(e) if requests.len() == 1 => vec![Err(e)],
+            Err(_) => requests.iter().flat_map(|request| self.part(&[request], options)).collect(),
+        }
+    }
+
+    fn together(&mut self, requests: &[&Request], options: &Defaults) -> Result<Vec<Result<Answer>>> {
+        let Some(first) = requests.first() else { return Ok(Vec::new()) };
+        let adapter = first.adapter.as_deref();
+        if self.with(adapter)?.tells() {
+            let queries: Vec<Query> = requests.iter().map(|r| r.query()).collect();
+            let told = self.with(adapter)?.tell(&queries)?;
+            return Ok(requests.iter().zip(told).map(|(request, told)| Ok(Answer::told(request, told, options.top))).collect());
+        }
+        let labels = first.labels.as_deref().unwrap_or(&options.labels);
+        let key = self.prepare(adapter, labels, &options.templates)?;
+        let paths = requests.iter().map(|r| r.image()).collect::<Result<Vec<&Path>>>()?;
+        let model = adapter.and_then(|a| self.members.get(a)).unwrap_or(&self.model);
+        let scorer = self.scorers.get(&key).ok_or_else(|| Error::fault("labels", "are not prepared"))?;
+        let read = model.embed_readable(&paths)?;
+        let mut ranked = scorer.rank(model, &read.features)?.into_iter();
+        let mut bad: HashMap<usize, Error> = read.bad.into_iter().collect();
+        let one = |(i, request): (usize, &&Request)| match bad.remove(&i) {
+            Some(error) => Some(Err(error)),
+            None => ranked.next().map(|mut predictions| {
+                predictions.truncate(options.top.unwrap_or(usize::MAX));
+                Ok(Answer { predictions, ..Answer::to(request) })
+            }),
+        };
+        Ok(requests.iter().enumerate().filter_map(one).collect())
+    }
+
+    /// Encodes labels for an adapter, once; they are kept for the next requests.
+    ///
+    /// # Errors
+    /// When there are none, or the adapter knows others.
+    pub fn prepare(&mut self, adapter: Option<&Path>, labels: &[String], templates: &[String]) -> Result<Prepared> {
+        let key = (adapter.map(Path::to_path_buf), labels.to_vec(), templates.to_vec());
+        if !self.scorers.contains_key(&key) {
+            let scorer = self.with(adapter)?.scorer(labels, templates)?;
+            if self.scorers.len() >= KEPT {
+                self.scorers.clear();
+            }
+            self.scorers.insert(key.clone(), scorer);
+        }
+        Ok(key)
     }
 }
 
-/// What a task says of some requests; where it cannot, of which one.
-fn judged(model: &Model, members: &[usize], requests: &[Request]) -> Result<Vec<Told>> {
-    let queries: Vec<Query> = members.iter().map(|i| requests[*i].query()).collect();
-    model.tell(&queries).map_err(|e| {
-        let one = |(i, query): (&usize, &Query)| Some(on_line(requests[*i].line.max(1), model.tell(std::slice::from_ref(query)).err()?));
-        members.iter().zip(&queries).find_map(one).unwrap_or(e)
-    })
-}
+/// What labels were prepared for: an adapter, the labels, the templates.
+pub type Prepared = (Option<PathBuf>, Vec<String>, Vec<String>);
+
+/// So many lists of labels stay encoded.
+const KEPT: usize = 64;
 
 /// Images that go through the tower at once.
 const BATCH: usize = 32;
 
 /// A line of `predict --jsonl`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Request {
+    /// Whatever the answer is to be known by; it comes back as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<serde_json::Value>,
     /// An image file; only what looks at texts alone can do without.
     #[serde(default)]
     pub image: Option<PathBuf>,
@@ -148,7 +181,9 @@ impl Request {
         self.image.as_deref().ok_or_else(|| Error::input("image", "expected a path, found none"))
     }
 
-    fn query(&self) -> Query {
+    /// What it asks of a task that answers by itself.
+    #[must_use]
+    pub fn query(&self) -> Query {
         let Self { image, text, question, choices, .. } = self.clone();
         Query { image, text, question, choices }
     }
@@ -168,6 +203,9 @@ pub struct Defaults {
 /// The answer to a [`Request`].
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Answer {
+    /// The request's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<serde_json::Value>,
     /// The image.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image: Option<PathBuf>,
@@ -189,8 +227,8 @@ pub struct Answer {
 
 impl Answer {
     fn to(request: &Request) -> Self {
-        let Request { image, text, question, adapter, .. } = request.clone();
-        Self { image, text, question, adapter, ..Self::default() }
+        let Request { id, image, text, question, adapter, .. } = request.clone();
+        Self { id, image, text, question, adapter, ..Self::default() }
     }
 
     fn told(request: &Request, told: Told, top: Option<usize>) -> Self {
@@ -208,14 +246,21 @@ impl Answer {
 /// With the line, counted from 1, that is none.
 pub fn requests(place: &str, text: &str) -> Result<Vec<Request>> {
     let lines = crate::files::lines(text.trim_start_matches('\u{feff}')).enumerate().filter(|(_, l)| !l.trim().is_empty());
-    let parsed = lines.map(|(i, line)| match serde_json::from_str::<Request>(line) {
+    lines.map(|(i, line)| parse(&format!("{place} line {}", i + 1), i + 1, line)).collect()
+}
+
+/// The request of one line.
+///
+/// # Errors
+/// With `place`, when it is none.
+pub fn parse(place: &str, number: usize, line: &str) -> Result<Request> {
+    match serde_json::from_str::<Request>(line) {
         Ok(request) if request.image.is_none() && request.text.is_none() => {
-            Err(Error::input(format!("{place} line {}", i + 1), "expected an image, found none").hint(LINE))
+            Err(Error::input(place, "expected an image, found none").hint(LINE))
         }
-        Ok(request) => Ok(Request { line: i + 1, ..request }),
-        Err(e) => Err(Error::input(format!("{place} line {}", i + 1), e).hint(LINE)),
-    });
-    parsed.collect()
+        Ok(request) => Ok(Request { line: number, ..request }),
+        Err(e) => Err(Error::input(place, e).hint(LINE)),
+    }
 }
 
 const LINE: &str =

@@ -5,7 +5,7 @@ use std::path::Path;
 
 /// Each module and what it may import; `session` and `cli` put everything together, `faults` tests it. What is right about
 /// this table is the direction: nothing below knows of recipes, nothing but `cli` of the command line.
-const TABLE: [(&str, &[&str]); 48] = [
+const TABLE: [(&str, &[&str]); 49] = [
     ("error", &[]),
     ("named", &[]),
     ("guard", &[]),
@@ -44,7 +44,8 @@ const TABLE: [(&str, &[&str]); 48] = [
     ("classifier", &["clip", "error", "model"]),
     ("model", &["clip", "data", "delta", "error", "fusion", "task"]),
     ("pool", &["error", "files", "model"]),
-    ("embed", &["clip", "data", "error", "files", "model"]),
+    ("inputs", &["clip", "data", "error", "files"]),
+    ("embed", &["clip", "error", "files", "inputs", "data", "model", "train"]),
     ("inspect", &["clip", "delta", "error", "files", "hub", "recipe", "run", "sign"]),
     ("survey", &["clip", "data", "error", "fetch", "recipe", "train"]),
     ("sheet", &["clip", "data", "error", "files"]),

@@ -51,17 +51,83 @@ fn each_line_has_its_adapter_and_labels() {
     // Without labels the adapter's classes are meant, and where it has none the line is named.
     w.write("two.jsonl", "{\"image\": \"data/red/0.png\", \"adapter\": \"a/adapter\"}\n");
     assert_eq!(lines(&w, &["predict", "--model", "base", "--jsonl", "two.jsonl"])[0]["predictions"].as_array().unwrap().len(), 3);
-    for (text, part) in [
-        ("{\"image\": \"data/red/0.png\"}\n", "line 1"),
-        ("\n{\"image\": 3}\n", "line 2"),
-        ("{\"image\": \"data/red/0.png\", \"adaptor\": \"a\"}\n", "adaptor"),
-        ("{\"image\": \"data/red/0.png\", \"adapter\": \"nowhere\", \"labels\": [\"a\"]}\n", "nowhere"),
-        ("{\"image\": \"data/red/0.png\", \"labels\": [\"a\"]}\n{\"image\": \"gone.png\", \"labels\": [\"a\"]}\n", "line 2: gone.png"),
+    // What is wrong with a line is its answer, and the others are answered.
+    let good = "{\"image\": \"data/red/0.png\", \"labels\": [\"a\"], \"id\": 7}\n";
+    for (text, line, part) in [
+        ("{\"image\": \"data/red/0.png\"}\n", 1, "label"),
+        ("\n{\"image\": 3}\n", 2, "string"),
+        ("{\"image\": \"data/red/0.png\", \"adaptor\": \"a\"}\n", 1, "adaptor"),
+        ("{\"image\": \"data/red/0.png\", \"adapter\": \"nowhere\", \"labels\": [\"a\"]}\n", 1, "nowhere"),
+        ("{\"image\": \"gone.png\", \"labels\": [\"a\"]}\n", 1, "gone.png"),
     ] {
-        w.write("bad.jsonl", text);
-        let message = w.fails(&["predict", "--model", "base", "--jsonl", "bad.jsonl"], 2);
-        assert!(message.contains(part), "{message}");
+        w.write("bad.jsonl", &format!("{text}{good}"));
+        let answers = lines(&w, &["predict", "--model", "base", "--jsonl", "bad.jsonl"]);
+        let error = &answers[0]["error"];
+        assert!(answers[0]["line"] == line && error["kind"] == "input" && error.to_string().contains(part), "{answers:?}");
+        assert!(answers[1]["id"] == 7 && answers[1]["predictions"][0]["label"] == "a", "{answers:?}");
     }
+}
+
+/// Each line is answered before the next is written; closing stdin ends it, closing stdout too.
+#[test]
+fn a_worker_answers_line_by_line() {
+    use std::io::{BufRead as _, BufReader, Write as _};
+    use std::process::{Command, Stdio};
+    let w = World::new();
+    let args = ["predict", "--model", "base", "--labels", "red,blue", "--jsonl", "-", "--quiet"];
+    let start =
+        || Command::new(common::program()).args(args).current_dir(w.dir.path()).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+    let mut child = start().unwrap();
+    let (mut input, mut output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+    for (line, key) in [
+        ("{\"image\": \"data/red/0.png\"}", "predictions"),
+        ("no JSON", "error"),
+        ("{\"image\": \"gone.png\"}", "error"),
+        ("{\"image\": \"data/blue/0.png\"}", "predictions"),
+    ] {
+        writeln!(input, "{line}").unwrap();
+        let mut answer = String::new();
+        output.read_line(&mut answer).unwrap();
+        assert!(serde_json::from_str::<Value>(&answer).unwrap().get(key).is_some(), "{line}: {answer}");
+    }
+    drop(input);
+    assert!(child.wait().unwrap().success());
+    let mut child = start().unwrap();
+    drop(child.stdout.take());
+    writeln!(child.stdin.as_mut().unwrap(), "{{\"image\": \"data/red/0.png\"}}").unwrap();
+    assert!(child.wait().unwrap().success());
+}
+
+/// An adapter says which base it was trained on, and a run which adapter it made.
+#[test]
+fn an_adapter_names_its_base() {
+    let w = World::new();
+    w.json(&["train", "recipe.yaml", "--output", "runs/a"]);
+    let named = w.json(&["predict", "--model", "base", "--adapter", "runs/a/adapter", "data/red/0.png"]);
+    assert_eq!(w.json(&["predict", "--adapter", "runs/a/adapter", "data/red/0.png"]), named);
+    assert_eq!(w.json(&["predict", "--adapter", "runs/a", "data/red/0.png"]), named);
+    // Also from elsewhere, where the recipe's relative path leads nowhere.
+    let adapter = w.path("runs/a");
+    let out = std::process::Command::new(common::program())
+        .args(["predict", "--json", "--adapter", adapter.to_str().unwrap(), "red/0.png"])
+        .current_dir(w.path("data"))
+        .output()
+        .unwrap();
+    let found: Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(found[0]["predictions"], named[0]["predictions"]);
+    w.json(&["embed", "--adapter", "runs/a", "--images", "data/red", "--output", "e.npy"]);
+    w.json(&["merge", "--adapter", "runs/a", "--output", "merged"]);
+    let eval = |adapter: &str| w.json(&["eval", "recipe.yaml", "--adapter", adapter]);
+    assert_eq!(eval("runs/a"), eval("runs/a/adapter"));
+    // Another base in its place is found out, and one that is gone is named.
+    assert!(w.fails(&["predict", "data/red/0.png"], 2).contains("--model"));
+    std::fs::rename(w.path("base"), w.path("moved")).unwrap();
+    let message = w.fails(&["predict", "--adapter", "runs/a", "data/red/0.png"], 2);
+    assert!(message.contains("`base`") && message.contains("--model"), "{message}");
+    w.json(&["predict", "--model", "moved", "--adapter", "runs/a", "data/red/0.png"]);
+    w.json(&["extract", "moved", "merged", "--rank", "1", "--rest", "--output", "other"]);
+    std::fs::rename(w.path("merged"), w.path("base")).unwrap();
+    assert!(w.fails(&["predict", "--adapter", "runs/a", "data/red/0.png"], 2).contains("was made for"));
 }
 
 #[test]

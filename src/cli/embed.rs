@@ -11,6 +11,7 @@ use crate::error::Result;
 pub(super) const EXAMPLES: &str = "\
 Examples:
   peft embed --model path/to/clip --images photos --texts captions.txt --output features.safetensors
+  peft embed --model path/to/clip --images 'photos/**/*.jpg' --skip-bad --output features.npy
   peft embed --model builtin:tiny --adapter runs/quickstart/adapter --images list.txt --normalize -o e.safetensors";
 
 /// Arguments of `peft embed`.
@@ -18,29 +19,46 @@ Examples:
 pub(super) struct EmbedArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// A directory of images, or a text file with one path a line
-    #[arg(long, value_name = "DIR|LIST")]
-    images: Option<PathBuf>,
-    /// A text file with one text a line
+    /// A directory of images, a glob pattern ('photos/**/*.jpg'), a table (csv, tsv, jsonl) with a column of paths, or a text
+    /// file with one path a line; may be repeated
+    #[arg(long, value_name = "DIR|GLOB|TABLE|LIST")]
+    images: Vec<String>,
+    /// A text file with one text a line, or a table with a column of texts
     #[arg(long, value_name = "FILE")]
     texts: Option<PathBuf>,
-    /// The safetensors file to write
+    /// The file to write: .safetensors, or .npy with NAME.ids.jsonl beside it. The same command goes on where a kill ended it
     #[arg(long, short, value_name = "FILE")]
     output: PathBuf,
     /// Divide each row by its Euclidean norm
     #[arg(long)]
     normalize: bool,
+    /// Leave out images that cannot be read: they have no row
+    #[arg(long)]
+    skip_bad: bool,
 }
 
 pub(super) fn run(args: EmbedArgs, context: &Context) -> Result<()> {
     let model = args.model.open(context)?;
-    let options = EmbedOptions { images: args.images, texts: args.texts, output: args.output, normalize: args.normalize };
-    let done = embed(&model, &options)?;
+    if model.tells() {
+        context.say(
+            "note: this adapter judges an image together with a text; rows are features of its towers without its head \
+             (`peft predict --text` or `--question` judges pairs)",
+        );
+    }
+    let EmbedArgs { images, texts, output, normalize, skip_bad, .. } = args;
+    let options = EmbedOptions { images, texts, output, normalize, skip_bad };
+    let mut progress = context.progress();
+    let done = embed(&model, &options, &mut progress).map_err(|e| if skip_bad { e } else { super::skipping(e) })?;
+    drop(progress);
     if done.truncated > 0 {
         context.say(&format!("warning: {} texts were longer than the model's context and were cut", done.truncated));
     }
     if done.blank > 0 {
         context.say(&format!("note: {} lines of --texts are blank; their rows are features of the empty text", done.blank));
+    }
+    if let Some(first) = done.skipped.first() {
+        let (count, error) = (done.skipped.len(), &first.error);
+        context.say(&format!("note: {count} images cannot be read and have no row; the first: {}: {}", error.place, error.message));
     }
     context.print(&done, || {
         format!("{} images and {} texts, {} numbers each, in {}\n", done.images, done.texts, done.dim, done.output.display())

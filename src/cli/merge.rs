@@ -177,7 +177,8 @@ fn take_out(args: &MergeArgs, adapter: &str, context: &Context) -> Result<()> {
 
 /// What an adapter names is the base before the merge.
 fn merged() -> Error {
-    Error::input("--model", "expected the merged model, found none").hint("pass --model with the model that --undo takes the adapter out of")
+    Error::input("--model", "expected the merged model, found none")
+        .hint("pass --model with the model that --undo takes the adapter out of")
 }
 
 fn write_classifier(args: &MergeArgs, file: &Path, context: &Context) -> Result<()> {

@@ -297,6 +297,14 @@ impl Context {
     }
 }
 
+/// The way out of images that cannot be read.
+fn skipping(error: Error) -> Error {
+    match &error {
+        Error::Input(problem) if problem.place == "images" => error.hint("repair or remove them, or pass --skip-bad to leave them out"),
+        _ => error,
+    }
+}
+
 /// What names from files say to people: a terminal would obey their control characters.
 fn plain(text: &str) -> String {
     let one = |c: char| if c.is_control() && c != '\n' { c.escape_default().collect::<String>() } else { c.to_string() };

@@ -330,7 +330,7 @@ impl Reading {
     }
 }
 
-pub(crate) use scan::is_image;
+pub(super) use scan::is_image;
 
 pub(super) fn name(path: &Path) -> String {
     path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()

@@ -70,6 +70,13 @@ pub(crate) fn scan(dir: &Path, links: Links<'_>) -> Result<Scan> {
     Ok(found)
 }
 
+/// The images below a directory, sorted; links that lead nowhere; and what was left out, for people.
+pub(crate) fn images(dir: &Path) -> Result<(Vec<PathBuf>, Vec<Error>, Option<String>)> {
+    let Scan { images, left_out, broken, .. } = scan(dir, Links::Any)?;
+    let told = (!left_out.is_empty()).then(|| format!("{}; {}", counted(&left_out), advice(left_out.keys())));
+    Ok((images, broken, told))
+}
+
 /// What a failed step of a walk means: a link that leads nowhere is told of with the images that cannot be read; one that should be
 /// passed over is nothing.
 fn broken(dir: &Path, error: walkdir::Error) -> Result<Option<Error>> {

@@ -45,9 +45,8 @@ fn of_run(dir: &Path) -> Result<Option<PathBuf>> {
     }
     match (has("adapter") || has(".old-adapter"), has("recipe.yaml")) {
         (true, _) => Ok(Some(dir.join("adapter"))),
-        (false, true) => {
-            Err(Error::input(dir.display(), "is a run without an adapter yet").hint("let its training come to an end, or to its first saved epoch"))
-        }
+        (false, true) => Err(Error::input(dir.display(), "is a run without an adapter yet")
+            .hint("let its training come to an end, or to its first saved epoch")),
         (false, false) => Ok(None),
     }
 }

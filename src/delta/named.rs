@@ -44,8 +44,9 @@ fn here(adapter: &Path, name: String) -> Result<String> {
         return Ok(name);
     }
     let above = adapter.canonicalize().map_err(|e| Error::read(adapter, e))?;
-    let found: Option<PathBuf> =
-        Some(path).filter(|p| Path::new(p).is_relative()).and_then(|p| above.ancestors().skip(1).map(|dir| dir.join(p)).find(|p| p.exists()));
+    let found: Option<PathBuf> = Some(path)
+        .filter(|p| Path::new(p).is_relative())
+        .and_then(|p| above.ancestors().skip(1).map(|dir| dir.join(p)).find(|p| p.exists()));
     match found {
         Some(found) => Ok(format!("{}{options}", found.display())),
         None if crate::hub::Repo::parse(path).is_some() => Ok(name),

@@ -150,5 +150,5 @@ fn copy_tree(from: &Path, to: &Path) {
 /// Temporary names in a directory.
 fn strays(dir: &Path) -> Vec<String> {
     let entries = walkdir::WalkDir::new(dir).into_iter().flatten().map(|e| e.path().display().to_string());
-    entries.filter(|p| [".tmp-", ".old-", ".removed"].iter().any(|s| p.contains(s))).collect()
+    entries.filter(|p| [".tmp-", ".old-", ".part-", ".removed"].iter().any(|s| p.contains(s))).collect()
 }

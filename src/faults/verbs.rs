@@ -7,10 +7,15 @@ use std::process::Command;
 use super::{World, aborts, changes, copy_tree, each, full, peft, strays, succeeds, tree, verb};
 
 /// Verbs that write `OUT` or what is beside it: first in one way, then in another over that.
-const CASES: [[&str; 3]; 10] = [
+const CASES: [[&str; 3]; 11] = [
     ["extract", "extract base tuned --rank 1 --rest --output OUT", "extract base tuned --rank 2 --rest --output OUT --force"],
     ["convert", "convert base --output OUT", "convert base --output OUT --dtype f16 --force"],
-    ["embed", "embed --model base --images data/red --output OUT", "embed --model base --images data/blue --output OUT"],
+    [
+        "embed",
+        "embed --model base --images data/red --output OUT.npy",
+        "embed --model base --images data --texts run/recipe.yaml --output OUT.safetensors",
+    ],
+    ["rows", "embed --model base --images data/red --output OUT.npy", "embed --model base --images data --output OUT.npy"],
     [
         "bundle",
         "merge --model base --adapter run/adapter --bundle --output OUT",
@@ -43,14 +48,17 @@ fn place(w: &World, name: &str) -> PathBuf {
 }
 
 fn run(dir: &Path, line: &str, fault: &str) -> Command {
-    let words: Vec<&str> = line.split(' ').map(|word| if word == "OUT" { "out/it.x" } else { word }).collect();
+    let words: Vec<&str> = line.split(' ').collect();
+    let words: Vec<String> =
+        words.iter().map(|word| word.strip_prefix("OUT").map_or((*word).to_string(), |rest| format!("out/it.x{rest}"))).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
     verb(dir, &words, fault)
 }
 
 /// What stands under each name in `out`, a file or a directory with all that is in it.
 fn things(dir: &Path) -> BTreeMap<String, BTreeMap<String, Vec<u8>>> {
     let mut things: BTreeMap<String, BTreeMap<String, Vec<u8>>> = BTreeMap::new();
-    for (name, bytes) in tree(&dir.join("out"), &[".tmp-", ".old-"]) {
+    for (name, bytes) in tree(&dir.join("out"), &[".tmp-", ".old-", ".part-"]) {
         let top = name.split('/').next().unwrap().to_string();
         things.entry(top).or_default().insert(name, bytes);
     }

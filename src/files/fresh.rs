@@ -62,7 +62,7 @@ impl Fresh {
     }
 
     /// Returns when the content is on the disk.
-    pub(super) fn settle(&self, private: bool) -> Result<()> {
+    pub(crate) fn settle(&self, private: bool) -> Result<()> {
         if !private {
             readable(&self.temporary);
         }

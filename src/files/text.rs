@@ -116,13 +116,20 @@ pub struct Lines<R> {
     number: usize,
     /// Bytes before the next line.
     at: usize,
+    /// Whether nothing can be read behind the last line.
+    broken: bool,
     line: Vec<u8>,
 }
 
 impl<R: BufRead> Lines<R> {
     /// The lines of `inner`, which messages call `place`, each of at most `limit` bytes.
     pub fn new(place: impl Into<String>, inner: R, limit: u64) -> Self {
-        Self { inner, place: place.into(), limit, number: 0, at: 0, line: Vec::new() }
+        Self { inner, place: place.into(), limit, number: 0, at: 0, broken: false, line: Vec::new() }
+    }
+
+    /// Whether the last line was the end of what can be read: it was too long, or the stream gave way.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.broken
     }
 
     /// The next line with its number, from 1, and without its end.
@@ -132,12 +139,17 @@ impl<R: BufRead> Lines<R> {
     pub fn next(&mut self) -> Result<Option<(usize, &str)>> {
         self.line.clear();
         let line = &mut self.line;
-        let count = self.inner.by_ref().take(self.limit + 1).read_until(b'\n', line).map_err(|e| Error::read(&self.place, e))?;
+        let count = self.inner.by_ref().take(self.limit + 1).read_until(b'\n', line);
+        let count = count.map_err(|e| {
+            self.broken = true;
+            Error::read(&self.place, e)
+        })?;
         if count == 0 {
             return Ok(None);
         }
         (self.number, self.at) = (self.number + 1, self.at + count);
         if count as u64 > self.limit {
+            self.broken = true;
             return Err(Error::input(format!("{}:{}", self.place, self.number), format!("the line has more than {} bytes", self.limit)));
         }
         let line = if self.number == 1 { unmarked(&self.place, line)? } else { line };

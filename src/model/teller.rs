@@ -103,6 +103,14 @@ impl Model {
         self.teller.is_some()
     }
 
+    /// Whether a query has what the adapter's task looks at besides an image.
+    ///
+    /// # Errors
+    /// When it lacks something, or the task ranks labels.
+    pub fn check_query(&self, query: &Query) -> Result<()> {
+        self.teller()?.with(|task| task.check_query(&query.example(0)))
+    }
+
     /// What the adapter's task says of each query: whether a text fits an image, the answer to a question, a number.
     ///
     /// # Errors

@@ -1,0 +1,130 @@
+//! What stands for images on a command line: files, directories, glob patterns, lists and tables.
+
+use std::path::{Path, PathBuf};
+
+use crate::clip::decode::EXTENSIONS;
+use crate::data::{cells, is_table, scan_images};
+use crate::error::{Error, Result};
+use crate::files;
+
+/// The largest list of texts, labels or paths.
+pub const MAX_LIST: u64 = 1 << 30;
+
+/// What a file is whose name does not say it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Other {
+    /// An image.
+    Image,
+    /// A text with one path a line.
+    List,
+}
+
+/// Images that were found, in order.
+#[derive(Debug, Default)]
+pub struct Inputs {
+    /// Their files.
+    pub images: Vec<PathBuf>,
+    /// What was left out, for people.
+    pub notes: Vec<String>,
+    /// Rows of tables and links that name no image.
+    pub bad: Vec<Error>,
+}
+
+impl Inputs {
+    /// Adds the images that `argument` stands for.
+    ///
+    /// A file that is there is taken by its name: an image, a table (csv, tsv, jsonl), a list (txt, list), or `other`. Directories
+    /// are walked through, in the order of their paths; a pattern may hold `**`.
+    ///
+    /// # Errors
+    /// When nothing is there, or it cannot be read.
+    pub fn add(&mut self, argument: &str, other: Other) -> Result<()> {
+        let path = Path::new(argument);
+        if path.is_dir() {
+            return self.directory(path);
+        }
+        if !path.exists() && argument.contains(['*', '?', '[']) {
+            return self.pattern(argument);
+        }
+        let extension = path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
+        match extension.as_str() {
+            "parquet" | "tar" => Err(Error::input(path.display(), format!("is a .{extension} file, which is not read here"))
+                .hint("give image files, a directory, a glob pattern, a list or a table of paths")),
+            _ if is_table(path) => self.table(path),
+            "txt" | "list" => self.list(path),
+            e if EXTENSIONS.contains(&e) || other == Other::Image => {
+                self.images.push(path.to_path_buf());
+                Ok(())
+            }
+            _ => self.list(path),
+        }
+    }
+
+    fn list(&mut self, path: &Path) -> Result<()> {
+        self.images.extend(files::read_lines(path, MAX_LIST)?.into_iter().map(PathBuf::from));
+        Ok(())
+    }
+
+    fn table(&mut self, path: &Path) -> Result<()> {
+        let found = cells(path)?;
+        if found.images.is_empty() && found.bad.is_empty() {
+            return Err(Error::input(path.display(), "names no image").hint("a column `image`, `file_name` or `path` names them"));
+        }
+        self.images.extend(found.images);
+        self.bad.extend(found.bad);
+        Ok(())
+    }
+
+    fn directory(&mut self, path: &Path) -> Result<()> {
+        let (images, broken, left_out) = scan_images(path)?;
+        if images.is_empty() && broken.is_empty() {
+            let rest = left_out.map(|counts| format!(", but {counts}")).unwrap_or_default();
+            return Err(Error::input(path.display(), format!("holds no image{rest}")));
+        }
+        self.notes.extend(left_out.map(|counts| format!("{}: not images by their names, and left out: {counts}", path.display())));
+        self.images.extend(images);
+        self.bad.extend(broken);
+        Ok(())
+    }
+
+    /// A pattern that names an extension means all that it matches; any other one the images among them.
+    fn pattern(&mut self, pattern: &str) -> Result<()> {
+        let hidden = glob::MatchOptions { require_literal_leading_dot: true, ..glob::MatchOptions::new() };
+        let found = glob::glob_with(pattern, hidden).map_err(|e| Error::input(pattern, e))?;
+        let last = pattern.rsplit(['/', std::path::MAIN_SEPARATOR]).next().unwrap_or_default();
+        let named = last.rsplit_once('.').is_some_and(|(_, e)| !e.is_empty() && e != "*");
+        let (before, mut left_out) = (self.images.len(), 0);
+        for path in found {
+            let path = path.map_err(|e| Error::read(e.path().to_path_buf(), e.into()))?;
+            let extension = path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
+            match path.is_dir() {
+                true => {}
+                false if named || EXTENSIONS.contains(&extension.as_str()) => self.images.push(path),
+                false => left_out += 1,
+            }
+        }
+        if self.images.len() == before {
+            return Err(
+                Error::input(pattern, "matches no file").hint("`**` goes through directories: 'photos/**/*.jpg', or give the directory")
+            );
+        }
+        if left_out > 0 {
+            self.notes.push(format!("{pattern}: {left_out} files are not images by their names, and are left out"));
+        }
+        Ok(())
+    }
+}
+
+/// So many faults of images are told at once.
+pub const SHOWN: usize = 50;
+
+/// One error for all images that cannot be read.
+#[must_use]
+pub fn unreadable(bad: &[Error]) -> Error {
+    let mut lines: Vec<String> = bad.iter().take(SHOWN).map(|e| format!("  {}", e.to_string().replace('\n', " "))).collect();
+    if bad.len() > SHOWN {
+        lines.push("  and more".into());
+    }
+    let count = if bad.len() >= SHOWN { format!("at least {SHOWN}") } else { bad.len().to_string() };
+    Error::input("images", format!("{count} cannot be read:\n{}", lines.join("\n"))).hint("repair or remove them")
+}
