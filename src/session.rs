@@ -50,7 +50,8 @@ impl Session {
     /// # Errors
     /// When a file is missing or malformed.
     pub fn open(recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Result<Self> {
-        let mut data = fetched(observer, |progress| recipe.data.local(progress))?.open(recipe.train.seed)?;
+        let mut data =
+            fetched(observer, |progress| recipe.data.local(progress))?.open_for(recipe.train.seed, &recipe.task.definition().reads())?;
         let base = load(&recipe, device, observer)?;
         let options = recipe.images.options();
         let images = Arc::new(Images::new(base.preprocess.clone(), options));

@@ -8,10 +8,11 @@ use serde::Serialize;
 
 use crate::clip::base::Parts;
 use crate::clip::decode::{self, DecodeOptions};
-use crate::data::{DataConfig, Dataset, Example, ImageRef, Split};
+use crate::data::{DataConfig, Dataset, Example, Field, ImageRef, Split};
 use crate::error::Result;
 use crate::fetch::fetched;
 use crate::recipe::Recipe;
+use crate::task::{TaskConfig, cut_texts, longer_than_context};
 use crate::train::{Event, Observer};
 
 /// What to look at.
@@ -25,6 +26,8 @@ pub struct Subject {
     pub model: String,
     /// Draws shots.
     pub seed: u64,
+    /// The task of the recipe, whose texts are counted; of a source alone all texts are.
+    pub task: Option<TaskConfig>,
 }
 
 /// Images that go through the decoders between two reports of progress.
@@ -98,7 +101,7 @@ pub struct Captions {
     pub tokens: Spread,
     /// Tokens that the model takes in.
     pub context: usize,
-    /// Texts that will be cut.
+    /// Different texts that will be cut.
     pub too_long: usize,
     /// The longest, or its beginning.
     pub longest: String,
@@ -154,10 +157,10 @@ impl Subject {
             let recipe = Recipe::load(place, &[])?;
             let images = recipe.images.options();
             let model = model.unwrap_or(recipe.model.spec()).to_string();
-            return Ok(Self { data: recipe.data, images, model, seed: recipe.train.seed });
+            return Ok(Self { data: recipe.data, images, model, seed: recipe.train.seed, task: Some(recipe.task) });
         }
         let model = model.unwrap_or("builtin:tiny").to_string();
-        Ok(Self { data: DataConfig::locate(path)?, images: DecodeOptions::default(), model, seed: 0 })
+        Ok(Self { data: DataConfig::locate(path)?, images: DecodeOptions::default(), model, seed: 0, task: None })
     }
 }
 
@@ -170,7 +173,11 @@ const SPLITS: [Split; 3] = [Split::Train, Split::Val, Split::Test];
 pub fn survey(subject: &Subject, observer: &mut dyn Observer) -> Result<(Survey, Dataset)> {
     let source = fetched(observer, |progress| subject.data.local(progress))?;
     // Every image is looked at, and compared with the others.
-    let mut data = DataConfig { skip_bad: true, ..source.listed() }.open(subject.seed)?;
+    let config = DataConfig { skip_bad: true, ..source.listed() };
+    let mut data = match &subject.task {
+        Some(task) => config.open_for(subject.seed, &task.definition().reads())?,
+        None => config.open(subject.seed)?,
+    };
     if !source.has_own_splits() {
         let split = source.split.clone().unwrap_or_default();
         let fractions = format!("{}, {}, {} (seed {})", split.train, split.val, split.test, split.seed);
@@ -203,10 +210,10 @@ pub fn survey(subject: &Subject, observer: &mut dyn Observer) -> Result<(Survey,
         bytes: fine.iter().map(|(.., l)| l.bytes).sum(),
         width: side(&|l| l.width),
         height: side(&|l| l.height),
-        captions: captions(&data, &subject.model)?,
+        captions: captions(&data, subject)?,
         duplicates: duplicates(&fine, &data.classes),
         unreadable,
-        notes: data.notes.clone(),
+        notes: data.notes.iter().cloned().chain(cut(&data, subject)?).collect(),
     };
     Ok((survey, data))
 }
@@ -241,8 +248,8 @@ impl Spread {
 fn classes(data: &Dataset) -> Vec<ClassCounts> {
     let mut counts = vec![Counts::default(); data.classes.len()];
     for split in SPLITS {
-        for label in data.split(split).iter().filter_map(|e| e.label) {
-            let c = &mut counts[label as usize];
+        for label in data.split(split).iter().flat_map(Example::all_labels) {
+            let c = &mut counts[*label as usize];
             match split {
                 Split::Train => c.train += 1,
                 Split::Val => c.val += 1,
@@ -253,24 +260,52 @@ fn classes(data: &Dataset) -> Vec<ClassCounts> {
     data.classes.iter().cloned().zip(counts).map(|(name, counts)| ClassCounts { name, counts }).collect()
 }
 
-fn captions(data: &Dataset, model: &str) -> Result<Option<Captions>> {
+fn captions(data: &Dataset, subject: &Subject) -> Result<Option<Captions>> {
     let all = || SPLITS.into_iter().flat_map(|s| data.split(s));
     let texts: Vec<&String> = all().flat_map(|e| &e.texts).collect();
     if texts.is_empty() {
         return Ok(None);
     }
-    let tokenizer = Parts::load(model)?.tokenizer;
+    let tokenizer = Parts::load(&subject.model)?.tokenizer;
     let lengths: Vec<usize> = texts.par_iter().map(|t| tokenizer.count(t)).collect::<Result<_>>()?;
     let longest = lengths.iter().zip(&texts).max_by_key(|(n, _)| **n).map(|(_, t)| t.chars().take(200).collect()).unwrap_or_default();
-    Ok(Spread::of(lengths.clone()).map(|tokens| Captions {
+    let too_long = match subject.task.as_ref().filter(|t| reads_texts(t)) {
+        Some(task) => cut_texts(task.definition(), &tokenizer, data)?,
+        None => lengths.iter().zip(&texts).filter(|(n, _)| **n > tokenizer.context()).map(|(_, t)| t).collect::<HashSet<_>>().len(),
+    };
+    Ok(Spread::of(lengths).map(|tokens| Captions {
         count: texts.len(),
         tokens,
         context: tokenizer.context(),
-        too_long: lengths.iter().filter(|n| **n > tokenizer.context()).count(),
+        too_long,
         longest,
-        tokenizer: model.to_string(),
+        tokenizer: subject.model.clone(),
         without: all().filter(|e| e.texts.is_empty()).count(),
     }))
+}
+
+fn reads_texts(task: &TaskConfig) -> bool {
+    task.definition().reads().needed.contains(&Field::Text)
+}
+
+/// What is cut besides the examples' texts: a recipe's class prompts, questions with their choices.
+fn cut(data: &Dataset, subject: &Subject) -> Result<Option<String>> {
+    let questions = || SPLITS.into_iter().flat_map(|s| data.split(s)).filter_map(|e| e.question.clone()).collect::<Vec<_>>();
+    let (count, what) = match &subject.task {
+        Some(task) if reads_texts(task) => return Ok(None),
+        None if questions().is_empty() => return Ok(None),
+        None => {
+            let mut cut = HashSet::new();
+            longer_than_context(&Parts::load(&subject.model)?.tokenizer, questions(), &mut cut)?;
+            (cut.len(), "questions")
+        }
+        Some(task) => {
+            let task = task.definition();
+            let what = if task.texts(&data.classes, &[]).0.is_empty() { "questions" } else { "class prompts" };
+            (cut_texts(task, &Parts::load(&subject.model)?.tokenizer, data)?, what)
+        }
+    };
+    Ok((count > 0).then(|| format!("{count} {what} are longer than the model's context and will be cut")))
 }
 
 /// What tells images apart: the file, or the bytes in a shard where rows say different things of one image.
@@ -285,7 +320,7 @@ fn shown(e: &Example, look: &Look) -> (Option<u128>, Option<blake3::Hash>, Strin
 
 /// One image with two classes is a contradiction that has to be told of.
 fn label_of(e: &Example) -> String {
-    e.label.map(|l| l.to_string()).unwrap_or_default()
+    e.all_labels().iter().map(|l| format!("{l} ")).collect()
 }
 
 fn images(data: &Dataset) -> Counts {
@@ -302,7 +337,10 @@ fn duplicates(images: &[(Split, &Example, Look)], classes: &[String]) -> Duplica
         groups.entry(look.hash).or_default().push((*split, example));
     }
     let copies = |group: &[(Split, &Example)]| -> Vec<Copy> {
-        let class = |e: &Example| e.label.map(|l| classes[l as usize].clone());
+        let class = |e: &Example| {
+            let names: Vec<&str> = e.all_labels().iter().map(|l| classes[*l as usize].as_str()).collect();
+            (!names.is_empty()).then(|| names.join("|"))
+        };
         group.iter().map(|(split, e)| Copy { split: *split, id: e.id.clone(), class: class(e) }).collect()
     };
     let mut found = Duplicates::default();
@@ -311,7 +349,7 @@ fn duplicates(images: &[(Split, &Example, Look)], classes: &[String]) -> Duplica
         groups.values().filter(|g| g.len() > 1).map(|g| (g[0].1.id.as_str(), g)).collect();
     for group in groups.values() {
         let splits: HashSet<Split> = group.iter().map(|(s, _)| *s).collect();
-        let labels: HashSet<Option<u32>> = group.iter().map(|(_, e)| e.label).collect();
+        let labels: HashSet<&[u32]> = group.iter().map(|(_, e)| e.all_labels()).collect();
         if splits.len() > 1 {
             found.across_splits.push(copies(group));
         }

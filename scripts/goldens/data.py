@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import webdataset as wds
 from datasets import ClassLabel, Dataset, Features, List, Value
 from PIL import Image
+from webdataset.tariterators import base_plus_ext
 
 OUT = Path("tests/data/sets")
 CLASSES, TAGS = ["cat", "dog", "owl"], ["big", "small", "wild"]
@@ -170,12 +171,23 @@ def webdataset(expected):
             )
 
 
+NAMES = ["0001.jpg", "0001.seg.png", "a.b/0001.jpg", "plain", "./0001.txt", "IMG_2022.05.01.png", "v1.2/x/IMG.01.jpg", "a/b.c/d.e.f"]
+NAMES += ["a..png", "a/.b/c.png", "x.tar/y", "photo.JPG", "dir.v2/plain", ".hidden.png", "été.cls", "a b.c d.png"]
+
+
+def keys():
+    """Key and extension of members, as webdataset's own function has them."""
+    rows = [[name, *base_plus_ext(name)] for name in NAMES]
+    (OUT / "keys.json").write_text(json.dumps(rows, indent=0, ensure_ascii=False) + "\n")
+
+
 def main():
     shutil.rmtree(OUT, ignore_errors=True)
     expected = {}
     hugging_face(expected)
     codecs(expected)
     webdataset(expected)
+    keys()
     (OUT / "expected.json").write_text(json.dumps(expected, indent=1, ensure_ascii=False) + "\n")
 
 

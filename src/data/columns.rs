@@ -1,8 +1,11 @@
 //! What a row says about an example: the columns that tables, Parquet files and WebDataset's JSON members share.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::rules::{Field, Mistake, SPLITS, split_of_cell};
 use super::{RawExample, Split};
 use crate::error::{Error, Result};
 
@@ -71,9 +74,12 @@ macro_rules! with_columns {
             /// Column of class names. `label` when left out, unless `labels` is given.
             #[serde(default, skip_serializing_if = "Option::is_none")]
             pub label: Option<String>,
-            /// Column of several class names: `a|b` or a list. `labels` when left out, unless `label` is given.
+            /// Column of several class names: `a|b` (see `label_separator`) or a list. `labels` when left out, unless `label` is given.
             #[serde(default, skip_serializing_if = "Option::is_none")]
             pub labels: Option<String>,
+            /// Stands between the class names of a cell; `|` when left out.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub label_separator: Option<String>,
             /// Column of questions. `question` when left out.
             #[serde(default, skip_serializing_if = "Option::is_none")]
             pub question: Option<String>,
@@ -90,9 +96,13 @@ macro_rules! with_columns {
             /// Column that says whether image and text belong together: true, yes, 1 or false, no, 0. `fits` when left out.
             #[serde(default, skip_serializing_if = "Option::is_none")]
             pub fits: Option<String>,
-            /// Column that says train, val or test. `split` when left out.
+            /// Column that says train, val or test, or another usual word for one: `Testing`, `dev`, `restval` (Karpathy's, trained
+            /// on). 0, 1 and 2 are these three where all occur. `split` when left out.
             #[serde(default, skip_serializing_if = "Option::is_none")]
             pub split: Option<String>,
+            /// What other words in the split column mean: `{ 1: train, 0: test }`.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub splits: Option<std::collections::BTreeMap<String, $crate::data::Split>>,
             /// Column whose equal values stay in one split. `group` when left out.
             #[serde(default, skip_serializing_if = "Option::is_none")]
             pub group: Option<String>,
@@ -103,10 +113,13 @@ macro_rules! with_columns {
 
         impl $name {
             fn columns(&self) -> $crate::data::columns::Columns {
-                let Self { image, text, text_join, label, labels, question, answer, choices, value, fits, split, group, id, .. } =
-                    self.clone();
+                let Self {
+                    image, text, text_join, label, labels, label_separator, question, answer, choices, value, fits, split, splits, group,
+                    id, ..
+                } = self.clone();
                 $crate::data::columns::Columns {
-                    key: $key, image, text, text_join, label, labels, question, answer, choices, value, fits, split, group, id,
+                    key: $key, image, text, text_join, label, labels, label_separator, question, answer, choices, value, fits, split,
+                    splits, group, id,
                 }
             }
         }
@@ -124,12 +137,14 @@ pub(super) struct Columns {
     pub(super) text_join: Option<String>,
     pub(super) label: Option<String>,
     pub(super) labels: Option<String>,
+    pub(super) label_separator: Option<String>,
     pub(super) question: Option<String>,
     pub(super) answer: Option<String>,
     pub(super) choices: Option<String>,
     pub(super) value: Option<String>,
     pub(super) fits: Option<String>,
     pub(super) split: Option<String>,
+    pub(super) splits: Option<BTreeMap<String, Split>>,
     pub(super) group: Option<String>,
     pub(super) id: Option<String>,
 }
@@ -171,107 +186,163 @@ impl Columns {
         [self.label.as_deref().or(usual.then_some("label")), self.labels.as_deref().or(usual.then_some("labels"))]
     }
 
-    /// All that a row says but for the image.
+    /// What cannot be right whatever the rows say.
+    pub(super) fn check(&self) -> Result<()> {
+        match &self.label_separator {
+            Some(mark) if mark.is_empty() => {
+                Err(Error::input(format!("data.{}.label_separator", self.key), "expected what stands between class names, found nothing"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// All that a row says but for the image. Cells that are not what their column holds are among the example's mistakes.
     pub(super) fn example(&self, at: At<'_>) -> Result<RawExample> {
         let [label, labels] = self.class_columns();
-        let labels = match self.find(at, "labels", &self.labels, labels.as_slice())? {
-            Some((name, value)) => Some(list(&value, true).map_err(|found| at.wrong(&name, "class names as `a|b` or a list", &found))?),
-            // An empty cell says that it belongs to no class.
-            None => labels.is_some_and(|name| at.row.contains_key(name)).then(Vec::new),
-        };
-        let label = self.find(at, "label", &self.label, label.as_slice())?;
-        let label = label.map(|(name, value)| single(&value).map_err(|found| at.wrong(&name, "one class name", &found))).transpose()?;
-        let answers = match self.find(at, "answer", &self.answer, &["answer", "answers"])? {
-            Some((name, value)) => list(&value, at.flat).map_err(|found| at.wrong(&name, "an answer or a list of answers", &found))?,
-            None => Vec::new(),
-        };
-        let choices = match self.find(at, "choices", &self.choices, &["choices"])? {
-            Some((name, value)) => list(&value, true).map_err(|found| at.wrong(&name, "answers as `a|b` or a list", &found))?,
-            None => Vec::new(),
-        };
-        let value = self.find(at, "value", &self.value, &["value"])?;
-        let value =
-            value.map(|(name, v)| number(&v).ok_or_else(|| at.wrong(&name, "a number that is finite in f32", &shown(&v)))).transpose()?;
-        let fits = self.find(at, "fits", &self.fits, &["fits"])?;
-        let fits = fits.map(|(name, v)| truth(&v).ok_or_else(|| at.wrong(&name, "true or false", &shown(&v)))).transpose()?;
-        let cell = |key: &str, named: &Option<String>, default: &[&str]| -> Result<Option<String>> {
-            let found = self.find(at, key, named, default)?;
-            let one = found.map(|(name, v)| single(&v).map_err(|found| at.wrong(&name, "a text or a number", &found))).transpose()?;
-            Ok(one.filter(|s| !s.is_empty()))
-        };
-        let split = match cell("split", &self.split, &["split"])? {
-            Some(name) => {
-                let split = Split::parse(&name);
-                Some(split.ok_or_else(|| Error::input((at.place)(), format!("split `{name}`: expected train, val or test")))?)
-            }
-            None => None,
-        };
+        let mut cells = Cells { columns: self, at, mistakes: Vec::new() };
+        let mark = self.label_separator.as_deref().unwrap_or(BAR);
+        let several = ("labels", &self.labels, labels.as_slice());
+        let several = cells.read(Field::Labels, several, &format!("class names as `a{mark}b` or a list"), &|v| list(v, Some(mark)))?;
+        // An empty cell says that it belongs to no class.
+        let several = several.or_else(|| labels.is_some_and(|name| at.row.contains_key(name)).then(Vec::new));
+        let label = cells.read(Field::Label, ("label", &self.label, label.as_slice()), "one class name", &single)?;
+        let answers = ("answer", &self.answer, &["answer", "answers"][..]);
+        let answers = cells.read(Field::Answer, answers, "an answer or a list of answers", &|v| list(v, at.flat.then_some(BAR)))?;
+        let choices = ("choices", &self.choices, &["choices"][..]);
+        let choices = cells.read(Field::Choices, choices, "answers as `a|b` or a list", &|v| list(v, Some(BAR)))?;
+        let value = ("value", &self.value, &["value"][..]);
+        let value = cells.read(Field::Value, value, "a number that is finite in f32", &|v| number(v).ok_or_else(|| shown(v)))?;
+        let fits = cells.read(Field::Fits, ("fits", &self.fits, &["fits"]), "true or false", &|v| truth(v).ok_or_else(|| shown(v)))?;
+        let question = cells.word(Field::Question, "question", &self.question, &["question"])?;
+        let split = cells.read(Field::Place, ("split", &self.split, &["split"]), SPLITS, &|v| self.split(v))?.flatten();
         Ok(RawExample {
-            id: cell("id", &self.id, &[])?.unwrap_or_default(),
-            texts: self.texts(at)?,
-            question: cell("question", &self.question, &["question"])?,
+            id: cells.word(Field::Place, "id", &self.id, &[])?.unwrap_or_default(),
+            texts: cells.texts()?,
+            question,
             label: label.filter(|s| !s.is_empty()),
-            labels,
+            labels: several,
             value,
             fits,
-            answers,
-            choices,
-            group: cell("group", &self.group, &["group"])?,
+            answers: answers.unwrap_or_default(),
+            choices: choices.unwrap_or_default(),
+            group: cells.word(Field::Place, "group", &self.group, &["group"])?,
             split,
+            mistakes: cells.mistakes,
             ..Default::default()
         })
     }
 
+    /// The split that a cell names; none where it is empty.
+    fn split(&self, value: &Value) -> std::result::Result<Option<Split>, String> {
+        let word = single(value)?;
+        let own = self.splits.as_ref().and_then(|words| words.get(&word)).copied();
+        match own.or_else(|| split_of_cell(&word)) {
+            None if !word.is_empty() => Err(format!("`{word}`")),
+            split => Ok(split),
+        }
+    }
+
     /// The image's cell, as it stands there.
     pub(super) fn image(&self, at: At<'_>) -> Result<Option<Value>> {
-        Ok(self.find(at, "image", &self.image, &["image", "file_name"])?.map(|(_, value)| value))
+        let mut cells = Cells { columns: self, at, mistakes: Vec::new() };
+        let found = cells.find(Field::Place, ("image", &self.image, &["image", "file_name"]))?;
+        match cells.mistakes.pop() {
+            Some(m) => Err(at.wrong(&m.column, &m.expected, &m.found)),
+            None => Ok(found.map(|(_, value)| value)),
+        }
+    }
+}
+
+/// A column: its key in a recipe, the name that a recipe gives it, and those that it has when left out.
+type Named<'a> = (&'a str, &'a Option<String>, &'a [&'a str]);
+
+/// Reads the cells of a row.
+struct Cells<'a> {
+    columns: &'a Columns,
+    at: At<'a>,
+    mistakes: Vec<Mistake>,
+}
+
+impl Cells<'_> {
+    /// What a column says; a cell that says something else is a mistake.
+    fn read<T>(
+        &mut self,
+        field: Field,
+        column: Named<'_>,
+        expected: &str,
+        parse: &dyn Fn(&Value) -> std::result::Result<T, String>,
+    ) -> Result<Option<T>> {
+        let Some((name, value)) = self.find(field, column)? else { return Ok(None) };
+        Ok(parse(&value).map_err(|found| self.mistake(field, &name, expected, found)).ok())
+    }
+
+    /// A text or a number; nothing where it is empty.
+    fn word(&mut self, field: Field, key: &str, named: &Option<String>, default: &[&str]) -> Result<Option<String>> {
+        let found = self.read(field, (key, named, default), "a text or a number", &single)?;
+        Ok(found.filter(|s| !s.is_empty()))
+    }
+
+    fn mistake(&mut self, field: Field, column: &str, expected: &str, found: String) {
+        self.mistakes.push(self.at.mistake(field, column, expected, found));
     }
 
     /// A column's name and value in a row; nothing where the cell is empty.
-    fn find(&self, at: At<'_>, key: &str, named: &Option<String>, default: &[&str]) -> Result<Option<(String, Value)>> {
-        let filled = |name: &str| -> Result<Option<(String, Value)>> {
-            let Some(value) = at.row.get(name).filter(|v| !v.is_null()) else { return Ok(None) };
-            match longest(value) {
-                bytes if bytes > MAX_CELL => Err(at.wrong(name, &format!("at most {MAX_CELL} bytes"), &bytes.to_string())),
-                _ => Ok(Some((name.to_string(), value.clone()))),
-            }
-        };
-        let Some(name) = named else { return default.iter().find_map(|name| filled(name).transpose()).transpose() };
-        if !at.row.contains_key(name) {
-            let known: Vec<&str> = at.row.keys().map(String::as_str).collect();
-            return Err(Error::input((at.place)(), format!("there is no column `{name}`")).hint(format!(
-                "data.{}.{key} names it; the columns are {}",
-                self.key,
-                known.join(", ")
-            )));
+    fn find(&mut self, field: Field, (key, named, default): Named<'_>) -> Result<Option<(String, Value)>> {
+        let row = self.at.row;
+        if let Some(name) = named.as_ref().filter(|name| !row.contains_key(*name)) {
+            let hint = format!("data.{}.{key} names it; {}", self.columns.key, self.at.columns());
+            return Err(Error::input((self.at.place)(), format!("there is no column `{name}`")).hint(hint));
         }
-        filled(name)
+        let names = named.as_deref().map_or_else(|| default.to_vec(), |name| vec![name]);
+        let Some((name, value)) = names.iter().find_map(|name| Some((*name, row.get(*name).filter(|v| !v.is_null())?))) else {
+            return Ok(None);
+        };
+        match longest(value) {
+            bytes if bytes > MAX_CELL => {
+                self.mistake(field, name, &format!("at most {MAX_CELL} bytes"), bytes.to_string());
+                Ok(None)
+            }
+            _ => Ok(Some((name.to_string(), value.clone()))),
+        }
     }
 
-    fn texts(&self, at: At<'_>) -> Result<Vec<String>> {
-        let Some(names) = &self.text else {
-            let found = self.find(at, "text", &None, &["text"])?;
-            return found.map_or(Ok(Vec::new()), |(name, v)| texts(&v).map_err(|found| at.wrong(&name, A_TEXT, &found)));
+    fn texts(&mut self) -> Result<Vec<String>> {
+        let Some(names) = &self.columns.text else {
+            return Ok(self.read(Field::Text, ("text", &None, &["text"]), A_TEXT, &texts)?.unwrap_or_default());
         };
-        let mut parts = Vec::new();
-        for name in names.names() {
-            let Some((_, value)) = self.find(at, "text", &Some(name.clone()), &[])? else { continue };
-            let found = texts(&value).map_err(|found| at.wrong(name, A_TEXT, &found))?;
-            if names.names().len() > 1 && found.len() > 1 {
-                return Err(at.wrong(name, "one string, since several columns make one text", "a list"));
+        let (names, mut parts) = (names.names(), Vec::new());
+        for name in names {
+            let found = self.read(Field::Text, ("text", &Some(name.clone()), &[]), A_TEXT, &texts)?.unwrap_or_default();
+            if names.len() > 1 && found.len() > 1 {
+                self.mistake(Field::Text, name, "one string, since several columns make one text", "a list".into());
             }
             parts.extend(found);
         }
-        if names.names().len() > 1 && !parts.is_empty() {
-            parts = vec![parts.join(self.text_join.as_deref().unwrap_or(JOIN))];
+        if names.len() > 1 && !parts.is_empty() {
+            parts = vec![parts.join(self.columns.text_join.as_deref().unwrap_or(JOIN))];
         }
         Ok(parts)
     }
 }
 
+/// Stands between names in a cell unless told otherwise.
+const BAR: &str = "|";
+
 const A_TEXT: &str = "a string or a list of strings";
 
 impl At<'_> {
+    pub(super) fn mistake(&self, field: Field, column: &str, expected: &str, found: String) -> Mistake {
+        Mistake { field, column: column.into(), place: (self.place)(), expected: expected.into(), found }
+    }
+
+    /// The columns that there are, for messages.
+    pub(super) fn columns(&self) -> String {
+        match self.row.keys().map(String::as_str).collect::<Vec<_>>() {
+            names if names.is_empty() => "there is no column".into(),
+            names => format!("the columns are {}", names.join(", ")),
+        }
+    }
+
     pub(super) fn wrong(&self, column: &str, expected: &str, found: &str) -> Error {
         Error::input((self.place)(), format!("column `{column}`: expected {expected}, found {found}"))
     }
@@ -305,10 +376,10 @@ fn single(value: &Value) -> std::result::Result<String, String> {
     }
 }
 
-/// A list of texts: an array, or a string, which `bars` divide. VQA's annotations hold objects `{answer: …}`.
-fn list(value: &Value, bars: bool) -> std::result::Result<Vec<String>, String> {
+/// A list of texts: an array, or a string, which `mark` divides. VQA's annotations hold objects `{answer: …}`.
+fn list(value: &Value, mark: Option<&str>) -> std::result::Result<Vec<String>, String> {
     let parts: Vec<String> = match value {
-        Value::String(s) if bars => s.split('|').map(|s| s.trim().to_string()).collect(),
+        Value::String(s) if mark.is_some() => s.split(mark.unwrap_or(BAR)).map(|s| s.trim().to_string()).collect(),
         Value::Array(items) => items
             .iter()
             .map(|item| match item {
@@ -316,7 +387,7 @@ fn list(value: &Value, bars: bool) -> std::result::Result<Vec<String>, String> {
                 item => single(item),
             })
             .collect::<std::result::Result<_, _>>()?,
-        Value::Object(o) => return o.get("answer").filter(|v| !v.is_object()).map_or_else(|| Err(shown(value)), |v| list(v, bars)),
+        Value::Object(o) => return o.get("answer").filter(|v| !v.is_object()).map_or_else(|| Err(shown(value)), |v| list(v, mark)),
         other => vec![single(other)?],
     };
     Ok(parts.into_iter().filter(|s| !s.is_empty()).collect())
@@ -360,7 +431,9 @@ mod tests {
 
     fn read(columns: &Columns, json: &str, flat: bool) -> Result<RawExample> {
         let row: Row = serde_json::from_str(json).unwrap();
-        columns.example(At { row: &row, place: &|| "rows:7".into(), flat })
+        let at = At { row: &row, place: &|| "rows:7".into(), flat };
+        let e = columns.example(at)?;
+        e.mistakes.first().map_or(Ok(e.clone()), |m| Err(at.wrong(&m.column, &m.expected, &m.found)))
     }
 
     #[test]

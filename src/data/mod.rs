@@ -3,7 +3,7 @@
 //! A source is one file with a `Source` implementation and one line in `DataConfig::source`.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -28,6 +28,7 @@ mod locate;
 mod metadata;
 mod parquet;
 mod paths;
+mod rules;
 mod scan;
 mod shards;
 mod shared;
@@ -51,6 +52,7 @@ pub use labels::check_classes;
 pub use loader::{Batch, Loader, Plan};
 pub use parquet::ParquetConfig;
 pub use paths::Paths;
+pub use rules::{Field, Reads};
 pub(crate) use scan::images as scan_images;
 pub use shards::{Auto, Streaming};
 pub use split::{Split, SplitConfig};
@@ -59,6 +61,8 @@ pub use stream::Stream;
 pub use table::TableConfig;
 pub use vqa::{VqaConfig, VqaFiles};
 pub use webdataset::{ClassList, WebDatasetConfig};
+
+use rules::{Bad, Fault, Seen};
 
 /// Where examples come from: exactly one source, and how it is divided.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -134,6 +138,10 @@ pub(crate) struct RawExample {
     pub(crate) group: Option<String>,
     pub(crate) image_key: Option<u128>,
     pub(crate) split: Option<Split>,
+    /// Cells that are not what their columns hold; none where the example was checked.
+    pub(crate) mistakes: Vec<rules::Mistake>,
+    /// File and row, where its name does not say these; nothing where the example was checked.
+    pub(crate) place: Option<String>,
 }
 
 /// What a source gives.
@@ -157,12 +165,12 @@ pub(crate) trait Source {
     /// Lists the examples; images are not opened.
     fn read(&self) -> Result<Raw>;
     /// Opens a source of shards, which divides its rows itself and may stream them.
-    fn open(&self, _config: &DataConfig, _draw: Option<(usize, u64)>) -> Option<Result<Dataset>> {
+    fn open(&self, _config: &DataConfig, _draw: Option<(usize, u64)>, _reads: Option<&Reads>) -> Option<Result<Dataset>> {
         None
     }
     /// Whether it says itself what is trained on and what is tested.
     fn has_own_splits(&self) -> bool {
-        self.read().is_ok_and(|raw| raw.examples.iter().any(|e| e.split.is_some()))
+        self.read().is_ok_and(|raw| raw.examples.iter().any(|e| e.split.is_some() || e.mistakes.iter().any(rules::Mistake::is_split)))
     }
     /// Lists them with `shots` of each class for training, where the source has its own way of drawing them.
     fn read_few(&self, _shots: usize, _seed: u64) -> Option<Result<Raw>> {
@@ -225,40 +233,65 @@ impl DataConfig {
         Ok(local)
     }
 
-    /// Reads, divides and samples; `seed` draws the shots.
+    /// [`DataConfig::open_for`] of no task in particular: cells that are not what their columns hold are told of in a note.
     ///
     /// # Errors
-    /// When the source is missing or malformed, or a split has nothing to show.
+    /// As [`DataConfig::open_for`].
     pub fn open(&self, seed: u64) -> Result<Dataset> {
+        self.open_as(seed, None)
+    }
+
+    /// Reads, divides and samples; `seed` draws the shots. Of each row only what the task `reads` has to be right.
+    ///
+    /// # Errors
+    /// When the source is missing or malformed, rows lack what the task needs, or a split has nothing to show.
+    pub fn open_for(&self, seed: u64, reads: &Reads) -> Result<Dataset> {
+        self.open_as(seed, Some(reads))
+    }
+
+    fn open_as(&self, seed: u64, reads: Option<&Reads>) -> Result<Dataset> {
         if self.shots == Some(0) {
             return Err(Error::input("data.shots", "expected at least 1, found 0").hint("leave it out to use all examples"));
         }
         let source = self.source()?;
         let place = source.place();
-        if let Some(data) = source.open(self, self.shots.map(|shots| (shots, seed))) {
+        if let Some(data) = source.open(self, self.shots.map(|shots| (shots, seed)), reads) {
             return data;
         }
         let own = self.shots.and_then(|shots| source.read_few(shots, seed));
         let draw = self.shots.filter(|_| own.is_none()).map(|shots| (shots, seed));
         let mut raw = own.unwrap_or_else(|| source.read())?;
-        let bad = std::mem::take(&mut raw.bad);
-        let told = std::mem::take(&mut raw.notes);
-        if !bad.is_empty() && !self.skip_bad {
-            return Err(unreadable("rows", bad.len(), &bad));
+        let said = std::mem::take(&mut raw.notes);
+        let (bad, notes) = checked(&mut raw, reads);
+        if bad.count > 0 && (!self.skip_bad || raw.examples.is_empty()) {
+            return Err(bad.error(raw.examples.is_empty()));
         }
         if raw.examples.is_empty() {
             return Err(Error::input(place, "there is no image"));
         }
         let same = identity::join(&place, &mut raw.examples)?;
-        let (classes, labelled, notes) = classes(&place, raw)?;
+        let (classes, labelled, told) = classes(&place, raw)?;
         let mut data = split::divide(&place, self, classes, labelled, draw)?;
-        data.notes.extend(told.into_iter().chain(same).chain(notes));
-        if let Some(first) = bad.first() {
-            data.skipped += bad.len();
-            data.notes.push(format!("skipped {} rows that cannot be read; the first: {first}", bad.len()));
-        }
+        data.skipped += bad.count;
+        data.notes.extend([said, same, told, notes, bad.note().into_iter().collect()].concat());
         Ok(data)
     }
+}
+
+/// Leaves the examples that can be used, as they are to be understood; what is wrong with the others, and notes.
+fn checked(raw: &mut Raw, reads: Option<&Reads>) -> (Bad, Vec<String>) {
+    let mut seen = Seen::default();
+    raw.examples.iter().for_each(|e| seen.add(e, e.split));
+    let rules = seen.rules(reads);
+    let (mut bad, mut ignored) = (Bad::default(), Bad::default());
+    raw.bad.drain(..).for_each(|e| bad.add(Fault::Row(e)));
+    raw.examples.retain_mut(|e| rules.apply(e, Some(&mut ignored)).map_err(|fault| bad.add(fault)).is_ok());
+    let names: BTreeSet<&String> = raw.examples.iter().flat_map(|e| e.label.iter().chain(e.labels.iter().flatten())).collect();
+    let names: Vec<String> = names.into_iter().cloned().collect();
+    let mut notes = seen.notes(&rules);
+    notes.extend(seen.undivided(&names).filter(|_| raw.keys.is_none()));
+    notes.extend(ignored.lines());
+    (bad, notes)
 }
 
 /// An example and the split that its source put it in.

@@ -8,7 +8,7 @@ use super::columns::{Columns, with_columns};
 use super::paths::{Paths, common, splits_of};
 use super::shards::{Rows, Shard, Shards, StreamOptions, Streaming};
 use super::stored::{Address, Store};
-use super::{DataConfig, Dataset, Raw, Source, Split, check_classes, shards};
+use super::{DataConfig, Dataset, Raw, Reads, Source, Split, check_classes, shards};
 use crate::error::{Error, Result};
 
 mod file;
@@ -60,6 +60,7 @@ pub(super) struct ParquetSet {
 impl ParquetConfig {
     /// Opens every file's footer.
     fn set(&self, skip_bad: bool) -> Result<ParquetSet> {
+        self.columns().check()?;
         let paths = files(&self.path, self.val.as_ref(), self.test.as_ref(), "parquet", &["parquet"])?;
         let root = common(&paths.iter().map(|(p, _)| p.clone()).collect::<Vec<_>>());
         let columns = self.columns();
@@ -101,8 +102,8 @@ impl Source for ParquetConfig {
         shards::list(Arc::new(self.set(false)?))
     }
 
-    fn open(&self, config: &DataConfig, draw: Option<(usize, u64)>) -> Option<Result<Dataset>> {
-        Some(self.set(config.skip_bad).and_then(|set| shards::open(config, Arc::new(set), draw)))
+    fn open(&self, config: &DataConfig, draw: Option<(usize, u64)>, reads: Option<&Reads>) -> Option<Result<Dataset>> {
+        Some(self.set(config.skip_bad).and_then(|set| shards::open(config, Arc::new(set), draw, reads)))
     }
 
     fn has_own_splits(&self) -> bool {

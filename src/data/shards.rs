@@ -8,16 +8,15 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::columns::{At, Columns, Row};
+use super::rules::{Bad, Fault, Mistake, Rules, Seen};
 use super::shared::SharedImages;
 use super::stored::{Address, Store, Stored};
 use super::stream::Stream;
-use super::{DataConfig, Dataset, Example, ImageRef, Raw, RawExample, Split, SplitConfig, classes, identity, split, unreadable};
+use super::{DataConfig, Dataset, Example, ImageRef, Raw, RawExample, Reads, Split, SplitConfig, classes, identity, split};
 use crate::error::{Error, Result};
 
 /// Training splits with more rows than this are streamed unless told otherwise.
 const LISTED: usize = 20_000;
-/// Of so many broken rows the reasons are kept.
-const KEPT: usize = 50;
 
 /// Whether the training split is streamed: `true`, `false`, or `auto` (the default), which streams more than 20 000 rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -160,6 +159,7 @@ fn fraction(what: &str, seed: u64, key: &str) -> f64 {
 pub(super) struct Reading {
     pub(super) shards: Arc<dyn Shards>,
     store: Arc<dyn Store>,
+    rules: Rules,
     division: Division,
     /// Rows that show one image; empty where nothing is divided.
     same: Arc<SharedImages>,
@@ -169,13 +169,13 @@ pub(super) struct Reading {
 pub(super) enum Next {
     /// An example; its split is set.
     Row(Box<RawExample>),
-    Bad(Error),
+    Bad(Fault),
     End,
 }
 
 impl Reading {
     fn new<S: Shards + 'static>(shards: Arc<S>) -> Self {
-        Self { store: shards.clone(), shards, division: Division::default(), same: Arc::default() }
+        Self { store: shards.clone(), shards, rules: Rules::default(), division: Division::default(), same: Arc::default() }
     }
 
     /// Whether names of shards, or a column, say what is trained on and what is tested.
@@ -187,27 +187,45 @@ impl Reading {
         shards.iter().any(|s| s.split.is_some()) || first.is_some_and(says)
     }
 
-    /// The next row of a shard.
-    pub(super) fn next(&self, shard: usize, rows: &mut dyn Rows) -> Next {
-        self.next_at(shard, rows).1
+    /// The next row of a shard; `seen` looks at it before the rules change it.
+    pub(super) fn next(&self, shard: usize, rows: &mut dyn Rows, seen: Option<&mut Gathered>) -> Next {
+        self.next_at(shard, rows, seen).1
     }
 
     /// The next row of a shard and its number there.
-    pub(super) fn next_at(&self, shard: usize, rows: &mut dyn Rows) -> (u64, Next) {
+    pub(super) fn next_at(&self, shard: usize, rows: &mut dyn Rows, seen: Option<&mut Gathered>) -> (u64, Next) {
         let found = match rows.next() {
             None => return (0, Next::End),
-            Some(Err(error)) => return (0, Next::Bad(error)),
+            Some(Err(error)) => return (0, Next::Bad(Fault::Row(error))),
             Some(Ok(found)) => found,
         };
         let number = found.number;
-        match self.example(shard, found) {
+        match self.example(shard, found, seen) {
             Ok(example) => (number, Next::Row(Box::new(example))),
-            Err(error) => (number, Next::Bad(error)),
+            Err(fault) => (number, Next::Bad(fault)),
         }
     }
 
-    fn example(&self, shard: usize, found: Found) -> Result<RawExample> {
+    fn example(&self, shard: usize, found: Found, seen: Option<&mut Gathered>) -> std::result::Result<RawExample, Fault> {
         let Shard { name, split, .. } = &self.shards.shards()[shard];
+        let number = found.number;
+        let (mut example, key) = self.raw(shard, found).map_err(Fault::Row)?;
+        let ignored = seen.map(|seen| {
+            seen.rows.add(&example, example.split.or(*split));
+            &mut seen.ignored
+        });
+        self.rules.apply(&mut example, ignored)?;
+        self.same.mark((shard as u32, number), &mut example);
+        if example.id.is_empty() {
+            example.id = format!("{name}:{key}");
+        }
+        let group = example.group.as_deref().unwrap_or(&example.id);
+        example.split = Some(self.division.split(example.split.or(*split), group));
+        Ok(example)
+    }
+
+    /// A row as it stands there, and its key.
+    fn raw(&self, shard: usize, found: Found) -> Result<(RawExample, String)> {
         let address = Address { shard: shard as u32, row: found.number, part: [0; 2] };
         let place = || self.store.row_place(address);
         let at = At { row: &found.cells, place: &place, flat: false };
@@ -215,40 +233,47 @@ impl Reading {
         example.image = match found.image {
             Place::Part(part) => ImageRef::Stored(Stored::new(self.store.clone(), Address { part, ..address })),
             Place::File(path) => ImageRef::File(path),
-            Place::None if example.texts.is_empty() && example.question.is_none() => {
-                return Err(Error::input(place(), "has neither an image nor a text"));
+            Place::None if example.texts.is_empty() && example.question.is_none() && !example.mistakes.iter().any(Mistake::is_text) => {
+                return Err(Error::input(place(), format!("has neither an image nor a text; {}", at.columns())));
             }
             Place::None => ImageRef::Missing,
         };
-        self.same.mark((address.shard, address.row), &mut example);
-        if example.id.is_empty() {
-            example.id = format!("{name}:{}", found.key);
-        }
-        let key = example.group.as_deref().unwrap_or(&example.id);
-        example.split = Some(self.division.split(example.split.or(*split), key));
-        Ok(example)
+        example.place = Some(place());
+        Ok((example, found.key))
     }
 
     /// Every row of every shard, without images.
-    pub(super) fn scan(&self, each: &mut dyn FnMut(usize, Result<RawExample>) -> Result<()>) -> Result<()> {
+    pub(super) fn scan(
+        &self,
+        seen: &mut Gathered,
+        each: &mut dyn FnMut(usize, std::result::Result<RawExample, Fault>) -> Result<()>,
+    ) -> Result<()> {
         for shard in 0..self.shards.shards().len() {
             let mut rows = match self.shards.rows(shard) {
                 Ok(rows) => rows,
                 Err(error) => {
-                    each(shard, Err(error))?;
+                    each(shard, Err(Fault::Row(error)))?;
                     continue;
                 }
             };
             loop {
-                match self.next(shard, &mut *rows) {
+                match self.next(shard, &mut *rows, Some(seen)) {
                     Next::Row(example) => each(shard, Ok(*example))?,
-                    Next::Bad(error) => each(shard, Err(error))?,
+                    Next::Bad(fault) => each(shard, Err(fault))?,
                     Next::End => break,
                 }
             }
         }
         Ok(())
     }
+}
+
+/// What is noted on the way through all rows.
+#[derive(Default)]
+pub(super) struct Gathered {
+    rows: Seen,
+    /// Cells that cannot be read and perhaps need not be.
+    ignored: Bad,
 }
 
 /// Texts of rows that stay in memory have at most so many bytes: Parquet stores a text once, however many rows have it.
@@ -275,22 +300,20 @@ struct Walk {
     /// Bytes of what is listed.
     texts: usize,
     names: BTreeSet<String>,
-    bad: Vec<Error>,
-    bad_count: usize,
+    bad: Bad,
+    seen: Gathered,
 }
 
 fn walk(reading: &Reading, streaming: Streaming) -> Result<Walk> {
     let shards = reading.shards.shards().len();
     let mut walk = Walk { train: vec![0; shards], streamed: streaming == Streaming::Fixed(true), ..Default::default() };
     let fixed = reading.shards.classes().is_some();
-    reading.scan(&mut |shard, row| {
+    let mut seen = Gathered::default();
+    reading.scan(&mut seen, &mut |shard, row| {
         let example = match row {
             Ok(example) => example,
-            Err(error) => {
-                walk.bad_count += 1;
-                if walk.bad.len() < KEPT {
-                    walk.bad.push(error);
-                }
+            Err(fault) => {
+                walk.bad.add(fault);
                 return Ok(());
             }
         };
@@ -320,6 +343,7 @@ fn walk(reading: &Reading, streaming: Streaming) -> Result<Walk> {
         }
         Ok(())
     })?;
+    walk.seen = seen;
     Ok(walk)
 }
 
@@ -327,7 +351,7 @@ fn walk(reading: &Reading, streaming: Streaming) -> Result<Walk> {
 pub(super) fn list<S: Shards + 'static>(shards: Arc<S>) -> Result<Raw> {
     let mut raw = Raw { classes: shards.classes(), ..Default::default() };
     let (place, mut texts) = (shards.place(), 0);
-    Reading::new(shards).scan(&mut |_, row| {
+    Reading::new(shards).scan(&mut Gathered::default(), &mut |_, row| {
         match row {
             Ok(example) => {
                 texts += text_bytes(&example);
@@ -336,7 +360,8 @@ pub(super) fn list<S: Shards + 'static>(shards: Arc<S>) -> Result<Raw> {
                 }
                 raw.examples.push(example);
             }
-            Err(error) => raw.bad.push(error),
+            Err(Fault::Row(error)) => raw.bad.push(error),
+            Err(_) => {}
         }
         Ok(())
     })?;
@@ -349,8 +374,14 @@ pub(super) fn own_splits<S: Shards + 'static>(shards: Arc<S>) -> bool {
 }
 
 /// Opens a set of shards: lists what is evaluated, lists or streams what is trained on.
-pub(super) fn open<S: Shards + 'static>(config: &DataConfig, shards: Arc<S>, draw: Option<(usize, u64)>) -> Result<Dataset> {
+pub(super) fn open<S: Shards + 'static>(
+    config: &DataConfig,
+    shards: Arc<S>,
+    draw: Option<(usize, u64)>,
+    reads: Option<&Reads>,
+) -> Result<Dataset> {
     let mut reading = Reading::new(shards);
+    reading.rules = Rules::new(reads);
     let place = reading.shards.place();
     let own = reading.has_own_splits();
     if own && config.split.is_some() {
@@ -371,31 +402,40 @@ pub(super) fn open<S: Shards + 'static>(config: &DataConfig, shards: Arc<S>, dra
         }
         options.streaming = Streaming::Fixed(false);
     }
-    let mut walk = match walk(&reading, options.streaming)? {
-        found if found.held_out.iter().any(|e| e.split == Some(Split::Val)) => found,
-        _ => {
-            if !same {
-                (reading.same, same) = (Arc::new(SharedImages::find(&reading)?), true);
-            }
-            reading.division.carve = true;
-            walk(&reading, options.streaming)?
+    let mut found = walk(&reading, options.streaming)?;
+    let rules = found.seen.rows.rules(reads);
+    if rules != reading.rules {
+        reading.rules = rules;
+        if same {
+            reading.same = Arc::new(SharedImages::find(&reading)?);
         }
-    };
-    if walk.bad_count > 0 && !config.skip_bad {
-        return Err(unreadable("rows", walk.bad_count, &walk.bad));
+        found = walk(&reading, options.streaming)?;
     }
-    if let Some(first) = walk.bad.first() {
-        notes.push(format!("skipped {} rows that cannot be read; the first: {first}", walk.bad_count));
+    if !found.held_out.iter().any(|e| e.split == Some(Split::Val)) {
+        if !same {
+            (reading.same, same) = (Arc::new(SharedImages::find(&reading)?), true);
+        }
+        reading.division.carve = true;
+        found = walk(&reading, options.streaming)?;
     }
+    let mut walk = found;
     let total: usize = walk.train.iter().sum();
-    if total + walk.held_out.len() == 0 {
+    let none = total + walk.held_out.len() == 0;
+    if walk.bad.count > 0 && (!config.skip_bad || none) {
+        return Err(walk.bad.error(none));
+    }
+    if none {
         return Err(Error::input(place, "there is no row"));
     }
+    notes.extend(walk.bad.note());
+    notes.extend(walk.seen.rows.notes(&reading.rules));
+    notes.extend(walk.seen.ignored.lines());
     if reading.division.carve {
         let count = walk.held_out.iter().filter(|e| e.split == Some(Split::Val)).count();
         notes.push(format!("no validation split: {count} of the training examples serve as one (seed {})", reading.division.seed));
     }
     let names = reading.shards.classes().unwrap_or_else(|| ordered(std::mem::take(&mut walk.names)));
+    notes.extend(walk.seen.rows.undivided(&names));
     let mut examples = std::mem::take(&mut walk.listed);
     examples.append(&mut walk.held_out);
     if !same {
@@ -405,7 +445,7 @@ pub(super) fn open<S: Shards + 'static>(config: &DataConfig, shards: Arc<S>, dra
     let (classes, placed, told) = classes(&place, raw)?;
     let plain = DataConfig { split: None, ..config.clone() };
     let mut data = split::divide(&place, &plain, classes, placed, draw)?;
-    (data.skipped, data.notes) = (walk.bad_count, [notes, data.notes, told].concat());
+    (data.skipped, data.notes) = (walk.bad.count, [notes, data.notes, told].concat());
     if walk.streamed {
         let stream = Stream::new(reading, walk.train, &data.classes, options, config.skip_bad);
         check_groups(&place, &data, &stream)?;

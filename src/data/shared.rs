@@ -4,7 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use super::identity::{file_key, key_of};
-use super::shards::{Next, Reading, Rows};
+use super::rules::Fault;
+use super::shards::{Gathered, Next, Reading, Rows};
 use super::{ImageRef, RawExample, Split};
 use crate::error::Result;
 
@@ -66,7 +67,7 @@ impl SharedImages {
 /// How many images have a size, where it is known without reading them.
 fn sizes(reading: &Reading) -> Result<HashMap<u64, usize>> {
     let mut sizes: HashMap<u64, usize> = HashMap::new();
-    reading.scan(&mut |_, row| {
+    reading.scan(&mut Gathered::default(), &mut |_, row| {
         if let Ok(RawExample { image: ImageRef::Stored(stored), .. }) = &row
             && let Some(size) = stored.size()
         {
@@ -83,9 +84,9 @@ fn each_row(reading: &Reading, each: EachRow<'_>) -> Result<()> {
     for shard in 0..reading.shards.shards().len() {
         let Ok(mut rows) = reading.shards.rows(shard) else { continue };
         loop {
-            match reading.next_at(shard, &mut *rows) {
+            match reading.next_at(shard, &mut *rows, None) {
                 (number, Next::Row(example)) => each((shard as u32, number), *example, &mut *rows),
-                (_, Next::Bad(error)) if error.exit_code() != 2 => return Err(error),
+                (_, Next::Bad(Fault::Row(error))) if error.exit_code() != 2 => return Err(error),
                 (_, Next::Bad(_)) => {}
                 (_, Next::End) => break,
             }

@@ -11,7 +11,7 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
 use super::identity::key_of;
-use super::shards::{Next, Reading, Rows, StreamOptions, Streaming};
+use super::shards::{Gathered, Next, Reading, Rows, StreamOptions, Streaming};
 use super::{Example, ImageRef, RawExample, numbered};
 use crate::error::{Error, Result};
 
@@ -96,7 +96,7 @@ impl Stream {
     /// What `each` returns, or when a shard has changed.
     pub fn visit(&self, each: &mut dyn FnMut(&[Example]) -> Result<()>) -> Result<()> {
         let mut chunk = Vec::with_capacity(CHUNK);
-        self.reading.scan(&mut |_, row| {
+        self.reading.scan(&mut Gathered::default(), &mut |_, row| {
             // Broken rows were told of when the set was opened.
             let Ok(raw) = row else { return Ok(()) };
             if raw.split == Some(super::Split::Train) {
@@ -250,7 +250,7 @@ impl Feed<'_> {
             return Ok(());
         }
         let reading = &self.stream.reading;
-        let raw = match reading.next(cursor.shard, &mut *cursor.rows) {
+        let raw = match reading.next(cursor.shard, &mut *cursor.rows, None) {
             Next::Row(raw) if raw.split == Some(super::Split::Train) => raw,
             Next::Row(_) | Next::Bad(_) => return Ok(()),
             Next::End => return Err(changed(reading, cursor.shard)),

@@ -12,6 +12,7 @@ use super::columns::{At, Row, shown, with_columns};
 use super::identity::name_in;
 use super::metadata::{self, Tables};
 use super::paths::common;
+use super::rules::{Field, Mistake};
 use super::{ImageRef, Raw, RawExample, Source, Split};
 use crate::error::{Error, Result};
 use crate::{files, json};
@@ -75,6 +76,7 @@ impl TableConfig {
 
     fn read_table(&self, path: &Path, root: &Path, split: Option<Split>, raw: &mut Raw) -> Result<()> {
         let columns = self.columns();
+        columns.check()?;
         let flat = !is_json(path);
         rows(path, &mut |line, row| {
             let found = row.and_then(|row| {
@@ -83,6 +85,7 @@ impl TableConfig {
                 let image = columns.image(at)?;
                 let mut example = columns.example(at)?;
                 example.split = split.or(example.split);
+                example.place = Some(place());
                 locate((path, root), line, image, &mut example, at)?;
                 Ok(example)
             });
@@ -98,7 +101,10 @@ impl TableConfig {
 fn locate((path, root): (&Path, &Path), line: usize, image: Option<Value>, example: &mut RawExample, at: At<'_>) -> Result<()> {
     let cell = match &image {
         Some(Value::String(s)) => Some(s.trim()).filter(|s| !s.is_empty()),
-        Some(other) => return Err(at.wrong("image", "a path", &shown(other)).hint("data.table.image names the column")),
+        Some(other) => {
+            example.mistakes.push(at.mistake(Field::Place, "image", "a path", shown(other)));
+            return Ok(());
+        }
         None => None,
     };
     let id = match cell {
@@ -108,9 +114,9 @@ fn locate((path, root): (&Path, &Path), line: usize, image: Option<Value>, examp
             example.image = ImageRef::File(file);
             name
         }
-        None if example.texts.is_empty() && example.question.is_none() => {
-            return Err(Error::input((at.place)(), "expected a path in the image column, found none, and there is no text either")
-                .hint("data.table.image and data.table.text name the columns"));
+        None if example.texts.is_empty() && example.question.is_none() && !example.mistakes.iter().any(Mistake::is_text) => {
+            let message = format!("expected a path in the image column, found none, and there is no text either; {}", at.columns());
+            return Err(Error::input((at.place)(), message).hint("data.table.image and data.table.text name the columns"));
         }
         None => format!("{}:{line}", name_in(root, path)),
     };
@@ -176,20 +182,46 @@ impl<R: Read> Read for Capped<R> {
     }
 }
 
-fn delimited(path: &Path, delimiter: u8, each: Each<'_>) -> Result<()> {
-    let file = files::open_text(path)?;
+/// What Excel's first line says, `sep=;`, and the line's length; nothing where there is no such line.
+fn declared(start: &[u8]) -> Option<(u8, usize)> {
+    let line = start.split_inclusive(|b| *b == b'\n').next()?;
+    match line.trim_ascii_end() {
+        [b's' | b'S', b'e' | b'E', b'p' | b'P', b'=', mark @ (b',' | b';' | b'|' | b':')] => Some((*mark, line.len())),
+        // A tab is white space at the end of the line.
+        b"sep=" | b"SEP=" | b"Sep=" if line.get(4) == Some(&b'\t') => Some((b'\t', line.len())),
+        _ => None,
+    }
+}
+
+/// What stands between the cells of a header. Where the extension's own mark does not occur, spreadsheets have written another.
+fn mark_of(start: &[u8], usual: u8) -> u8 {
+    let line = start.split(|b| [b'\n', b'\r'].contains(b)).next().unwrap_or_default();
+    let mut quoted = false;
+    let mut count = [(usual, 0), (b';', 0), (b'\t', 0), (b',', 0)];
+    for byte in line {
+        quoted ^= *byte == b'"';
+        count.iter_mut().filter(|(mark, _)| !quoted && mark == byte).for_each(|(_, n)| *n += 1);
+    }
+    count.into_iter().find(|(_, n)| *n > 0).map_or(usual, |(mark, _)| mark)
+}
+
+fn delimited(path: &Path, usual: u8, each: Each<'_>) -> Result<()> {
+    let mut file = files::open_text(path)?;
+    let start = file.fill_buf().map_err(|e| Error::read(path, e))?;
+    let (delimiter, passed) = declared(start).unwrap_or_else(|| (mark_of(start, usual), 0));
+    file.consume(passed);
+    let above = usize::from(passed > 0);
     let read = Rc::new(Cell::new(0));
     let end = format!("\n{END}\n");
     let rows = Capped { inner: file.chain(end.as_bytes()), read: read.clone() };
     let mut reader = csv::ReaderBuilder::new().delimiter(delimiter).flexible(true).from_reader(rows);
     let wrong = |e: csv::Error| {
-        let line = e.position().map(|p| format!(":{}", p.line())).unwrap_or_default();
+        let line = e.position().map(|p| format!(":{}", p.line() as usize + above)).unwrap_or_default();
         let utf8 = matches!(e.kind(), csv::ErrorKind::Utf8 { .. });
         let error = Error::input(format!("{}{line}", path.display()), e);
         if utf8 { error.hint("save the table as UTF-8") } else { error }
     };
-    let header: Vec<String> =
-        reader.headers().map_err(wrong)?.iter().map(|h| h.trim_start_matches('\u{feff}').trim().to_string()).collect();
+    let header: Vec<String> = reader.headers().map_err(wrong)?.iter().map(|h| h.trim().to_string()).collect();
     let at = |line: usize, message: String| Error::input(format!("{}:{line}", path.display()), message);
     if header.iter().any(|h| h.contains(END)) {
         return if header.len() == 1 && header[0].len() == END.len() { Ok(()) } else { Err(at(1, UNCLOSED.into())) };
@@ -208,7 +240,7 @@ fn delimited(path: &Path, delimiter: u8, each: Each<'_>) -> Result<()> {
                 continue;
             }
         };
-        let line = record.position().map_or(0, |p| p.line() as usize);
+        let line = record.position().map_or(0, |p| p.line() as usize + above);
         if record.iter().any(|c| c.contains(END)) {
             if record.len() > 1 || record[0].len() > END.len() {
                 each(line, Err(at(line, UNCLOSED.into())));
@@ -297,9 +329,10 @@ mod tests {
             ("a.jsonl", "{\"image\":\"a\"}\nnope\n", ":2"),
             ("a.jsonl", "{\"image\":3}\n", ":1"),
             ("a.csv", "picture\na.png\n", "image column"),
-            ("a.csv", "image,split\na.png,rest\n", "split `rest`"),
+            ("a.csv", "image,split\na.png,rest\n", "`rest`"),
         ] {
-            let message = read(name, text).unwrap().bad[0].to_string();
+            let raw = read(name, text).unwrap();
+            let message = raw.bad.first().map_or_else(|| format!("{:?}", raw.examples[0].mistakes), ToString::to_string);
             assert!(message.contains(part), "{text}: {message}");
         }
         for (name, text, part) in [("a.xlsx", "", "xlsx"), ("a.csv", "image\n", "no rows")] {

@@ -13,7 +13,7 @@ use super::parquet::files;
 use super::paths::{Paths, common, splits_of};
 use super::shards::{Found, Place, Rows, Shard, Shards, StreamOptions, Streaming};
 use super::stored::{Address, Shared, Store};
-use super::{DataConfig, Dataset, Raw, Source, check_classes, shards};
+use super::{DataConfig, Dataset, Raw, Reads, Source, check_classes, shards};
 use crate::clip::decode;
 use crate::error::{Error, Result};
 use crate::files as disk;
@@ -100,6 +100,7 @@ impl ClassList {
 
 impl WebDatasetConfig {
     fn set(&self) -> Result<TarSet> {
+        self.columns().check()?;
         let paths = files(&self.path, self.val.as_ref(), self.test.as_ref(), "webdataset", &["tar"])?;
         if let Some((path, _)) =
             paths.iter().find(|(p, _)| [".gz", ".tgz", ".zst", ".bz2"].iter().any(|e| p.to_string_lossy().ends_with(e)))
@@ -154,8 +155,8 @@ impl Source for WebDatasetConfig {
         shards::list(Arc::new(self.set()?))
     }
 
-    fn open(&self, config: &DataConfig, draw: Option<(usize, u64)>) -> Option<Result<Dataset>> {
-        Some(self.set().and_then(|set| shards::open(config, Arc::new(set), draw)))
+    fn open(&self, config: &DataConfig, draw: Option<(usize, u64)>, reads: Option<&Reads>) -> Option<Result<Dataset>> {
+        Some(self.set().and_then(|set| shards::open(config, Arc::new(set), draw, reads)))
     }
 
     fn has_own_splits(&self) -> bool {
@@ -229,11 +230,58 @@ struct Member {
     extension: String,
     offset: u64,
     size: u64,
+    /// Whether it is a link, which has no content of its own.
+    link: bool,
+}
+
+impl Member {
+    /// Its last extension, by which webdataset's decoders go.
+    fn kind(&self) -> &str {
+        self.extension.rsplit('.').next().unwrap_or_default()
+    }
+}
+
+/// Members that are read besides images.
+const TEXTS: [&str; 3] = ["txt", "cls", "json"];
+
+/// Formats of images that are not read.
+const UNREAD: [&str; 16] =
+    ["heic", "heif", "avif", "jxl", "jp2", "j2k", "ppm", "pgm", "pbm", "pnm", "tga", "svg", "ico", "exr", "hdr", "psd"];
+
+/// Why an example has no image although one of its members looks like one, and what to do about it.
+fn no_image(members: &[Member], wanted: Option<&str>) -> Option<(String, String)> {
+    let looks = |m: &&Member| decode::EXTENSIONS.contains(&m.kind()) || UNREAD.contains(&m.kind());
+    let found = members.iter().find(looks)?;
+    let (key, extension) = (&found.key, &found.extension);
+    Some(match wanted {
+        Some(wanted) => {
+            (format!("has no member `{wanted}`; its members are {}", extensions(members)), "data.webdataset.image names it".into())
+        }
+        None if extension == found.kind() => {
+            (format!("`{key}.{extension}` is an image in a format that is not read"), "convert it to png or jpg".into())
+        }
+        None => (
+            format!(
+                "`{key}.{extension}` is not taken for its image: by webdataset's rule the key ends at the first dot of a name, so that \
+                 this is the member `{extension}` of the example `{key}`"
+            ),
+            format!("write the name without dots before the extension, or set data.webdataset.image: {extension}"),
+        ),
+    })
+}
+
+fn extensions(members: &[Member]) -> String {
+    members.iter().map(|m| m.extension.as_str()).collect::<Vec<_>>().join(", ")
 }
 
 /// The part of a name before the first dot of its last component, and the part behind it, as webdataset's
-/// `base_plus_ext` has it; nothing where there is no dot, or it comes first.
+/// `base_plus_ext` has it; nothing where there is no dot, or it comes first, as in what macOS adds (`._0001.jpg`), or where
+/// webdataset passes over the member (`__meta__`).
 fn key_and_extension(name: &str) -> Option<(&str, &str)> {
+    let first = name.split('/').next().unwrap_or_default();
+    if first.len() >= 4 && first.starts_with("__") && first.ends_with("__") {
+        return None;
+    }
     let base = name.rfind('/').map_or(0, |i| i + 1);
     let dot = name[base..].find('.').filter(|d| *d > 0)? + base;
     Some((&name[..dot], &name[dot + 1..]))
@@ -297,8 +345,8 @@ impl TarRows {
             let (offset, size) = (start + entry.raw_file_position(), entry.size());
             let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
             // Links, directories and devices have no content, whatever size they state.
-            let hollow =
-                kind.is_hard_link() || kind.is_symlink() || kind.is_dir() || kind.is_character_special() || kind.is_block_special();
+            let link = kind.is_hard_link() || kind.is_symlink();
+            let hollow = link || kind.is_dir() || kind.is_character_special() || kind.is_block_special();
             let end = offset.checked_add(if hollow || kind.is_fifo() { 0 } else { size }).filter(|end| *end <= self.len);
             let Some(end) = end else {
                 return Err(Error::input(
@@ -309,8 +357,8 @@ impl TarRows {
             // Members are padded to blocks.
             self.at = end.next_multiple_of(512);
             let outside = name.starts_with('/') || name.split('/').any(|part| part == "..");
-            let Some((key, extension)) = key_and_extension(&name).filter(|_| kind.is_file() && !outside) else { continue };
-            return Ok(Some(Member { key: key.into(), extension: extension.to_ascii_lowercase(), offset, size }));
+            let Some((key, extension)) = key_and_extension(&name).filter(|_| (kind.is_file() || link) && !outside) else { continue };
+            return Ok(Some(Member { key: key.into(), extension: extension.to_lowercase(), offset, size, link }));
         }
     }
 
@@ -336,7 +384,13 @@ impl TarRows {
         let mut seen: HashMap<&str, &Member> = HashMap::new();
         for member in members {
             if seen.insert(&member.extension, member).is_some() {
-                return Err(Error::input(place(&member.extension), "occurs twice"));
+                return Err(Error::input(place(&member.extension), "occurs twice").hint(format!(
+                    "by webdataset's rule all members with the key `{key}`, up to the first dot of a name, are one example"
+                )));
+            }
+            if member.link && (decode::EXTENSIONS.contains(&member.kind()) || TEXTS.contains(&member.kind())) {
+                return Err(Error::input(place(&member.extension), "is a link, which has no content of its own")
+                    .hint("write the tar with --dereference --hard-dereference"));
             }
         }
         let mut cells = Row::new();
@@ -347,7 +401,7 @@ impl TarRows {
                 Some((column, kind)) => (column, kind),
                 None => ("", member.extension.as_str()),
             };
-            if !["txt", "cls", "json"].contains(&kind) {
+            if !TEXTS.contains(&kind) {
                 continue;
             }
             let wrong = |what: String| Error::input(place(&member.extension), what);
@@ -375,6 +429,13 @@ impl TarRows {
         let wanted = self.image.as_deref();
         let is_image = |m: &&Member| wanted.map_or(decode::EXTENSIONS.contains(&m.extension.as_str()), |w| m.extension == w);
         let image = members.iter().find(is_image).map(|m| [m.offset, m.size]);
+        let row = || format!("{}: row {number}", self.path.display());
+        if let Some((message, hint)) = no_image(members, wanted).filter(|_| image.is_none()) {
+            return Err(Error::input(row(), message).hint(hint));
+        }
+        if image.is_none() && cells.is_empty() {
+            return Err(Error::input(row(), format!("`{key}` has neither an image nor a text; its members are {}", extensions(members))));
+        }
         self.last = image;
         Ok(Found { number, key: key.clone(), cells, image: image.map_or(Place::None, Place::Part) })
     }
@@ -382,6 +443,8 @@ impl TarRows {
     fn class(&self, text: &str) -> std::result::Result<Value, String> {
         let Some(names) = self.classes.as_deref() else { return Ok(text.into()) };
         match text.parse::<usize>() {
+            // As in `datasets`: no label.
+            Err(_) if text == "-1" => Ok(Value::Null),
             Ok(i) => names
                 .get(i)
                 .map(|n| n.as_str().into())
@@ -398,6 +461,8 @@ impl Rows for TarRows {
             return None;
         }
         let members = match self.group() {
+            // What holds nothing but links is no example, as in webdataset.
+            Ok(Some(members)) if members.iter().all(|m| m.link) => return self.next(),
             Ok(members) => members?,
             Err(error) => {
                 // Behind a broken header nothing can be found, and the row before it is not complete.
@@ -418,20 +483,22 @@ impl Rows for TarRows {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
+    /// `tests/data/sets/keys.json` is what webdataset's `base_plus_ext` gives.
     #[test]
     fn keys_end_at_the_first_dot_of_the_last_component() {
-        for (name, expected) in [
-            ("0001.jpg", Some(("0001", "jpg"))),
-            ("0001.seg.png", Some(("0001", "seg.png"))),
-            ("a.b/0001.jpg", Some(("a.b/0001", "jpg"))),
-            ("dir/.hidden", None),
-            ("plain", None),
-            ("./0001.txt", Some(("./0001", "txt"))),
-        ] {
-            assert_eq!(key_and_extension(name), expected, "{name}");
+        let golden = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/sets/keys.json"));
+        let golden: Vec<(String, Option<String>, Option<String>)> = serde_json::from_str(golden).unwrap();
+        assert!(golden.len() > 10);
+        for (name, key, extension) in golden {
+            assert_eq!(key_and_extension(&name), key.as_deref().zip(extension.as_deref()), "{name}");
+        }
+        // Unlike webdataset, which takes the directory for the key, what macOS adds is passed over.
+        for name in ["dir/.hidden", "dir/._0001.jpg", "__meta__", "__meta__/a.png"] {
+            assert_eq!(key_and_extension(name), None, "{name}");
         }
     }
 }

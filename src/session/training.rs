@@ -12,6 +12,7 @@ use crate::merge;
 use crate::recipe::{ModelConfig, Recipe};
 use crate::report::{Evaluation, TrainReport, peak_rss_mib};
 use crate::run::{Existing, Opened, RunDir};
+use crate::task::cut_texts;
 use crate::train::{Event, Micro, Observer, Run, Trainer, check_finite};
 
 /// Passes events on and writes steps and epochs to `metrics.jsonl` and for TensorBoard.
@@ -132,8 +133,12 @@ impl Session {
         let after = trainer.evaluate_unless_stopped(split, logged)?;
         check_finite("evaluation after training", &after)?;
         logged.run.log_evaluation(&split.to_string(), run.state().step, &after)?;
-        for warning in trainer.task.warnings() {
-            logged.event(Event::Warning(warning));
+        let definition = self.recipe.task.definition();
+        let cut = cut_texts(definition, &self.base.tokenizer, &self.data)?;
+        if cut > 0 {
+            let prompts = !definition.texts(&self.data.classes, &[]).0.is_empty();
+            let what = if prompts { "class prompts" } else { "texts" };
+            logged.event(Event::Warning(format!("{cut} {what} are longer than the model's context and were cut")));
         }
         let (changes, unfoldable) = self.changed(trainer, logged)?;
         logged.run.check()?;

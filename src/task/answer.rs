@@ -14,7 +14,7 @@ use super::threshold::sigmoid;
 use super::vqa::{accuracy, normalise, usual};
 use super::{Definition, Forward, Needs, Task, TaskParts, Told};
 use crate::clip::Encoded;
-use crate::data::Example;
+use crate::data::{Example, Field, Reads};
 use crate::error::{Error, Result};
 use crate::fusion::{ConcatConfig, CosineConfig, FusionConfig, Inputs};
 use crate::report::{Evaluation, Prediction};
@@ -108,6 +108,12 @@ impl Definition for AnswerConfig {
 
     fn fuses(&self) -> bool {
         true
+    }
+
+    fn reads(&self) -> Reads {
+        let question = self.inputs.text().then_some(Field::Question);
+        let choices = (self.choose == Choose::Given).then_some(Field::Choices);
+        Reads { needed: [Field::Answer].into_iter().chain(question).chain(choices).collect(), also: Vec::new() }
     }
 
     fn texts(&self, _: &[String], examples: &[Example]) -> (Vec<String>, Pad) {
@@ -371,9 +377,5 @@ impl Task for Answer {
 
     fn classes(&self) -> Option<&[String]> {
         Some(&self.vocabulary)
-    }
-
-    fn warnings(&self) -> Vec<String> {
-        self.joint.warnings()
     }
 }

@@ -62,14 +62,6 @@ impl Joint {
         }
     }
 
-    /// Texts that were cut.
-    pub(super) fn warnings(&self) -> Vec<String> {
-        match self.texts.truncated {
-            0 => Vec::new(),
-            n => vec![format!("{n} texts were longer than the model's context and were cut")],
-        }
-    }
-
     /// Texts through the text tower; where they are not looked at, nothing of the right length.
     pub(super) fn encode(&mut self, on: &Forward<'_, '_>, texts: &[&str]) -> Result<Encoded> {
         match self.inputs.text() {

@@ -16,7 +16,7 @@ use super::threshold::{self, sigmoid};
 use super::{Definition, Forward, Needs, Task, TaskParts, Told, metrics};
 use crate::clip::Encoded;
 use crate::clip::model::unit_rows;
-use crate::data::Example;
+use crate::data::{Example, Field, Reads};
 use crate::error::{Error, Result};
 use crate::fusion::{CosineConfig, FusionConfig, Inputs};
 use crate::named;
@@ -121,6 +121,12 @@ impl Definition for MatchConfig {
 
     fn fuses(&self) -> bool {
         true
+    }
+
+    fn reads(&self) -> Reads {
+        let text = (self.inputs.text() || self.negatives != Negatives::Given {}).then_some(Field::Text);
+        let fits = (self.negatives == Negatives::Given {}).then_some(Field::Fits);
+        Reads { needed: text.into_iter().chain(fits).collect(), also: vec![Field::Fits] }
     }
 
     fn texts(&self, _: &[String], examples: &[Example]) -> (Vec<String>, Pad) {
@@ -420,9 +426,5 @@ impl Task for Match {
 
     fn classes(&self) -> Option<&[String]> {
         Some(&self.verdicts)
-    }
-
-    fn warnings(&self) -> Vec<String> {
-        self.joint.warnings()
     }
 }

@@ -2,16 +2,17 @@
 //!
 //! A task is one file with a [`Definition`] and one line in [`TaskConfig`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
 use candle_core::Tensor;
 use peft_adapters::{Labelled, Params, Patches, Tape};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::clip::tokenizer::Tokenizer;
 use crate::clip::{Clip, ConstantText, Encoded};
-use crate::data::{Dataset, Example, Split};
+use crate::data::{Dataset, Example, Reads, Split};
 use crate::error::Result;
 use crate::fusion::{FusionConfig, Pass};
 use crate::report::Evaluation;
@@ -106,6 +107,9 @@ pub trait Definition {
     fn reads_images(&self) -> bool {
         true
     }
+
+    /// What is read of an example, so that nothing else of it has to be right.
+    fn reads(&self) -> Reads;
 
     /// Whether the classes are the task's own and come from the training examples: known answers.
     fn own_classes(&self) -> bool {
@@ -210,6 +214,36 @@ pub enum Needs {
     Features,
     /// These and every token.
     Tokens,
+}
+
+/// How many different texts of a set the task cuts to the model's context: its class prompts, or texts, questions and choices of all
+/// examples, each counted once however often it is encoded.
+///
+/// # Errors
+/// When a shard cannot be read or the tokeniser fails.
+pub fn cut_texts(task: &dyn Definition, tokenizer: &Tokenizer, data: &Dataset) -> Result<usize> {
+    let mut cut = HashSet::new();
+    for split in [Split::Train, Split::Val, Split::Test] {
+        data.visit(split, &mut |part| {
+            longer_than_context(tokenizer, task.texts(&data.classes, part).0, &mut cut)?;
+            Ok(())
+        })?;
+    }
+    Ok(cut.len())
+}
+
+/// Adds texts that have more tokens than the context to those that are known.
+///
+/// # Errors
+/// When the tokeniser fails.
+pub(crate) fn longer_than_context(tokenizer: &Tokenizer, texts: Vec<String>, cut: &mut HashSet<String>) -> Result<()> {
+    let context = tokenizer.context();
+    // Each token has at least one byte.
+    let new: HashSet<String> = texts.into_iter().filter(|t| !(t.is_ascii() && t.len() + 2 <= context) && !cut.contains(t)).collect();
+    let long: Vec<Option<String>> =
+        new.into_par_iter().map(|t| Ok((tokenizer.count(&t)? > context).then_some(t))).collect::<Result<_>>()?;
+    cut.extend(long.into_iter().flatten());
+    Ok(())
 }
 
 /// What is said about one example.
@@ -327,10 +361,5 @@ pub trait Task: Send {
     /// Whether an example's part of the loss depends on the others of its batch, so that splitting the batch changes it.
     fn over_batch(&self) -> bool {
         self.drop_last()
-    }
-
-    /// What is worth a warning: texts that were cut.
-    fn warnings(&self) -> Vec<String> {
-        Vec::new()
     }
 }

@@ -31,8 +31,6 @@ pub(super) struct Texts {
     frozen: bool,
     kept: HashMap<String, Kept>,
     bytes: usize,
-    /// How many texts were cut to the context length.
-    pub(super) truncated: usize,
 }
 
 /// One text, encoded.
@@ -45,7 +43,7 @@ struct Kept {
 
 impl Texts {
     pub(super) fn new(tokenizer: &Tokenizer, pad: Pad, tokens: bool) -> Self {
-        Self { tokenizer: tokenizer.clone(), pad, tokens, frozen: false, kept: HashMap::new(), bytes: 0, truncated: 0 }
+        Self { tokenizer: tokenizer.clone(), pad, tokens, frozen: false, kept: HashMap::new(), bytes: 0 }
     }
 
     /// Texts, equal ones encoded once.
@@ -72,10 +70,9 @@ impl Texts {
     }
 
     /// Token ids, and the largest number of them.
-    fn ids(&mut self, texts: &[&str]) -> Result<(Vec<Vec<u32>>, usize)> {
+    fn ids(&self, texts: &[&str]) -> Result<(Vec<Vec<u32>>, usize)> {
         let owned: Vec<String> = texts.iter().map(ToString::to_string).collect();
-        let (ids, truncated) = self.tokenizer.encode_all(&owned)?;
-        self.truncated += truncated;
+        let (ids, _) = self.tokenizer.encode_all(&owned)?;
         let longest = ids.iter().map(Vec::len).max().unwrap_or(1);
         Ok((ids, longest))
     }

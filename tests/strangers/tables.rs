@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use peft::data::{CocoConfig, ColumnNames, DataConfig, TableConfig, VqaConfig};
+use peft::data::{CocoConfig, ColumnNames, DataConfig, Field, Reads, TableConfig, VqaConfig};
 
 use super::Expect::{Either, Fine, Refused};
 use super::{Case, Expect, ODD};
@@ -21,6 +21,17 @@ fn open(path: &Path) -> peft::Result<()> {
     let text = Some(ColumnNames::One("text".into()));
     let table = Some(TableConfig { path: path.to_path_buf(), text, ..Default::default() });
     DataConfig { table, ..Default::default() }.open(0).map(drop)
+}
+
+/// A table for a task that reads these fields.
+fn case_for(name: impl Into<String>, expect: Expect, (file, text): (&'static str, String), also: &'static [Field]) -> Case {
+    Case::new(name, expect, move |dir| {
+        let path = dir.join(file);
+        std::fs::write(&path, text).unwrap();
+        let reads = Reads { needed: Vec::new(), also: also.to_vec() };
+        let table = Some(TableConfig { path, ..Default::default() });
+        Box::new(move || DataConfig { table, ..Default::default() }.open_for(0, &reads).map(drop))
+    })
 }
 
 const ROWS: &str = "text,label\na cat,cat\na dog,dog\nan owl,owl\n";
@@ -54,7 +65,13 @@ pub(crate) fn cases() -> Vec<Case> {
             ROWS.encode_utf16().fold(vec![0xfe, 0xff], |v, c| [v, c.to_be_bytes().to_vec()].concat()),
         ),
         case("UTF-16 JSONL", Refused("UTF-16"), "x.jsonl", b"\xff\xfe{\0}\0".to_vec()),
-        case("semicolons", Refused("no column"), "x.csv", ROWS.replace(',', ";")),
+        case("UTF-16 without a mark", Refused("UTF-16"), "x.csv", ROWS.encode_utf16().flat_map(u16::to_le_bytes).collect::<Vec<_>>()),
+        case("UTF-32", Refused("UTF-32"), "x.csv", b"\xff\xfe\0\0t\0\0\0".to_vec()),
+        case("semicolons", Fine, "x.csv", ROWS.replace(',', ";")),
+        case("semicolons that are declared", Fine, "x.csv", format!("sep=;\n{}", ROWS.replace(',', ";"))),
+        case("tabs in a CSV", Fine, "x.csv", ROWS.replace(',', "\t")),
+        case("a separator and nothing else", Refused("no rows"), "x.csv", "sep=;\n"),
+        case("a separator that is a quote", Refused("x.csv"), "x.csv", "sep=\"\ntext,label\na,b\n"),
         case("a spreadsheet", Refused("x.csv"), "x.csv", b"PK\x03\x04\x14\0\x06\0\x08\0\xff\xfe".to_vec()),
         case("zeros", Refused("x.csv"), "x.csv", vec![0; 4096]),
         case("another extension", Refused(".csv, .tsv or .jsonl"), "x.xlsx", ROWS),
@@ -98,12 +115,18 @@ fn columns() -> Vec<Case> {
     for (column, bad) in [
         ("value", ["nan", "inf", "-inf", "1e999", "x", "1,5", "--1"]),
         ("fits", ["maybe", "2", "-1", "01", "y", "t", "nan"]),
-        ("split", ["dev set", "0", "traintest", "all", "train,test", "?", "none"]),
+        ("split", ["trainings", "0", "traintest", "all", "train,test", "?", "none"]),
     ] {
         for value in bad {
-            let text = format!("text,{column}\na cat,\"{value}\"\n");
-            cases.push(case(format!("{column}: {value}"), Refused("x.csv:2"), "x.csv", text));
+            let text = format!("text,{column}\na cat,\"{value}\"\nb,\nc,\n");
+            cases.push(case_for(format!("{column}: {value}"), Refused("x.csv:2"), ("x.csv", text.clone()), &[Field::Value, Field::Fits]));
+            // Whoever does not read the column has nothing against it.
+            let expect = if column == "split" { Refused("x.csv:2") } else { Fine };
+            cases.push(case_for(format!("{column}: {value}, not read"), expect, ("x.csv", text), &[Field::Text]));
         }
+    }
+    for word in ["Testing", "dev set", "restval", "train_set", "VALIDATION"] {
+        cases.push(case_for(format!("split: {word}"), Fine, ("x.csv", format!("text,split\na,{word}\nb,train\nc,train\n")), &[]));
     }
     cases
 }
@@ -129,7 +152,12 @@ fn json_lines() -> Vec<Case> {
             "x.jsonl",
             "{\"text\": \"a\", \"label\": 12345678901234567890123}\n{\"text\": \"b\", \"label\": 12345678901234567890124}\n",
         ),
-        case("a value beyond f32", Refused("finite in f32"), "x.jsonl", "{\"text\": \"a\", \"value\": 1e300}\n"),
+        case_for(
+            "a value beyond f32",
+            Refused("finite in f32"),
+            ("x.jsonl", "{\"text\": \"a\", \"value\": 1e300}\n".into()),
+            &[Field::Value],
+        ),
         case("quotes that balance", Refused("line break"), "x.csv", "text,label\na,\"cat\nb,dog\nc,cat\"\nd,dog\n"),
         case("a deep line", Refused("x.jsonl:1"), "x.jsonl", format!("{{\"text\": {}\n", "[".repeat(1 << 20))),
     ];

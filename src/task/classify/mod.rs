@@ -13,7 +13,7 @@ use super::texts::drawn;
 use super::{Definition, Forward, Needs, Task, TaskParts, Told};
 use crate::clip::Encoded;
 use crate::clip::model::{cosine_logits, unit_rows};
-use crate::data::Example;
+use crate::data::{Example, Field, Reads};
 use crate::error::{Error, Result};
 use crate::fusion::Inputs;
 use crate::named;
@@ -190,6 +190,13 @@ impl Definition for ClassifyConfig {
         self.inputs != Inputs::Image || self.head == Head::Linear
     }
 
+    fn reads(&self) -> Reads {
+        let text = self.inputs.text().then_some(Field::Text);
+        // One class is a list of one.
+        let (label, also) = if self.several() { (Field::Labels, vec![Field::Label]) } else { (Field::Label, Vec::new()) };
+        Reads { needed: [label].into_iter().chain(text).collect(), also }
+    }
+
     fn texts(&self, classes: &[String], examples: &[Example]) -> (Vec<String>, Pad) {
         match self.inputs {
             Inputs::Image => (prompts::fill(classes, &self.templates), self.pad),
@@ -310,9 +317,5 @@ impl Task for Classify {
         let labels: Vec<u32> = examples.iter().map(|e| e.label.unwrap_or(0)).collect();
         let labels = Tensor::from_vec(labels, examples.len(), logits.device())?;
         Ok(Some(Labelled { features: unit_rows(features)?, labels, logits }))
-    }
-
-    fn warnings(&self) -> Vec<String> {
-        self.source.warnings()
     }
 }

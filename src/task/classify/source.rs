@@ -44,17 +44,6 @@ impl Source {
         }
     }
 
-    /// Texts that were cut.
-    pub(super) fn warnings(&self) -> Vec<String> {
-        match self {
-            Self::Joint(joint) => joint.warnings(),
-            Self::Images(images) if images.prompts.truncated == 0 => Vec::new(),
-            Self::Images(images) => {
-                vec![format!("{} class prompts are longer than the model's context and were cut", images.prompts.truncated)]
-            }
-        }
-    }
-
     /// Logits of a training batch, [B, C]; `text` draws one of an example's.
     pub(super) fn train<'e>(
         &mut self,

@@ -12,7 +12,7 @@ use super::prompts::Pad;
 use super::texts::drawn;
 use super::{Definition, Forward, Needs, Task, TaskParts, Told, metrics};
 use crate::clip::Encoded;
-use crate::data::Example;
+use crate::data::{Example, Field, Reads};
 use crate::error::{Error, Result};
 use crate::fusion::{ConcatConfig, FusionConfig, Inputs};
 use crate::named;
@@ -79,6 +79,11 @@ impl Definition for RegressConfig {
 
     fn fuses(&self) -> bool {
         true
+    }
+
+    fn reads(&self) -> Reads {
+        let text = self.inputs.text().then_some(Field::Text);
+        Reads { needed: [Field::Value].into_iter().chain(text).collect(), also: Vec::new() }
     }
 
     fn texts(&self, _: &[String], examples: &[Example]) -> (Vec<String>, Pad) {
@@ -237,9 +242,5 @@ impl Task for Regress {
     fn tell(&self, outputs: &Tensor, _: &[Example]) -> Result<Vec<Told>> {
         let one = |number: f64| Told { prediction: format!("{}", number as f32), scores: Vec::new(), logits: Vec::new() };
         Ok(self.numbers(outputs)?.into_iter().map(one).collect())
-    }
-
-    fn warnings(&self) -> Vec<String> {
-        self.joint.warnings()
     }
 }

@@ -13,7 +13,7 @@ use super::{Definition, Forward, Task, TaskParts, Told, metrics};
 use crate::clip::Encoded;
 use crate::clip::model::unit_rows;
 use crate::clip::tokenizer::Tokenizer;
-use crate::data::Example;
+use crate::data::{Example, Field, Reads};
 use crate::error::{Error, Result};
 use crate::named;
 use crate::report::{Evaluation, Prediction};
@@ -83,6 +83,11 @@ impl Definition for RetrieveConfig {
         }
     }
 
+    fn reads(&self) -> Reads {
+        let needed = if self.pairs == RetrievePairs::Labels { Field::Label } else { Field::Text };
+        Reads { needed: vec![needed], also: Vec::new() }
+    }
+
     fn texts(&self, _: &[String], examples: &[Example]) -> (Vec<String>, Pad) {
         let all = if self.pairs == RetrievePairs::Texts { examples } else { &[] };
         (all.iter().flat_map(|e| e.texts.iter().cloned()).collect(), self.pad)
@@ -100,7 +105,6 @@ impl Definition for RetrieveConfig {
             seed: parts.seed,
             classes: parts.classes.to_vec(),
             tokenizer: parts.tokenizer.clone(),
-            truncated: 0,
         }))
     }
 }
@@ -132,7 +136,6 @@ struct Retrieve {
     seed: u64,
     classes: Vec<String>,
     tokenizer: Tokenizer,
-    truncated: usize,
     criterion: Criterion,
 }
 
@@ -161,7 +164,6 @@ impl Task for Retrieve {
         let texts: Vec<&str> = examples.iter().map(|e| drawn(self.seed, on.epoch, e)).collect();
         let owned: Vec<String> = texts.iter().map(ToString::to_string).collect();
         let prompts = Prompts::new(&self.tokenizer, &owned, self.pad)?;
-        self.truncated += prompts.truncated;
         self.criterion.of(on, &images.features, &prompts.features(on)?, &Kin::of_texts(examples, &texts))
     }
 
@@ -179,13 +181,6 @@ impl Task for Retrieve {
 
     fn drop_last(&self) -> bool {
         true
-    }
-
-    fn warnings(&self) -> Vec<String> {
-        match self.truncated {
-            0 => Vec::new(),
-            n => vec![format!("{n} texts were longer than the model's context and were cut")],
-        }
     }
 }
 
