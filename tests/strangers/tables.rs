@@ -146,11 +146,14 @@ fn json_lines() -> Vec<Case> {
             format!("{{\"text\": \"a\", \"x\": [{}0]}}\n", "0,".repeat(2 << 20)),
         ),
         case("a key twice", Refused("`label` occurs twice"), "x.jsonl", "{\"text\": \"a\", \"label\": \"b\", \"label\": \"c\"}\n"),
-        case(
+        case_for(
             "labels beyond 2^53",
             Refused("in quotes"),
-            "x.jsonl",
-            "{\"text\": \"a\", \"label\": 12345678901234567890123}\n{\"text\": \"b\", \"label\": 12345678901234567890124}\n",
+            (
+                "x.jsonl",
+                "{\"text\": \"a\", \"label\": 12345678901234567890123}\n{\"text\": \"b\", \"label\": 12345678901234567890124}\n".into(),
+            ),
+            &[Field::Label],
         ),
         case_for(
             "a value beyond f32",
