@@ -47,7 +47,7 @@ const TABLE: [(&str, &[&str]); 49] = [
     ("inputs", &["clip", "data", "error", "files"]),
     ("embed", &["clip", "error", "files", "inputs", "data", "model", "train"]),
     ("inspect", &["clip", "delta", "error", "files", "hub", "recipe", "run", "sign"]),
-    ("survey", &["clip", "data", "error", "fetch", "recipe", "train"]),
+    ("survey", &["clip", "data", "error", "fetch", "recipe", "task", "train"]),
     ("sheet", &["clip", "data", "error", "files"]),
     ("runs", &["error", "recipe", "report", "run"]),
     ("draft", &["data", "error", "recipe"]),
