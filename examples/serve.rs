@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::io::Read as _;
 use std::path::PathBuf;
 
-use peft::clip::decode::{DecodeOptions, decode};
+use peft::clip::decode::decode;
 use peft::model::{Ranked, Scorer};
 use peft::{Error, Model, Result};
 use serde_json::{Value, json};
@@ -46,7 +46,7 @@ impl Service {
     /// Labels of one image, most likely first: `labels`, or the adapter's classes where there are none.
     fn predict(&self, adapter: &str, image: &[u8], labels: &[String]) -> Result<Vec<Ranked>> {
         let (model, own) = self.models.get(adapter).ok_or_else(|| Error::input(adapter, "there is no such adapter"))?;
-        let features = model.embed_pixels(&[decode("body", image, &DecodeOptions::default())?])?;
+        let features = model.embed_pixels(&[decode("body", image, &model.image_options())?])?;
         let ranked = match own {
             Some(own) if labels.is_empty() => own.rank(model, &features)?,
             _ => model.scorer(labels, &[])?.rank(model, &features)?,

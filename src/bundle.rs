@@ -7,7 +7,7 @@ use peft_adapters::rng;
 use serde::Serialize;
 
 use crate::clip::base::{BUNDLE, Base};
-use crate::delta::{Bundle, Bundled, bundle_digest, bundle_files, bundled};
+use crate::delta::{Bundle, Bundled, Manifest, Vocabulary, bundle_digest, bundle_files, bundled, manifest};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::merge::{self, Layout, MergeOptions};
@@ -64,10 +64,20 @@ pub fn bundle(options: &MergeOptions) -> Result<Done> {
         }
         let bundle = Bundle { version: env!("CARGO_PKG_VERSION").into(), adapters: std::mem::take(&mut parts) };
         files::write_json(&dir.join(BUNDLE), &bundle)?;
+        vocabulary(&sources, &base)?.write(dir, &base.source.to_string(), Some(model.image_options().pixels()))?;
         relative_diff = check(dir, &expected, dtype)?;
         Ok(())
     })?;
     Ok(Done { output: options.output.clone(), adapters: sources, relative_diff, dtype: dtype.as_str().to_uppercase(), notes })
+}
+
+/// Classes and templates of the last adapter that has any, or of the base.
+fn vocabulary(adapters: &[PathBuf], base: &Base) -> Result<Vocabulary> {
+    let manifests: Vec<Manifest> = adapters.iter().map(|dir| manifest(dir)).filter_map(Result::transpose).collect::<Result<_>>()?;
+    match Vocabulary::of_adapters(&manifests) {
+        own if own.classes.is_empty() => Vocabulary::of(&base.source),
+        own => Ok(own),
+    }
 }
 
 fn copy(from: &Path, to: &Path) -> Result<()> {

@@ -8,11 +8,12 @@ use serde::Serialize;
 
 use crate::clip::base::Base;
 use crate::clip::clean::Cleaning;
+use crate::clip::decode::PixelOptions;
 use crate::clip::preprocess::Rounding;
 use crate::clip::source::PREPROCESSOR;
 use crate::clip::tokenizer::Tokenizer;
 use crate::clip::{Clip, TextBatch, foreign, weights};
-use crate::delta::{Delta, bundled, locate};
+use crate::delta::{Delta, Manifest, Vocabulary, bundled, locate};
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -90,13 +91,20 @@ pub fn merge(options: &MergeOptions) -> Result<Merged> {
     let base = Base::load(&options.model, DType::F32, &Device::Cpu)?;
     let dtype = options.dtype.unwrap_or(base.file_dtype);
     let mut notes = base.source.notes().to_vec();
-    let (adapters, more) = adapters(&base, options)?;
+    let Folding { adapters, notes: more, manifests } = adapters(&base, options)?;
     notes.extend(more);
+    let pixels = manifests.iter().rev().find_map(Manifest::pixels);
+    notes.extend(lost_pixels(&manifests));
+    let vocabulary = match Vocabulary::of_adapters(&manifests) {
+        own if own.classes.is_empty() => Vocabulary::of(&base.source)?,
+        own => own,
+    };
     let (tensors, changed_tensors) = folded(&base, &adapters, dtype)?;
     let expected = expected(&base, adapters, &tensors)?;
     let mut check = Check::default();
     write(&base, &tensors, dtype, options.layout, &options.output, &mut notes, |dir| {
         check = verify(dir, &expected, dtype, &options.output)?;
+        vocabulary.write(dir, &base.source.to_string(), pixels)?;
         Ok(())
     })?;
     Ok(Merged {
@@ -166,9 +174,25 @@ pub(crate) fn check_output(options: &MergeOptions) -> Result<()> {
 /// An adapter's hooks and how much of it is folded.
 pub(crate) type Weighted = (Patches, f64);
 
+/// What is folded.
+struct Folding {
+    adapters: Vec<Weighted>,
+    notes: Vec<String>,
+    manifests: Vec<Manifest>,
+}
+
+/// What a plain checkpoint has no place for: how images became pixels.
+fn lost_pixels(manifests: &[Manifest]) -> Option<String> {
+    let trained = manifests.iter().filter_map(Manifest::pixels).filter(|p| *p != PixelOptions::default()).last()?;
+    Some(format!(
+        "the adapter was trained on images with {trained}, which a plain checkpoint cannot say: prepare images the same way, or keep \
+         base and adapter together in a bundle"
+    ))
+}
+
 /// The adapters' hooks with their weights; refused where one does not fold.
-fn adapters(base: &Base, options: &MergeOptions) -> Result<(Vec<Weighted>, Vec<String>)> {
-    let (mut all, mut notes) = (Vec::new(), Vec::new());
+fn adapters(base: &Base, options: &MergeOptions) -> Result<Folding> {
+    let (mut all, mut notes, mut manifests) = (Vec::new(), Vec::new(), Vec::new());
     // What a bundle brings along was made for the base alone.
     let own = options.adapters.iter().map(|(dir, weight)| (dir.clone(), *weight, options.allow_base_mismatch));
     let beneath = bundled(&options.model)?.into_iter().map(|dir| (dir, 1.0, true));
@@ -193,8 +217,9 @@ fn adapters(base: &Base, options: &MergeOptions) -> Result<(Vec<Weighted>, Vec<S
         }
         adapters.view.prepare(&peft_adapters::Step::eval())?;
         all.push((adapters.view, *weight));
+        manifests.extend(delta.manifest);
     }
-    Ok((all, notes))
+    Ok(Folding { adapters: all, notes, manifests })
 }
 
 /// All tensors in model order with the adapters folded in, f32 arithmetic, cast to `dtype` at the end.

@@ -11,17 +11,20 @@ use crate::clip::base::Base;
 use crate::clip::decode::{self, DecodeOptions};
 use crate::clip::model::{all_finite, unit_rows};
 use crate::data::check_classes;
-use crate::delta::{Adapters, Delta, Manifest, bundled, locate};
+use crate::delta::{Adapters, Delta, Manifest, Vocabulary, bundled, class_order, locate};
 use crate::error::{Error, Result};
 pub use crate::task::Told;
 use crate::task::prompts::{self, Pad, Prompts};
 use crate::task::{Forward, HEAD};
 
 mod readable;
+mod reading;
 mod scorer;
 mod teller;
 
 pub use readable::Readable;
+use reading::ImageReading;
+pub use reading::PixelChoice;
 use scorer::Classes;
 pub use scorer::{Ranked, Scorer};
 pub use teller::Query;
@@ -62,9 +65,13 @@ pub struct Model {
     manifest: Option<Manifest>,
     head: Option<[Tensor; 2]>,
     teller: Option<Teller>,
-    /// The classes that an adapter is bound to.
+    /// The classes that an adapter's method is bound to.
     bound: Option<Vec<String>>,
-    options: DecodeOptions,
+    /// The classes of the linear head, row by row.
+    head_classes: Vec<String>,
+    /// Classes and templates that a merged base has beside its weights.
+    own: Vocabulary,
+    images: ImageReading,
     notes: Vec<String>,
 }
 
@@ -90,6 +97,7 @@ impl Model {
     /// # Errors
     /// When one of them does not fit.
     pub fn with_bundled(mut self, base: &str) -> Result<Self> {
+        self.own = Vocabulary::of(&self.base.source)?;
         let notes = self.notes.clone();
         // They were made for the base alone, which the bundle's digest is not.
         for dir in bundled(base)? {
@@ -111,7 +119,9 @@ impl Model {
             head: None,
             teller: None,
             bound: None,
-            options: DecodeOptions::default(),
+            head_classes: Vec::new(),
+            own: Vocabulary::default(),
+            images: ImageReading::default(),
             notes,
         }
     }
@@ -119,7 +129,10 @@ impl Model {
     /// Another model on the same base, without adapters. The base stays in memory once, however many models share it.
     #[must_use]
     pub fn fork(&self) -> Self {
-        Self::from_base(self.base.clone()).with_images(self.options)
+        let mut fork = Self::from_base(self.base.clone());
+        fork.own = self.own.clone();
+        fork.images = self.images.without_adapters();
+        fork
     }
 
     /// Puts an adapter (a directory, a `.pt` of CLIP-LoRA's, a hub id) on top of what is there.
@@ -135,13 +148,19 @@ impl Model {
     /// # Errors
     /// When shapes do not fit.
     pub fn with_adapter_of(mut self, dir: &Path, allow_mismatch: bool) -> Result<Self> {
-        let delta = Delta::read(&locate(dir)?)?;
+        let mut delta = Delta::read(&locate(dir)?)?;
         self.notes.extend(delta.check_base(&self.base, allow_mismatch)?);
-        let mut adapters = delta.apply(&self.base.clip)?;
+        let mut adapters = match self.fixed_classes(&delta) {
+            Some(classes) => delta.apply_to(&self.base.clip, &classes)?,
+            None => delta.apply(&self.base.clip)?,
+        };
+        self.notes.extend(self.images.adopt(dir, delta.manifest.as_ref().and_then(Manifest::pixels)));
         self.notes.extend_from_slice(adapters.params.notes());
         let mut view = std::mem::take(&mut adapters.view);
         view.prepare(&Step::eval())?;
-        self.bind(dir, &view, delta.manifest.as_ref())?;
+        if view.class_bound() && !delta.classes().is_empty() {
+            self.bound = Some(delta.classes().to_vec());
+        }
         self.patches.extend(view);
         self.adapters.push(adapters);
         self.teller = Teller::of(&delta, &self.base)?.or(self.teller);
@@ -152,25 +171,16 @@ impl Model {
         let own = |name: &str| delta.own.iter().find(|(n, _)| n == name).map(|(_, t)| t.to_device(self.base.clip.device()));
         if let (Some(weight), Some(bias)) = (own(HEAD[0]), own(HEAD[1])) {
             self.head = Some(self.checked_head(dir, weight?, bias?, delta.manifest.as_ref())?);
+            self.head_classes = delta.classes().to_vec();
         }
         self.manifest = delta.manifest.or(self.manifest);
         Ok(self)
     }
 
-    /// Notes the classes of an adapter that knows no others.
-    fn bind(&mut self, dir: &Path, view: &Patches, manifest: Option<&Manifest>) -> Result<()> {
-        let classes = manifest.map(|m| m.classes.clone()).unwrap_or_default();
-        if !view.class_bound() || classes.is_empty() {
-            return Ok(());
-        }
-        match &self.bound {
-            Some(before) if *before != classes => Err(Error::input(dir.display(), "knows other classes than the adapter before it")
-                .hint("adapters that hold something for each class go together only where their classes are the same")),
-            _ => {
-                self.bound = Some(classes);
-                Ok(())
-            }
-        }
+    /// The classes that what is already there is bound to, where the next adapter shares them: a head takes the place of a head.
+    fn fixed_classes(&self, next: &Delta) -> Option<Vec<String>> {
+        let head = Some(&self.head_classes).filter(|c| !c.is_empty() && !next.has_class_rows());
+        self.bound.as_ref().or(head).cloned()
     }
 
     fn checked_head(&self, dir: &Path, weight: Tensor, bias: Tensor, manifest: Option<&Manifest>) -> Result<[Tensor; 2]> {
@@ -192,11 +202,28 @@ impl Model {
         Ok([weight.to_dtype(DType::F32)?, bias.to_dtype(DType::F32)?])
     }
 
-    /// How image files are decoded.
+    /// How image files are decoded, whatever the adapters were trained with; a note says where that differs.
     #[must_use]
-    pub fn with_images(mut self, options: DecodeOptions) -> Self {
-        self.options = options;
+    pub fn with_images(self, options: DecodeOptions) -> Self {
+        let DecodeOptions { background, orient, .. } = options;
+        let mut model = self.with_pixels(PixelChoice { background: Some(background), orient: Some(orient) });
+        model.images.limits = options;
+        model
+    }
+
+    /// What holds in place of the options that the adapters were trained with; a note says where that differs.
+    #[must_use]
+    pub fn with_pixels(mut self, choice: PixelChoice) -> Self {
+        self.images.choice = choice;
+        self.notes.extend(self.images.overruled());
         self
+    }
+
+    /// How image files are decoded: as the last adapter was trained, unless [`Model::with_images`] or [`Model::with_pixels`] says
+    /// otherwise. Who decodes images by themselves ([`Model::embed_pixels`]) does it with these.
+    #[must_use]
+    pub fn image_options(&self) -> DecodeOptions {
+        self.images.options()
     }
 
     /// The frozen part.
@@ -235,7 +262,7 @@ impl Model {
     }
 
     fn pixels_of(&self, path: &Path) -> Result<Vec<f32>> {
-        decode::open(path, &self.options).and_then(|image| self.base.preprocess.apply(&image))
+        decode::open(path, &self.images.options()).and_then(|image| self.base.preprocess.apply(&image))
     }
 
     /// Projected features of images in memory, unnormalised, f32.
@@ -322,7 +349,7 @@ impl Model {
             return Err(Error::input("predict", "this adapter does not rank labels: it judges an image with a text")
                 .hint("pass --text or --question, or requests with --jsonl"));
         }
-        let known = self.manifest.as_ref().map(|m| m.classes.clone()).unwrap_or_default();
+        let known = self.known_classes();
         let labels = if labels.is_empty() { known.clone() } else { labels.to_vec() };
         if labels.is_empty() {
             return Err(Error::input("--labels", "expected at least one label; the adapter stores no classes")
@@ -332,20 +359,17 @@ impl Model {
         if labels != known {
             check_classes("--labels", &labels)?;
         }
-        if let Some(bound) = &self.bound
-            && *bound != labels
-        {
-            return Err(Error::input("--labels", "this adapter holds something for each of its classes, and knows no others")
-                .hint("leave the labels out"));
+        // What is held for each class is computed in its own order, and comes out in the order that is asked for.
+        let (shown, mut order) = (labels.clone(), None);
+        let mut labels = labels;
+        if self.bound.is_some() || self.head.is_some() {
+            order = class_order(&known, &shown).map_err(|differ| self.other_labels(&differ))?;
+            labels = known;
         }
         if self.head.is_some() {
-            return match labels == known {
-                true => Ok(Scorer { labels, templates: Vec::new(), classes: Classes::Head }),
-                false => Err(Error::input("--labels", "this adapter has a linear head, which knows only its own classes")
-                    .hint("leave the labels out")),
-            };
+            return Ok(Scorer { labels: shown, order, templates: Vec::new(), classes: Classes::Head });
         }
-        let own = self.manifest.as_ref().map(|m| m.templates.clone()).unwrap_or_default();
+        let own = self.manifest.as_ref().map_or(&self.own.templates, |m| &m.templates).clone();
         let templates = match (templates.is_empty(), own.is_empty()) {
             (false, _) => templates.to_vec(),
             (true, false) => own,
@@ -354,10 +378,10 @@ impl Model {
         templates.iter().try_for_each(|t| prompts::check_template("--template", t))?;
         let prompts = Prompts::of_classes(&self.base.tokenizer, &labels, &templates, Pad::Longest)?;
         if self.patches.per_image() {
-            return Ok(Scorer { classes: Classes::PerImage(Box::new(prompts)), templates, labels });
+            return Ok(Scorer { classes: Classes::PerImage(Box::new(prompts)), templates, labels: shown, order });
         }
         let classes = prompts.class_features(&Forward::eval(&self.base.clip, &self.patches)).map_err(|e| self.of_classes(e))?;
-        Ok(Scorer { classes: Classes::Shared(self.finite("text", classes)?), templates, labels })
+        Ok(Scorer { classes: Classes::Shared(self.finite("text", classes)?), templates, labels: shown, order })
     }
 
     /// Features that can be ranked: they are finite, and so is their length.
@@ -372,6 +396,20 @@ impl Model {
             }
             None => error.hint("the adapter's weights may be too large for this base, or --dtype too narrow"),
         })
+    }
+
+    /// The classes of the adapters, or those that a merged base brings along, in the order in which the model holds them.
+    fn known_classes(&self) -> Vec<String> {
+        let head = Some(&self.head_classes).filter(|c| !c.is_empty());
+        let adapter = self.manifest.as_ref().map(|m| &m.classes).filter(|c| !c.is_empty());
+        self.bound.as_ref().or(head).or(adapter).unwrap_or(&self.own.classes).clone()
+    }
+
+    fn other_labels(&self, differ: &str) -> Error {
+        let what =
+            if self.head.is_some() { "has a linear head, which knows" } else { "holds something for each of its classes, and knows" };
+        Error::input("--labels", format!("this adapter {what} only its own classes ({differ})"))
+            .hint("leave the labels out, or name all of its classes, in any order")
     }
 
     /// What fails where an adapter is bound to classes that it does not name (one without `peft.json`) is the labels' fault; where

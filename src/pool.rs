@@ -232,10 +232,14 @@ impl Answer {
     }
 
     fn told(request: &Request, told: Told, top: Option<usize>) -> Self {
-        let one = |((label, probability), logit): ((String, f32), f32)| Ranked { label, probability, logit };
-        let mut predictions: Vec<Ranked> = told.scores.into_iter().zip(told.logits).map(one).collect();
+        let chosen = told.chosen.into_iter().map(Some).chain(std::iter::repeat(None));
+        let one =
+            |(((label, probability), logit), chosen): (((String, f32), f32), Option<bool>)| Ranked { label, probability, logit, chosen };
+        let mut predictions: Vec<Ranked> = told.scores.into_iter().zip(told.logits).zip(chosen).map(one).collect();
         Ranked::sort(&mut predictions);
-        predictions.truncate(top.unwrap_or(usize::MAX));
+        // Thresholds differ from class to class, so that what passes its own is not always among the likeliest.
+        let mut rank = 0..;
+        predictions.retain(|p| rank.next().is_some_and(|i| i < top.unwrap_or(usize::MAX)) || p.chosen == Some(true));
         Self { prediction: Some(told.prediction), predictions, ..Self::to(request) }
     }
 }

@@ -11,7 +11,7 @@ use serde_json::json;
 use crate::clip::base::Base;
 use crate::clip::source::Source;
 use crate::data::{Dataset, Images, Split};
-use crate::delta::{self, Adapters, BaseRef, Delta, Manifest, bundled};
+use crate::delta::{self, Adapters, BaseRef, Delta, Manifest, bundled, same_classes};
 use crate::error::{Error, Result};
 use crate::estimate;
 use crate::fetch::fetched;
@@ -23,6 +23,7 @@ use crate::task::{Needs, Task, TaskParts};
 use crate::train::{Event, FeatureSource, Features, Micro, Observer, Sampling, Trainer, check_finite};
 
 mod check;
+mod images;
 mod made_of;
 mod page;
 mod training;
@@ -49,7 +50,8 @@ impl Session {
     ///
     /// # Errors
     /// When a file is missing or malformed.
-    pub fn open(recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Result<Self> {
+    pub fn open(mut recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Result<Self> {
+        images::adopt_beneath(&mut recipe, observer)?;
         let mut data =
             fetched(observer, |progress| recipe.data.local(progress))?.open_for(recipe.train.seed, &recipe.task.definition().reads())?;
         let base = load(&recipe, device, observer)?;
@@ -89,10 +91,12 @@ impl Session {
         let clip = &self.base.clip;
         let mut adapters = Adapters::plan(&recipe.method, &self.sites(), recipe.train.seed, clip.device())?;
         self.put_beneath(&mut adapters)?;
-        let init = recipe.train.init_adapter.as_ref().map(|dir| Delta::read(&delta::locate(dir)?)).transpose()?;
+        let mut init = recipe.train.init_adapter.as_ref().map(|dir| Delta::read(&delta::locate(dir)?)).transpose()?;
+        if let Some(init) = &mut init {
+            init.bring_in_order(&adapters.view, adapters.beneath, &self.data.classes)?;
+        }
         let task = self.task(&mut adapters, init.as_ref())?;
         if let Some(init) = init {
-            self.check_classes(&init, &adapters)?;
             init.fill(&adapters.params)?;
         }
         Ok((adapters, task))
@@ -108,13 +112,13 @@ impl Session {
     fn put_beneath(&self, adapters: &mut Adapters) -> Result<()> {
         let ModelConfig::Pretrained(spec) = &self.recipe.model else { return Ok(()) };
         for dir in bundled(spec)? {
-            let delta = Delta::read(&dir)?;
+            let mut delta = Delta::read(&dir)?;
             if !delta.own.is_empty() {
                 return Err(Error::input(dir.display(), "has weights of a task, which a recipe trains or evaluates by itself")
                     .hint("name the base that the bundle was made of, and the adapter by --adapter or train.init_adapter"));
             }
-            let [training, reading] = [delta.apply(&self.base.clip)?, delta.apply(&self.base.clip)?];
-            self.check_classes(&delta, &reading)?;
+            let reading = delta.apply_to(&self.base.clip, &self.data.classes)?;
+            let training = delta.apply(&self.base.clip)?;
             adapters.put_beneath([training.view, reading.view]);
         }
         Ok(())
@@ -143,7 +147,9 @@ impl Session {
         };
         self.check_sampling()?;
         let mut task = definition.build(&parts, &mut adapters.params)?;
-        if let Some(manifest) = manifest {
+        // A temperature or threshold was chosen for the adapter's own classes.
+        let own = |m: &&Manifest| definition.templates().is_empty() || same_classes(&m.classes, &self.data.classes);
+        if let Some(manifest) = manifest.filter(own) {
             task.set_scalars(&manifest.scalars);
         }
         for split in [Split::Train, Split::Val, Split::Test] {
@@ -212,16 +218,6 @@ impl Session {
         Ok(self.replaced(adapters).into_iter().try_for_each(ops::discard)?)
     }
 
-    /// What an adapter holds for each class is of use for these classes only.
-    fn check_classes(&self, delta: &Delta, adapters: &Adapters) -> Result<()> {
-        let known = delta.manifest.as_ref().map(|m| m.classes.as_slice()).unwrap_or_default();
-        if !adapters.view.class_bound() || known.is_empty() || known == self.data.classes {
-            return Ok(());
-        }
-        let message = format!("holds something for each of its {} classes, and the data has other ones", known.len());
-        Err(Error::input(delta.dir.display(), message).hint("evaluate it on the classes that it was trained for, in their order"))
-    }
-
     /// Everything that activations of the base depend on, the images apart.
     fn identity(&self) -> Result<String> {
         let base = BaseRef::of(&self.base, "");
@@ -258,6 +254,7 @@ impl Session {
             scalars: task.scalars(),
             classes: self.classes(task),
             templates: self.recipe.task.definition().templates().to_vec(),
+            images: Some(self.recipe.images.options().pixels()),
             recipe: to_json(&self.recipe)?,
             metrics: json!(metrics.metrics),
             methods: Vec::new(),
@@ -293,7 +290,10 @@ pub struct EvalOptions {
 ///
 /// # Errors
 /// When the adapter does not fit or the split is empty.
-pub fn evaluate(recipe: Recipe, options: &EvalOptions, device: &Device, observer: &mut dyn Observer) -> Result<Evaluation> {
+pub fn evaluate(mut recipe: Recipe, options: &EvalOptions, device: &Device, observer: &mut dyn Observer) -> Result<Evaluation> {
+    if let Some(adapter) = &options.adapter {
+        images::adopt(&mut recipe, adapter, observer)?;
+    }
     let mut session = Session::open(recipe, device, observer)?;
     if let Some(adapter) = &options.adapter {
         session.settle(adapter, observer)?;
@@ -313,16 +313,15 @@ impl Session {
             return Err(Error::input("--split", format!("the {} split is empty", options.split)));
         }
         let sites = self.base.clip.sites();
-        let delta = options.adapter.as_deref().map(Delta::read).transpose()?;
-        let mut adapters = match &delta {
+        let mut delta = options.adapter.as_deref().map(Delta::read).transpose()?;
+        let mut adapters = match &mut delta {
             None => Adapters::plan(&[], sites, 0, device)?,
             Some(delta) => {
                 for note in delta.check_base(&self.base, options.allow_base_mismatch)? {
                     observer.event(Event::Note(note));
                 }
-                let adapters = delta.apply(&self.base.clip)?;
+                let adapters = delta.apply_to(&self.base.clip, &self.data.classes)?;
                 tell(&adapters, observer);
-                self.check_classes(delta, &adapters)?;
                 adapters
             }
         };

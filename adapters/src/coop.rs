@@ -131,6 +131,13 @@ impl Patch for CoopPatch {
         self.context.rank() == 3
     }
 
+    fn reorder_classes(&self, _name: &str, tensor: &Tensor, order: &[u32]) -> TensorResult<Option<Tensor>> {
+        if !self.class_bound() || tensor.rank() != 3 {
+            return Ok(None);
+        }
+        tensor.index_select(&Tensor::new(order, tensor.device())?, 0).map(Some)
+    }
+
     fn unfoldable(&self) -> Option<&'static str> {
         Some("context vectors are not words of plain CLIP's vocabulary")
     }

@@ -222,6 +222,15 @@ pub trait Patch: Send + Sync {
         false
     }
 
+    /// A stored tensor after the classes have changed places: class i of the new order is class `order[i]` of the old one.
+    /// `None` for tensors that hold nothing for single classes.
+    ///
+    /// # Errors
+    /// When the tensor is not what the method stores under that name.
+    fn reorder_classes(&self, _name: &str, _tensor: &Tensor, _order: &[u32]) -> TensorResult<Option<Tensor>> {
+        Ok(None)
+    }
+
     /// A term of the loss, a scalar.
     ///
     /// # Errors

@@ -220,6 +220,20 @@ impl Patch for TipAdapterPatch {
         true
     }
 
+    fn reorder_classes(&self, stored: &str, tensor: &Tensor, order: &[u32]) -> TensorResult<Option<Tensor>> {
+        if stored != name("labels") {
+            return Ok(None);
+        }
+        // The cache stores the class of each entry, so that each number becomes the place where its class is now.
+        let moved = |label: &f32| match order.iter().position(|old| *old as f32 == label.round()) {
+            Some(new) => Ok(new as f32),
+            None => candle_core::bail!("the cache holds class {label}, there are {}", order.len()),
+        };
+        let labels = tensor.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+        let labels = labels.iter().map(moved).collect::<TensorResult<Vec<f32>>>()?;
+        Tensor::from_vec(labels, tensor.dims(), tensor.device()).map(Some)
+    }
+
     fn fits(&self) -> bool {
         true
     }

@@ -9,14 +9,13 @@ use candle_core::Device;
 use clap::{Args, Parser, Subcommand};
 
 use crate::clip::base::Base;
-use crate::clip::decode::DecodeOptions;
 use crate::clip::preprocess::Background;
 use crate::clip::source::Source;
 use crate::clip::spec::Spec;
 use crate::delta::{locate_with, named_base};
 use crate::error::{Error, Result};
 use crate::fetch::fetched;
-use crate::model::Model;
+use crate::model::{Model, PixelChoice};
 use crate::sign::{PublicKey, public_key};
 
 mod bench;
@@ -214,25 +213,37 @@ struct ModelArgs {
     /// Accept an adapter that was made for another base
     #[arg(long)]
     allow_base_mismatch: bool,
-    /// Transparent images: keep drops the alpha channel, white composites
-    #[arg(long, value_parser = ["keep", "white"], default_value = "keep")]
-    background: String,
-    /// Leave EXIF orientation unapplied
+    /// Transparent images: keep drops the alpha channel, white composites; as the adapter was trained, or keep, when left out
+    #[arg(long, value_parser = ["keep", "white"])]
+    background: Option<String>,
+    /// Leave EXIF orientation unapplied, whatever the adapter was trained with
     #[arg(long)]
     no_orient: bool,
+    /// Apply EXIF orientation, whatever the adapter was trained with
+    #[arg(long, conflicts_with = "no_orient")]
+    orient: bool,
 }
 
 impl ModelArgs {
     fn open(&self, context: &Context) -> Result<Model> {
         let spec = self.base.spec(&self.adapters, context)?;
         let base = Base::from_source(context.source(&spec)?, candle_core::DType::F32, &context.device)?;
-        let mut model = Model::from_base(base).with_bundled(&spec)?;
+        let mut model = Model::from_base(base).with_pixels(self.pixels()).with_bundled(&spec)?;
         for adapter in &self.adapters {
             model = model.with_adapter_of(&context.adapter(adapter)?, self.allow_base_mismatch)?;
         }
         model.notes().iter().for_each(|note| context.say(&format!("note: {note}")));
-        let background = if self.background == "white" { Background::White } else { Background::Keep };
-        Ok(model.with_images(DecodeOptions { background, orient: !self.no_orient, ..Default::default() }))
+        Ok(model)
+    }
+
+    /// What the flags say of images.
+    fn pixels(&self) -> PixelChoice {
+        let background = self.background.as_deref().map(|b| if b == "white" { Background::White } else { Background::Keep });
+        let orient = match (self.orient, self.no_orient) {
+            (false, false) => None,
+            (orient, _) => Some(orient),
+        };
+        PixelChoice { background, orient }
     }
 }
 

@@ -182,7 +182,8 @@ fn text(answer: &Answer) -> String {
         let _ = writeln!(out, "  {}", answer.prediction.as_deref().unwrap_or_default());
     }
     for r in &answer.predictions {
-        let mark = if answer.prediction.as_deref() == Some(&r.label) { "*" } else { " " };
+        let chosen = r.chosen.unwrap_or_else(|| answer.prediction.as_deref() == Some(&r.label));
+        let mark = if chosen { "*" } else { " " };
         let _ = writeln!(out, "{mark} {:>6.2} %  {}", 100.0 * r.probability, r.label);
     }
     out

@@ -10,10 +10,12 @@ mod jpeg;
 mod tiff;
 mod timed;
 
+use std::fmt;
 use std::path::Path;
 
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage, RgbaImage};
+use serde::{Deserialize, Serialize};
 
 use super::preprocess::Background;
 use crate::error::{Error, Result};
@@ -51,6 +53,47 @@ pub struct DecodeOptions {
 impl Default for DecodeOptions {
     fn default() -> Self {
         Self { background: Background::Keep, orient: true, max_pixels: 100_000_000, max_bytes: MAX_FILE, max_seconds: 60.0 }
+    }
+}
+
+/// The options that change what a model sees: what an adapter was trained with belongs to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PixelOptions {
+    /// What becomes of transparency.
+    pub background: Background,
+    /// Whether the EXIF orientation is applied.
+    pub orient: bool,
+}
+
+impl Default for PixelOptions {
+    fn default() -> Self {
+        DecodeOptions::default().pixels()
+    }
+}
+
+impl fmt::Display for PixelOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let background = match self.background {
+            Background::Keep => "alpha dropped (background: keep)",
+            Background::White => "transparency on white (background: white)",
+        };
+        let orient = if self.orient { "EXIF orientation applied (orient: true)" } else { "EXIF orientation left out (orient: false)" };
+        write!(f, "{background}, {orient}")
+    }
+}
+
+impl DecodeOptions {
+    /// Those that change what a model sees.
+    #[must_use]
+    pub fn pixels(&self) -> PixelOptions {
+        PixelOptions { background: self.background, orient: self.orient }
+    }
+
+    /// With other [`PixelOptions`] and the same limits.
+    #[must_use]
+    pub fn with_pixels(self, pixels: PixelOptions) -> Self {
+        Self { background: pixels.background, orient: pixels.orient, ..self }
     }
 }
 

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::clip::base::Base;
 use crate::clip::model::all_finite;
-use crate::delta::{self, BaseRef, Delta, Manifest, locate};
+use crate::delta::{self, BaseRef, Delta, Manifest, locate, same_classes};
 use crate::error::{Error, Result};
 
 mod arithmetic;
@@ -223,7 +223,8 @@ fn lora(method: &MethodConfig) -> Option<&LoraConfig> {
 fn manifest(base: &Base, options: &CombineOptions, all: &[(Delta, f64)]) -> Manifest {
     let each: Vec<&Manifest> = all.iter().filter_map(|(d, _)| d.manifest.as_ref()).collect();
     let agreed = each.first().filter(|m| {
-        each.len() == all.len() && each.iter().all(|o| (&o.classes, &o.templates, &o.task) == (&m.classes, &m.templates, &m.task))
+        each.len() == all.len()
+            && each.iter().all(|o| (&o.templates, &o.task) == (&m.templates, &m.task) && same_classes(&o.classes, &m.classes))
     });
     let name = each.first().map_or(options.model.as_str(), |m| m.base.name.as_str());
     Manifest {
@@ -232,6 +233,7 @@ fn manifest(base: &Base, options: &CombineOptions, all: &[(Delta, f64)]) -> Mani
         task: agreed.map(|m| m.task.clone()).unwrap_or_default(),
         classes: agreed.map(|m| m.classes.clone()).unwrap_or_default(),
         templates: agreed.map(|m| m.templates.clone()).unwrap_or_default(),
+        images: each.first().and_then(|m| m.pixels()).filter(|first| each.iter().all(|m| m.pixels() == Some(*first))),
         ..Manifest::default()
     }
 }

@@ -9,23 +9,28 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::clip::base::Base;
+use crate::clip::decode::PixelOptions;
 use crate::clip::method_error;
 use crate::error::Result;
 use crate::provenance::Provenance;
 
 mod bundle;
+mod classes;
 mod clip_lora;
 mod fetch;
 mod load;
 mod named;
 mod save;
+mod vocabulary;
 
 pub use bundle::{Bundle, Bundled, bundled, digest as bundle_digest, files as bundle_files};
+pub use classes::{class_order, same_classes};
 pub use clip_lora::is_clip_lora;
 pub use fetch::{locate, locate_with};
 pub use load::{Delta, convert, manifest};
 pub use named::named_base;
 pub use save::{check_output, save};
+pub use vocabulary::Vocabulary;
 
 /// Planned methods: parameters, hooks for training and hooks for evaluation.
 #[derive(Debug)]
@@ -147,6 +152,9 @@ pub struct Manifest {
     /// Prompts around class names.
     #[serde(default)]
     pub templates: Vec<String>,
+    /// How the images that it was trained on became pixels, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub images: Option<PixelOptions>,
     /// The resolved recipe.
     #[serde(default)]
     pub recipe: Value,
@@ -156,6 +164,15 @@ pub struct Manifest {
     /// Several methods: their directories in order of application. Empty for one or none.
     #[serde(default)]
     pub methods: Vec<MethodRef>,
+}
+
+impl Manifest {
+    /// How the images that it was trained on became pixels: older versions said so in the recipe only.
+    #[must_use]
+    pub fn pixels(&self) -> Option<PixelOptions> {
+        let told = || self.recipe.get("images").and_then(|images| serde_json::from_value(images.clone()).ok());
+        self.images.or_else(told)
+    }
 }
 
 /// The base that an adapter belongs to.

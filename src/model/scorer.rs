@@ -5,6 +5,7 @@ use peft_adapters::ClassFeatures;
 
 use super::Model;
 use crate::clip::model::{class_logits, unit_rows};
+use crate::delta::same_classes;
 use crate::error::{Error, Result};
 use crate::task::Forward;
 use crate::task::prompts::Prompts;
@@ -19,6 +20,9 @@ pub struct Ranked {
     /// What the probability is made of, before the temperature; where ranks come from, since small and large probabilities are
     /// equal in f32.
     pub logit: f32,
+    /// Whether it passes its threshold, where an example may have any number of classes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chosen: Option<bool>,
 }
 
 impl Ranked {
@@ -32,6 +36,8 @@ impl Ranked {
 #[derive(Debug)]
 pub struct Scorer {
     pub(super) labels: Vec<String>,
+    /// Where each label stands among the classes that the model holds something for, when that is another order.
+    pub(super) order: Option<Vec<u32>>,
     pub(super) templates: Vec<String>,
     pub(super) classes: Classes,
 }
@@ -67,8 +73,8 @@ impl Scorer {
     /// When a tensor operation fails.
     pub fn matrix(&self, model: &Model) -> Result<Option<(Tensor, Option<Tensor>)>> {
         match (&self.classes, &model.head) {
-            (Classes::Head, Some([weight, bias])) => Ok(Some((weight.clone(), Some(bias.clone())))),
-            (Classes::Shared(classes), _) => Ok(Some((classes.clone(), None))),
+            (Classes::Head, Some([weight, bias])) => Ok(Some((self.in_order(weight.clone(), 0)?, Some(self.in_order(bias.clone(), 0)?)))),
+            (Classes::Shared(classes), _) => Ok(Some((self.in_order(classes.clone(), 0)?, None))),
             _ => Ok(None),
         }
     }
@@ -96,7 +102,7 @@ impl Scorer {
     /// When a tensor operation fails.
     pub fn logits(&self, model: &Model, features: &Tensor) -> Result<Tensor> {
         let clip = &model.base.clip;
-        Ok(match (&self.classes, &model.head) {
+        let logits = match (&self.classes, &model.head) {
             (Classes::Head, Some([weight, bias])) => unit_rows(features)?.matmul(&weight.t()?)?.broadcast_add(bias)?,
             (Classes::PerImage(prompts), _) => prompts.logits(&Forward::eval(clip, &model.patches), features)?,
             (Classes::Shared(classes), _) => {
@@ -104,19 +110,26 @@ impl Scorer {
                 class_logits(clip, features, &classes, &model.patches).map_err(|e| model.of_classes(e.into()))?
             }
             (Classes::Head, None) => return Err(Error::fault("predict", "no head")),
-        })
+        };
+        self.in_order(logits, 1)
+    }
+
+    /// What is held in the model's order of classes along `dim`, in the order of the labels.
+    fn in_order(&self, held: Tensor, dim: usize) -> Result<Tensor> {
+        let Some(order) = &self.order else { return Ok(held) };
+        Ok(held.index_select(&Tensor::new(order.as_slice(), held.device())?, dim)?)
     }
 
     /// What logits are divided by before they become probabilities: fitted on validation for the adapter's own classes, 1 for any
     /// others.
     #[must_use]
     pub fn temperature(&self, model: &Model) -> f64 {
-        let own = model.manifest.as_ref().filter(|m| m.classes == self.labels && model.adapters.len() == 1);
+        let own = model.manifest.as_ref().filter(|m| same_classes(&m.classes, &self.labels) && model.adapters.len() == 1);
         own.and_then(|m| m.scalars.get("temperature")).copied().unwrap_or(1.0)
     }
 
     fn ranked(&self, row: Vec<f32>, logits: Vec<f32>) -> Vec<Ranked> {
-        let one = |((probability, logit), label): ((f32, f32), &String)| Ranked { label: label.clone(), probability, logit };
+        let one = |((probability, logit), label): ((f32, f32), &String)| Ranked { label: label.clone(), probability, logit, chosen: None };
         let mut all: Vec<Ranked> = row.into_iter().zip(logits).zip(&self.labels).map(one).collect();
         Ranked::sort(&mut all);
         all

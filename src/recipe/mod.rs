@@ -17,9 +17,11 @@ use crate::task::TaskConfig;
 use crate::train::TrainConfig;
 
 mod compare;
+mod images;
 mod load;
 
 pub use compare::{CompareConfig, CompareMethod};
+pub use images::Stated;
 
 /// What `peft train` runs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -141,7 +143,7 @@ impl ModelConfig {
 
 /// How images are read before the base's own preprocessing.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, from = "images::Given")]
 pub struct ImageConfig {
     /// What becomes of transparency: `keep` drops the alpha channel as Pillow's `convert("RGB")` does,
     /// `white` composites on white.
@@ -154,12 +156,15 @@ pub struct ImageConfig {
     pub max_bytes: u64,
     /// Seconds after which decoding an image is given up.
     pub max_seconds: f64,
+    /// Which of the options that change pixels the recipe gives; the others give way to what an adapter was trained with.
+    #[serde(skip)]
+    pub stated: Stated,
 }
 
 impl Default for ImageConfig {
     fn default() -> Self {
         let DecodeOptions { background, orient, max_pixels, max_bytes, max_seconds } = DecodeOptions::default();
-        Self { background, orient, max_pixels, max_bytes, max_seconds }
+        Self { background, orient, max_pixels, max_bytes, max_seconds, stated: Stated::default() }
     }
 }
 
@@ -167,7 +172,7 @@ impl ImageConfig {
     /// As decoders take it.
     #[must_use]
     pub fn options(&self) -> DecodeOptions {
-        let Self { background, orient, max_pixels, max_bytes, max_seconds } = *self;
+        let Self { background, orient, max_pixels, max_bytes, max_seconds, .. } = *self;
         DecodeOptions { background, orient, max_pixels, max_bytes, max_seconds }
     }
 

@@ -371,7 +371,7 @@ impl Task for Answer {
     }
 
     fn tell(&self, outputs: &Tensor, examples: &[Example]) -> Result<Vec<Told>> {
-        let told = |scored: Scored| Told { prediction: scored.best, scores: scored.scores, logits: scored.logits };
+        let told = |scored: Scored| Told { prediction: scored.best, scores: scored.scores, logits: scored.logits, chosen: Vec::new() };
         Ok(self.scored(outputs, examples)?.into_iter().map(told).collect())
     }
 

@@ -420,6 +420,7 @@ impl Task for Match {
             prediction: self.verdicts[usize::from(self.fits(z))].clone(),
             scores: self.verdicts.iter().cloned().zip(probabilities(z)).collect(),
             logits: vec![-z, z],
+            chosen: Vec::new(),
         };
         Ok(own.into_iter().map(one).collect())
     }

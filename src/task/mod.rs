@@ -255,6 +255,9 @@ pub struct Told {
     pub scores: Vec<(String, f32)>,
     /// The logit of each, before the temperature.
     pub logits: Vec<f32>,
+    /// Which of `scores` pass their threshold, where there may be any number; empty elsewhere.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub chosen: Vec<bool>,
 }
 
 /// A loss and its metrics.

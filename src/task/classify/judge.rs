@@ -138,11 +138,12 @@ impl Judge {
             false => self.probabilities(&logits)?,
         };
         let one = |(row, logits): (Vec<f32>, Vec<f32>)| {
+            let chosen = if self.several { self.chosen(&logits) } else { Vec::new() };
             let prediction = match self.several {
-                true => self.names(&self.chosen(&logits)),
+                true => self.names(&chosen),
                 false => self.name(metrics::argmax(std::slice::from_ref(&logits))[0]),
             };
-            Told { prediction, scores: self.classes.iter().cloned().zip(row).collect(), logits }
+            Told { prediction, scores: self.classes.iter().cloned().zip(row).collect(), logits, chosen }
         };
         Ok(rows.into_iter().zip(raw).map(one).collect())
     }

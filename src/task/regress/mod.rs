@@ -240,7 +240,8 @@ impl Task for Regress {
     }
 
     fn tell(&self, outputs: &Tensor, _: &[Example]) -> Result<Vec<Told>> {
-        let one = |number: f64| Told { prediction: format!("{}", number as f32), scores: Vec::new(), logits: Vec::new() };
+        let one =
+            |number: f64| Told { prediction: format!("{}", number as f32), scores: Vec::new(), logits: Vec::new(), chosen: Vec::new() };
         Ok(self.numbers(outputs)?.into_iter().map(one).collect())
     }
 }
