@@ -159,3 +159,65 @@ fn adapters_of_lines_lie_on_a_bundles_own() {
     let first = |ranked: &Value| ranked[0]["probability"].as_f64().unwrap();
     assert!((first(&line["predictions"]) - first(&alone[0]["predictions"])).abs() < 1e-6, "{line} {alone}");
 }
+
+#[test]
+fn images_are_read_as_the_adapter_was_trained() {
+    let w = World::new();
+    let half = |x: u32, y: u32| image::Rgba([200, 10, 30, if (x + y) % 3 == 0 { 255 } else { 20 }]);
+    image::RgbaImage::from_fn(20, 16, half).save(w.path("clear.png")).unwrap();
+    w.write("white.yaml", &(w.recipe("lora: { rank: 2 }").replace("output: run", "output: white") + "images: { background: white }\n"));
+    w.json(&["train", "recipe.yaml"]);
+    w.json(&["train", "white.yaml"]);
+    let ask = |adapter: &str, flags: &[&str]| w.json(&[&["predict", "--model", "base", "--adapter", adapter, "clear.png"], flags].concat());
+    let (keep, white) = (ask("run/adapter", &["--background", "keep"]), ask("white/adapter", &["--background", "white"]));
+    assert_eq!(ask("white/adapter", &[]), white, "white is its default");
+    assert_eq!(ask("run/adapter", &[]), keep, "keep is the other's");
+    assert_ne!(ask("white/adapter", &["--background", "keep"]), white, "a flag overrides");
+    // Side by side on one base.
+    w.write(
+        "requests.jsonl",
+        "{\"image\": \"clear.png\", \"adapter\": \"white/adapter\"}\n{\"image\": \"clear.png\", \"adapter\": \"run/adapter\"}\n",
+    );
+    let both = lines(&w, &["predict", "--model", "base", "--jsonl", "requests.jsonl"]);
+    assert_eq!((&both[0]["predictions"], &both[1]["predictions"]), (&white[0]["predictions"], &keep[0]["predictions"]));
+    // A bundle carries it; a plain checkpoint cannot, and says so.
+    w.json(&["merge", "--model", "base", "--adapter", "white/adapter", "--bundle", "--output", "bundle"]);
+    assert_eq!(w.json(&["predict", "--model", "bundle", "clear.png"]), white);
+    let merged = w.json(&["merge", "--model", "base", "--adapter", "white/adapter", "--output", "merged"]);
+    assert!(merged["notes"].as_array().unwrap().iter().any(|n| n.as_str().unwrap().contains("background: white")), "{merged}");
+    // Labels and templates lie beside the merged weights.
+    assert_eq!(std::fs::read_to_string(w.path("merged/labels.txt")).unwrap(), "blue\ngreen\nred\n");
+    let named = w.json(&["predict", "--model", "merged", "--labels", "blue,green,red", "--template", "a {} thing", "clear.png"]);
+    assert_eq!(w.json(&["predict", "--model", "merged", "clear.png"]), named);
+}
+
+#[test]
+fn a_heads_rows_follow_the_names_of_classes() {
+    let w = World::new();
+    let linear = w.recipe("lora: { rank: 2 }").replace("templates:", "head: linear, templates:");
+    w.write("recipe.yaml", &linear);
+    w.json(&["train", "recipe.yaml"]);
+    let (before, labels) = (w.json(&["eval", "run"]), ["--labels", "red,blue,green"]);
+    let ask = |flags: &[&str]| w.json(&[&["predict", "--model", "base", "--adapter", "run/adapter", "data/red/1.png"], flags].concat());
+    assert_eq!(ask(&labels), ask(&[]), "labels in another order");
+    let message = w.fails(&["predict", "--model", "base", "--adapter", "run/adapter", "--labels", "red,blue", "data/red/1.png"], 2);
+    assert!(message.contains("`green`"), "{message}");
+    // The same head, stored in another order of classes.
+    let (dir, order) = (w.path("run/adapter"), [2u32, 0, 1]);
+    let bytes = std::fs::read(dir.join("task.safetensors")).unwrap();
+    let (tensors, _) = peft::clip::weights::read_safetensors("task", &bytes).unwrap();
+    let index = candle_core::Tensor::new(&order, &candle_core::Device::Cpu).unwrap();
+    let moved: Vec<_> = tensors.iter().map(|(n, t)| (n.clone(), t.index_select(&index, 0).unwrap())).collect();
+    peft::clip::weights::save(&dir.join("task.safetensors"), &moved).unwrap();
+    let mut manifest: Value = serde_json::from_slice(&std::fs::read(dir.join("peft.json")).unwrap()).unwrap();
+    let classes = manifest["classes"].clone();
+    manifest["classes"] = order.iter().map(|i| classes[*i as usize].clone()).collect();
+    w.write("run/adapter/peft.json", &manifest.to_string());
+    let after = w.json(&["eval", "run"]);
+    assert_eq!((&after["accuracy"], &after["macro_f1"]), (&before["accuracy"], &before["macro_f1"]));
+    // Other names are refused.
+    manifest["classes"][0] = "violet".into();
+    w.write("run/adapter/peft.json", &manifest.to_string());
+    let message = w.fails(&["eval", "run"], 2);
+    assert!(message.contains("`violet`"), "{message}");
+}
