@@ -4,6 +4,7 @@
 use std::collections::HashSet;
 use std::fmt::Formatter;
 
+use peft_adapters::wording::plain;
 use serde::de::{DeserializeOwned, Error as _, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
@@ -36,9 +37,9 @@ fn within<T: DeserializeOwned>(bytes: &[u8], most: usize) -> Result<T, String> {
         return Err(format!("has more than {most} values in {} bytes", bytes.len()));
     }
     if most == MAX_VALUES {
-        serde_json::from_slice::<Unique>(bytes).map_err(|e| e.to_string())?;
+        serde_json::from_slice::<Unique>(bytes).map_err(|e| plain(&e.to_string()))?;
     }
-    serde_json::from_slice(bytes).map_err(|e| e.to_string())
+    serde_json::from_slice(bytes).map_err(|e| plain(&e.to_string()))
 }
 
 /// Any JSON in which no object has a key twice: of two values the last would count, without a word.

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use peft_adapters::wording::plain;
+
 use crate::error::{Error, Result};
 use crate::model::{Model, Query, Ranked, Scorer, Told};
 
@@ -263,7 +265,7 @@ pub fn parse(place: &str, number: usize, line: &str) -> Result<Request> {
             Err(Error::input(place, "expected an image, found none").hint(LINE))
         }
         Ok(request) => Ok(Request { line: number, ..request }),
-        Err(e) => Err(Error::input(place, e).hint(LINE)),
+        Err(e) => Err(Error::input(place, plain(&e.to_string())).hint(LINE)),
     }
 }
 

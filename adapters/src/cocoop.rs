@@ -100,7 +100,7 @@ impl Method for Cocoop {
     }
 
     fn from_adapter_config(value: &Value) -> Result<CocoopConfig> {
-        serde_json::from_value(value["config"].clone()).map_err(|e| Error::config("config", e.to_string()))
+        serde_json::from_value(value["config"].clone()).map_err(|e| Error::config("config", crate::wording::plain(&e.to_string())))
     }
 }
 

@@ -106,7 +106,7 @@ impl Method for Coop {
     }
 
     fn from_adapter_config(value: &Value) -> Result<CoopConfig> {
-        serde_json::from_value(value["config"].clone()).map_err(|e| Error::config("config", e.to_string()))
+        serde_json::from_value(value["config"].clone()).map_err(|e| Error::config("config", crate::wording::plain(&e.to_string())))
     }
 }
 

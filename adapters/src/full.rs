@@ -111,7 +111,7 @@ impl Method for Full {
     }
 
     fn from_adapter_config(value: &Value) -> Result<FullConfig> {
-        serde_json::from_value(value["config"].clone()).map_err(|e| Error::config("config", e.to_string()))
+        serde_json::from_value(value["config"].clone()).map_err(|e| Error::config("config", crate::wording::plain(&e.to_string())))
     }
 }
 

@@ -37,7 +37,7 @@ pub fn object(value: &Value) -> Result<&Map<String, Value>> {
 pub fn field<T: DeserializeOwned>(object: &Map<String, Value>, key: &str) -> Result<Option<T>> {
     match object.get(key) {
         None | Some(Value::Null) => Ok(None),
-        Some(v) => serde_json::from_value(v.clone()).map(Some).map_err(|e| Error::config(key, e.to_string())),
+        Some(v) => serde_json::from_value(v.clone()).map(Some).map_err(|e| Error::config(key, crate::wording::plain(&e.to_string()))),
     }
 }
 

@@ -50,6 +50,7 @@ pub mod targets;
 pub mod tip_adapter;
 pub mod vera;
 pub mod vpt;
+pub mod wording;
 
 pub use error::{Error, Result};
 pub use flow::{Branch, ClassFeatures, ClassName, Embedded, LinearOut, LowRankTerm, Qkv, Sequence};

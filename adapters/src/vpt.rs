@@ -93,7 +93,7 @@ impl Method for Vpt {
     }
 
     fn from_adapter_config(value: &Value) -> Result<VptConfig> {
-        serde_json::from_value(value["config"].clone()).map_err(|e| Error::config("config", e.to_string()))
+        serde_json::from_value(value["config"].clone()).map_err(|e| Error::config("config", crate::wording::plain(&e.to_string())))
     }
 }
 

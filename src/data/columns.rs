@@ -14,7 +14,7 @@ pub(super) type Row = Map<String, Value>;
 
 /// One column, or several: `text: caption`, `text: [title, body]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected the name of a column such as caption, or a list of names")]
 pub enum ColumnNames {
     /// One.
     One(String),

@@ -10,7 +10,7 @@ use crate::hub;
 
 /// One path, or several: `data/train-*.parquet`, `shard-{000000..000012}.tar`, a directory, `hub:owner/dataset@revision`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a path such as data/train-*.parquet, or a list of paths")]
 pub enum Paths {
     /// One.
     One(String),

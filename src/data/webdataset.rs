@@ -28,7 +28,7 @@ const MAX_HEADERS: u64 = 1 << 20;
 
 /// Class names: a list, or a JSON file with one (or with an object `{"0": "cat", …}`).
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a list of class names such as [cat, dog], or a file that holds one")]
 pub enum ClassList {
     /// The names in order.
     Names(Vec<String>),

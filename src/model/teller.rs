@@ -68,7 +68,10 @@ impl Teller {
         let place = delta.dir.display();
         let fusion: Option<FusionConfig> = match &manifest.fusion {
             serde_json::Value::Null => None,
-            value => Some(serde_json::from_value(value.clone()).map_err(|e| Error::input(&place, format!("fusion in peft.json: {e}")))?),
+            value => Some(
+                serde_json::from_value(value.clone())
+                    .map_err(|e| Error::input(&place, format!("fusion in peft.json: {}", peft_adapters::wording::plain(&e.to_string()))))?,
+            ),
         };
         let parts = TaskParts {
             clip: &base.clip,

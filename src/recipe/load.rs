@@ -2,9 +2,11 @@
 
 use std::path::Path;
 
+use peft_adapters::wording::plain;
 use serde_json::Value;
 
-use super::Recipe;
+use super::spot::Spot;
+use super::{Recipe, nulls};
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -31,11 +33,11 @@ impl Recipe {
     /// As [`Recipe::load`].
     pub fn parse(place: &str, text: &str, name: &str, sets: &[String]) -> Result<Self> {
         let text = text.trim_start_matches('\u{feff}');
-        let mut recipe = match (serde_saphyr::from_str::<Self>(text), sets.is_empty()) {
+        let whole = serde_saphyr::from_str::<Self>(text);
+        let mut recipe = match (whole, sets.is_empty()) {
             (Ok(recipe), true) => recipe,
-            (Err(e), true) => return Err(explain(place, &e)),
-            // A recipe may lack what `--set` gives, so only the outcome counts.
-            (whole, false) => apply(place, text, sets, whole.err())?,
+            // A recipe may lack what `--set` gives, and `key: null` is as good as leaving the key out: only the outcome counts.
+            (whole, _) => nulls::apply(place, text, sets, whole.err())?,
         };
         recipe.name = name.to_string();
         if recipe.output.is_none() {
@@ -70,52 +72,7 @@ fn prune(value: &mut Value) {
     }
 }
 
-fn apply(place: &str, text: &str, sets: &[String], unset: Option<serde_saphyr::Error>) -> Result<Recipe> {
-    let mut value: Value = serde_saphyr::from_str(text).map_err(|e| explain(place, &e))?;
-    for set in sets {
-        let (key, raw) = set
-            .split_once('=')
-            .ok_or_else(|| Error::input("--set", format!("expected KEY=VALUE, found `{set}`")).hint("for example --set train.lr=1e-3"))?;
-        let new: Value = serde_saphyr::from_str(raw).map_err(|e| explain(&format!("--set {key}"), &e))?;
-        assign(&mut value, key, new)?;
-    }
-    let resolved = serde_saphyr::to_string(&value).map_err(|e| Error::fault(place, e))?;
-    serde_saphyr::from_str(&resolved).map_err(|e| match unset {
-        // The file was wrong before: its own position is the better one.
-        Some(before) if message(&before) == message(&e) => explain(place, &before),
-        _ => explain(&format!("{place} with --set {}", sets.join(" --set ")), &e),
-    })
-}
-
-/// Sets `a.b.c` or `a.0.b`, making maps on the way.
-fn assign(at: &mut Value, key: &str, new: Value) -> Result<()> {
-    let (part, rest) = key.split_once('.').map_or((key, None), |(part, rest)| (part, Some(rest)));
-    if part.is_empty() {
-        return Err(Error::input("--set", format!("`{key}` is not a key such as train.lr")));
-    }
-    let next = match (at, part.parse::<usize>()) {
-        (Value::Array(items), Ok(index)) => {
-            let len = items.len();
-            items.get_mut(index).ok_or_else(|| Error::input("--set", format!("the list has {len} items, there is no {index}")))?
-        }
-        (at, _) => {
-            if !at.is_object() {
-                *at = Value::Object(serde_json::Map::new());
-            }
-            let Value::Object(map) = at else { return Ok(()) };
-            map.entry(part).or_insert(Value::Null)
-        }
-    };
-    match rest {
-        Some(rest) => assign(next, rest, new),
-        None => {
-            *next = new;
-            Ok(())
-        }
-    }
-}
-
-fn message(error: &serde_saphyr::Error) -> String {
+pub(super) fn message(error: &serde_saphyr::Error) -> String {
     let text = error.without_snippet().to_string();
     // The position follows on the same line.
     let text = text.rsplit_once(" at line ").map_or(text.as_str(), |(head, _)| head);
@@ -130,22 +87,30 @@ fn message(error: &serde_saphyr::Error) -> String {
     if text.starts_with("expected mapping end") {
         return "expected one key here, found more; several methods are written as a list: [{ lora: { … } }, { bottleneck: { … } }]".into();
     }
-    text.to_string()
+    if text == "unexpected end of input" {
+        return "expected a recipe, found nothing".into();
+    }
+    plain(text)
 }
 
-/// serde's message with the file's name, the snippet and the nearest valid key.
-fn explain(place: &str, error: &serde_saphyr::Error) -> Error {
-    let position = error.location().map(|l| format!(":{}:{}", l.line(), l.column())).unwrap_or_default();
+/// serde's message with the file's name, what stands there, the snippet and the nearest valid key.
+pub(super) fn explain(place: &str, text: &str, error: &serde_saphyr::Error) -> Error {
+    let at = error.location().map(|l| (l.line() as usize, l.column() as usize));
+    let position = at.map(|(line, column)| format!(":{line}:{column}")).unwrap_or_default();
     // Under the caret the message would stand once more.
     let caret = |l: &str| l.rfind('^').filter(|_| l.trim_start().starts_with('|')).map_or(l.len(), |at| at + 1);
     let snippet: Vec<String> = error.to_string().lines().skip(2).map(|l| format!("  {}", &l[..caret(l)])).collect();
-    let message = message(error);
-    let mut text = message.clone();
-    if !snippet.is_empty() {
-        text = format!("{text}\n{}", snippet.join("\n"));
+    let mut message = message(error);
+    let hint = nearest(&message);
+    let spot = at.and_then(|(line, column)| Spot::at(text, line, column));
+    if let Some(spot) = spot.filter(|_| message.starts_with("expected ")) {
+        message = spot.complete(&message);
     }
-    let error = Error::input(format!("{place}{position}"), text);
-    match nearest(&message) {
+    if !snippet.is_empty() {
+        message = format!("{message}\n{}", snippet.join("\n"));
+    }
+    let error = Error::input(format!("{place}{position}"), message);
+    match hint {
         Some(hint) => error.hint(hint),
         None => error,
     }

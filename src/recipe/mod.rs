@@ -19,6 +19,8 @@ use crate::train::TrainConfig;
 mod compare;
 mod images;
 mod load;
+mod nulls;
+mod spot;
 
 pub use compare::{CompareConfig, CompareMethod};
 pub use images::Stated;

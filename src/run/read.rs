@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use peft_adapters::wording::plain;
+
 use super::{FAILURE, METRICS, PREDICTIONS, RECIPE, REPORT};
 use crate::error::{Error, Result};
 use crate::files;
@@ -58,7 +60,8 @@ pub fn read_predictions(run: &Path) -> Result<Vec<Prediction>> {
 
 fn read_lines<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let text = files::read_text(path, MAX_FILE)?;
-    let one = |(i, line)| serde_json::from_str(line).map_err(|e| Error::input(format!("{}:{}", path.display(), i + 1), e));
+    let one =
+        |(i, line)| serde_json::from_str(line).map_err(|e| Error::input(format!("{}:{}", path.display(), i + 1), plain(&e.to_string())));
     text.lines().enumerate().map(one).collect()
 }
 
@@ -73,7 +76,7 @@ pub fn read_report(run: &Path) -> Result<Option<TrainReport>> {
     }
     let path = run.join(REPORT);
     let text = files::find_text(&path, MAX_FILE)?;
-    text.map(|text| serde_json::from_str(&text).map_err(|e| Error::input(path.display(), e))).transpose()
+    text.map(|text| serde_json::from_str(&text).map_err(|e| Error::input(path.display(), plain(&e.to_string())))).transpose()
 }
 
 /// What a run was made of, as its report says, or as it was noted when it began; nothing where there is no run.
