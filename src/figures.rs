@@ -64,6 +64,12 @@ pub fn metric(name: &str, v: f64) -> String {
     if is_fraction(name) { format!("{:.1} %", 100.0 * v) } else { number(v) }
 }
 
+/// The 95 % interval of a share, in per cent.
+#[must_use]
+pub fn interval([low, high]: [f64; 2]) -> String {
+    format!("95 % interval {:.1} to {:.1} %", 100.0 * low, 100.0 * high)
+}
+
 /// `macro_f1` → `macro f1`.
 #[must_use]
 pub fn words(name: &str) -> String {

@@ -146,6 +146,7 @@ pub mod guard;
 pub mod hub;
 pub mod inputs;
 pub mod inspect;
+pub mod interval;
 mod json;
 pub mod measure;
 pub mod memory;

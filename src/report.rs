@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::interval::wilson;
 use crate::provenance::Provenance;
 
 /// Metrics of one split: fractions from 0 to 1, but for those that [`is_fraction`] names.
@@ -55,6 +56,9 @@ pub struct Classification {
     /// Means over classes and examples where an example may have several classes; empty otherwise, as they follow from `confusion`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub averages: Vec<ClassRow>,
+    /// Wilson's 95 % interval of the accuracy; none where an example may have several classes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accuracy_interval: Option<[f64; 2]>,
 }
 
 /// One class.
@@ -205,6 +209,21 @@ impl Evaluation {
             name => self.metrics.get(name).copied(),
         }
     }
+
+    /// Wilson's 95 % interval of the metric `accuracy` and the number of examples that it is a share of, also of reports that were
+    /// written without it; `None` where `accuracy` is no plain share of examples.
+    #[must_use]
+    pub fn accuracy_interval(&self) -> Option<([f64; 2], usize)> {
+        let found = self.classification.as_ref()?;
+        let (hits, all) = hits(&found.confusion);
+        let same = (self.metric("accuracy")? - hits as f64 / all.max(1) as f64).abs() < 1e-9;
+        wilson(hits, all).filter(|_| same).map(|interval| (interval, all))
+    }
+}
+
+/// Right predictions in a confusion matrix, and all of them.
+fn hits(confusion: &[Vec<usize>]) -> (usize, usize) {
+    (confusion.iter().enumerate().map(|(i, row)| row[i]).sum(), confusion.iter().flatten().sum())
 }
 
 /// True positives, true and predicted ones.
@@ -245,7 +264,8 @@ impl Classification {
             Counts(confusion[i][i], confusion[i].iter().sum(), confusion.iter().map(|r| r[i]).sum()).row(name)
         };
         let classes = names.iter().enumerate().map(row).collect();
-        Self { classes, confusion, averages: Vec::new() }
+        let (hits, all) = hits(&confusion);
+        Self { classes, confusion, averages: Vec::new(), accuracy_interval: wilson(hits, all) }
     }
 
     /// Of examples with any number of classes each, from what is true and what is predicted of each class.
@@ -267,14 +287,13 @@ impl Classification {
             mean("weighted avg", &classes, |row| row.support as f64),
             mean("samples avg", &examples, |_| 1.0),
         ];
-        Self { classes, confusion: Vec::new(), averages }
+        Self { classes, confusion: Vec::new(), averages, accuracy_interval: None }
     }
 
     /// Right predictions among all.
     #[must_use]
     pub fn accuracy(&self) -> f64 {
-        let hits: usize = self.confusion.iter().enumerate().map(|(i, r)| r[i]).sum();
-        let all: usize = self.confusion.iter().flatten().sum();
+        let (hits, all) = hits(&self.confusion);
         if all == 0 { 0.0 } else { hits as f64 / all as f64 }
     }
 

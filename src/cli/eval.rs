@@ -9,6 +9,7 @@ use super::Context;
 use super::progress::summary;
 use crate::data::Split;
 use crate::error::{Error, Result};
+use crate::figures::interval;
 use crate::recipe::Recipe;
 use crate::run;
 use crate::session::{EvalOptions, evaluate};
@@ -66,11 +67,13 @@ pub(super) fn run(args: EvalArgs, context: &Context) -> Result<()> {
     }
     let mut document =
         json!({ "split": args.split, "examples": found.examples, "loss": found.loss, "classification": found.classification });
+    let sure = found.accuracy_interval();
     if let Some(map) = document.as_object_mut() {
         map.extend(found.metrics.iter().map(|(k, v)| (k.clone(), json!(v))));
     }
     context.print(&document, || {
-        let table = found.classification.as_ref().map(|c| c.text() + "\n").unwrap_or_default();
-        format!("{table}{}: {}\n", args.split, summary(&found))
+        let table = found.classification.as_ref().filter(|_| !context.global.quiet).map(|c| c.text() + "\n").unwrap_or_default();
+        let sure = sure.map(|(found, count)| format!("; accuracy of {count}: {} (Wilson)", interval(found))).unwrap_or_default();
+        format!("{table}{}: {}{sure}\n", args.split, summary(&found))
     })
 }

@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::{BaseOptions, Context};
 use crate::error::Result;
 use crate::inspect::{Inspected, inspect, verify};
+use crate::recipe::yaml;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -34,7 +35,18 @@ pub(super) fn run(args: &InspectArgs, context: &Context) -> Result<()> {
     if args.verify {
         found.facts.insert("verified".into(), verify(&args.path, &context.trusted()?)?.into());
     }
-    context.print(&found, || text(&found))
+    let recipe = found.facts.get("recipe").map(yaml).transpose()?;
+    context.print(&found, || match &recipe {
+        Some(recipe) => described(&found, recipe),
+        None => text(&found),
+    })
+}
+
+/// A recipe with every default, which can be read as a recipe again; what else there is to say of a run stands above it in comments.
+fn described(found: &Inspected, recipe: &str) -> String {
+    let mut about = found.clone();
+    about.facts.remove("recipe");
+    text(&about).lines().map(|line| format!("# {line}\n")).collect::<String>() + recipe
 }
 
 fn text(found: &Inspected) -> String {

@@ -1,8 +1,11 @@
 //! What every verb's help has to say.
 
+use std::path::Path;
+
 use clap::{CommandFactory, Parser};
 
-use super::Cli;
+use super::{Cli, next};
+use crate::recipe::Recipe;
 
 /// A line as a shell splits it, quotes and a pipe or redirection at its end included.
 fn words(line: &str) -> Vec<String> {
@@ -56,4 +59,22 @@ fn text_for_people_obeys_no_file() {
     assert_eq!(super::plain("a\u{1b}[2Jb\nc\u{9b}"), "a\\u{1b}[2Jb\nc\\u{9b}");
     let wide = super::columns(&[vec!["c".repeat(70_000), "1".into()], vec!["d".into(), "2".into()]], &[1]);
     assert!(wide.ends_with(&format!("d{}  2\n", " ".repeat(69_999))));
+}
+
+/// What a run prints to be typed next, and what `--resume` answers to more epochs, of every recipe in the binary.
+#[test]
+fn commands_after_a_run_are_valid_and_name_their_files() {
+    let (run, file) = (Path::new("my runs/pets 1"), Path::new("my recipes/a b.yaml"));
+    for (name, text) in crate::builtin::recipes::RECIPES {
+        let recipe = Recipe::parse(name, text, name, &[]).unwrap();
+        let mut all = next::commands(&recipe, run, "test");
+        all.push(next::begin(&recipe, file, run));
+        for line in &all {
+            let words = words(line);
+            let parsed = Cli::try_parse_from(&words);
+            assert!(parsed.is_ok(), "{name}: {line}: {}", parsed.err().unwrap());
+            let whole = |w: &String| w.contains("my runs/pets 1");
+            assert!(words.iter().any(whole), "{line}");
+        }
+    }
 }

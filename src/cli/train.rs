@@ -6,9 +6,10 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::Context;
 use super::progress::{duration, summary};
+use super::{Context, next};
 use crate::error::Result;
+use crate::figures::{interval, metric, words};
 use crate::recipe::Recipe;
 use crate::report::{Evaluation, TrainReport};
 use crate::run::Existing;
@@ -47,6 +48,7 @@ pub(super) struct TrainArgs {
 }
 
 pub(super) fn run(args: TrainArgs, context: &Context) -> Result<()> {
+    let file = args.recipe.clone();
     let mut recipe = Recipe::load(&args.recipe, &args.sets)?;
     if let Some(output) = args.output {
         recipe.output = Some(output);
@@ -63,6 +65,10 @@ pub(super) fn run(args: TrainArgs, context: &Context) -> Result<()> {
         let yaml = checked.recipe.to_yaml()?;
         return context.print(&checked, || check_text(&checked, &yaml));
     }
+    if existing == Existing::Resume {
+        next::refuse_longer(&recipe, &file)?;
+    }
+    let asked = recipe.clone();
     progress.listen();
     if args.stop_with_stdin {
         progress.listen_to_stdin();
@@ -71,7 +77,10 @@ pub(super) fn run(args: TrainArgs, context: &Context) -> Result<()> {
     if finished_before {
         progress.say("this run was finished before; nothing was changed");
     }
-    context.print(&document(&report), || text(&report))
+    context.print(&document(&report), || match context.global.quiet {
+        true => measured(&report),
+        false => text(&report) + &next::lines(&asked, &report),
+    })
 }
 
 fn check_text(checked: &session::Checked, yaml: &str) -> String {
@@ -129,7 +138,10 @@ fn document(report: &TrainReport) -> Value {
         "seconds": report.seconds,
         "peak_rss_mib": report.peak_rss_mib,
         "steps": report.steps,
+        "epochs": report.epochs.len(),
         "best_epoch": report.best_epoch,
+        "stopped_early": report.stopped_early,
+        "accuracy_interval": report.after.as_ref().and_then(Evaluation::accuracy_interval).map(|(found, _)| found),
         "numbers": report.numbers,
         "micro": report.micro,
         "run": report.run,
@@ -141,15 +153,45 @@ fn text(report: &TrainReport) -> String {
     if let Some(table) = report.after.as_ref().and_then(|a| a.classification.as_ref()) {
         let _ = writeln!(out, "{}", table.text());
     }
+    out += &measured(report);
+    let _ = writeln!(out, "epochs    {}", epochs(report));
+    let share = 100.0 * report.trainable_parameters as f64 / report.total_parameters.max(1) as f64;
+    let _ = writeln!(out, "trained   {} of {} parameters ({share:.2} %)", report.trainable_parameters, report.total_parameters);
+    let _ = writeln!(out, "adapter   {} bytes in {}", report.adapter_bytes, report.run.join("adapter").display());
+    let memory = report.peak_rss_mib.map(|m| format!(", {m:.0} MiB at most")).unwrap_or_default();
+    let _ = writeln!(out, "report    {}", report.run.join("report.html").display());
+    let _ = writeln!(out, "time      {}{memory}", duration(report.seconds));
+    out
+}
+
+/// The figures before and after, and on how many examples of which split they were measured.
+fn measured(report: &TrainReport) -> String {
+    let mut out = String::new();
     for (name, evaluation) in [("before", &report.before), ("after", &report.after)] {
         if let Some(e) = evaluation {
             let _ = writeln!(out, "{name:<10}{}", summary(e));
         }
     }
-    let share = 100.0 * report.trainable_parameters as f64 / report.total_parameters.max(1) as f64;
-    let _ = writeln!(out, "trained   {} of {} parameters ({share:.2} %)", report.trainable_parameters, report.total_parameters);
-    let _ = writeln!(out, "adapter   {} bytes in {}", report.adapter_bytes, report.run.join("adapter").display());
-    let memory = report.peak_rss_mib.map(|m| format!(", {m:.0} MiB at most")).unwrap_or_default();
-    let _ = writeln!(out, "time      {}{memory}", duration(report.seconds));
+    let Some(after) = &report.after else { return out };
+    let split = match report.split.as_str() {
+        "val" => "validation",
+        split => split,
+    };
+    let _ = write!(out, "measured  on {} examples of the {split} split", after.examples);
+    if let Some(((found, count), accuracy)) = after.accuracy_interval().zip(after.metric("accuracy")) {
+        let of = if count == after.examples { String::new() } else { format!(" of {count}") };
+        let _ = write!(out, "; accuracy{of} {}, {} (Wilson)", metric("accuracy", accuracy), interval(found));
+    }
+    out.push('\n');
     out
+}
+
+/// `stopped early at epoch 23, best 15 kept`.
+fn epochs(report: &TrainReport) -> String {
+    let done = report.epochs.len();
+    let ended = if report.stopped_early { format!("stopped early at epoch {done}") } else { done.to_string() };
+    match report.best_epoch {
+        Some(best) => format!("{ended}, best {best} kept (by {})", words(&report.metric)),
+        None => ended,
+    }
 }

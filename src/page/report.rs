@@ -90,12 +90,18 @@ pub fn report(page: &RunPage<'_>) -> Result<String> {
 fn figures(r: &TrainReport) -> Markup {
     let Some(after) = &r.after else { return html! {} };
     let before = |name: &str| r.before.as_ref().and_then(|b| b.metric(name));
+    let interval = after.accuracy_interval();
+    let sure = |name: &str| {
+        let (found, count) = interval.filter(|_| name == "accuracy")?;
+        Some(format!("{} (Wilson, n = {count})", crate::figures::interval(found)))
+    };
     html! {
         div.figures {
             @for (name, value) in after.metrics.iter().map(|(n, v)| (n.as_str(), *v)).chain([("loss", after.loss)]) {
                 div {
                     span { (r.split) " " (words(name)) }
                     b { (metric(name, value)) }
+                    @if let Some(sure) = sure(name) { small { (sure) } }
                     @if let Some(b) = before(name) { small { "before " (metric(name, b)) } }
                 }
             }
@@ -228,7 +234,7 @@ fn mistakes(all: &[Mistake]) -> Markup {
 fn resources(r: &TrainReport) -> Markup {
     let share = 100.0 * r.trainable_parameters as f64 / r.total_parameters.max(1) as f64;
     let stopped = if r.stopped_early { ", stopped early" } else { "" };
-    let best = r.best_epoch.map(|b| format!(", best {b}")).unwrap_or_default();
+    let best = r.best_epoch.map(|b| format!(", best {b} kept")).unwrap_or_default();
     let all = [
         ("trained parameters", format!("{} of {} ({share:.2} %)", r.trainable_parameters, r.total_parameters)),
         ("adapter", bytes(r.adapter_bytes)),

@@ -54,10 +54,18 @@ impl Recipe {
     pub fn to_yaml(&self) -> Result<String> {
         // By way of JSON, which leaves absent options out.
         let unwritable = |e| Error::input("recipe", e).hint("choose paths, --output among them, whose names are UTF-8");
-        let mut value = serde_json::to_value(self).map_err(unwritable)?;
-        prune(&mut value);
-        serde_saphyr::to_string(&value).map_err(|e| Error::fault("recipe", e))
+        yaml(&serde_json::to_value(self).map_err(unwritable)?)
     }
+}
+
+/// A recipe that was read before, as YAML.
+///
+/// # Errors
+/// When it cannot be written as YAML.
+pub fn yaml(recipe: &Value) -> Result<String> {
+    let mut value = recipe.clone();
+    prune(&mut value);
+    serde_saphyr::to_string(&value).map_err(|e| Error::fault("recipe", e))
 }
 
 /// Drops nulls, which stand for "left out".

@@ -24,6 +24,7 @@ mod spot;
 
 pub use compare::{CompareConfig, CompareMethod};
 pub use images::Stated;
+pub use load::yaml;
 
 /// What `peft train` runs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
