@@ -102,7 +102,7 @@ pub struct ScopeFields {
     pub exclude: Option<Targets>,
     /// `modules_to_save`.
     pub modules_to_save: Vec<String>,
-    /// HF PEFT knows no towers; paths tell them apart.
+    /// HF PEFT knows no towers, but the class of the model that was adapted.
     pub towers: Towers,
 }
 
@@ -131,18 +131,28 @@ impl ScopeFields {
             layers,
             exclude: field(object, "exclude_modules")?,
             modules_to_save: field(object, "modules_to_save")?.unwrap_or_default(),
-            towers: Towers::Both,
+            towers: towers(object),
         })
     }
 }
 
-/// CLIP's blocks stand in `layers`.
+/// HF PEFT notes the class of the model that was adapted: where it is one of CLIP's encoders alone, the other one stays as it is.
+fn towers(object: &Map<String, Value>) -> Towers {
+    let class = object.get("auto_mapping").and_then(|m| m.get("base_model_class")).and_then(Value::as_str).unwrap_or_default();
+    match class {
+        c if c.starts_with("CLIPVision") => Towers::Vision,
+        c if c.starts_with("CLIPText") => Towers::Text,
+        _ => Towers::Both,
+    }
+}
+
+/// CLIP's blocks stand in `encoder.layers`; HF PEFT takes any end of that path, or several, of which one has to match.
 fn check_layers_pattern(value: Option<&Value>) -> Result<()> {
-    let fits = |v: &Value| v.as_str().is_some_and(|s| s.is_empty() || s == "layers");
+    let fits = |v: &Value| v.as_str().is_some_and(|s| matches!(s, "" | "layers" | "encoder.layers"));
     match value {
         None | Some(Value::Null) => Ok(()),
-        Some(Value::Array(all)) if all.iter().all(fits) => Ok(()),
+        Some(Value::Array(all)) if all.is_empty() || all.iter().any(fits) && all.iter().all(Value::is_string) => Ok(()),
         Some(v) if fits(v) => Ok(()),
-        Some(other) => Err(Error::config("layers_pattern", format!("expected `layers`, found {other}"))),
+        Some(other) => Err(Error::config("layers_pattern", format!("expected `layers` or `encoder.layers`, found {other}"))),
     }
 }

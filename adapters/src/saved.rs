@@ -8,7 +8,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::params::{Params, Spec, Start};
-use crate::scope::is_inside;
 use crate::sites::{BaseWeight, Sites, Tower, WeightId};
 use crate::{Error, Result, hf};
 
@@ -90,8 +89,9 @@ impl Saved {
         let mut any = false;
         for (id, weight) in sites.weights() {
             let owner = weight.name.rsplit_once('.').map_or("", |(owner, _)| owner);
-            // A module above the owner counts too: `mlp` saves `mlp.fc1.weight`.
-            if is_inside(owner, module) {
+            // A module above the owner counts too: `mlp` saves `mlp.fc1.weight`. HF PEFT compares ends of paths and not of words:
+            // `projection` means `visual_projection` and `text_projection`.
+            if ends_of(owner).any(|path| path.ends_with(module)) {
                 any = true;
                 self.declare(id, weight, format!("base_model.model.{}", weight.name), params)?;
             }
@@ -121,6 +121,11 @@ impl Saved {
             None => Ok(value),
         }
     }
+}
+
+/// A module's path and those of all that it lies in.
+fn ends_of(path: &str) -> impl Iterator<Item = &str> {
+    path.match_indices('.').map(|(at, _)| &path[..at]).chain([path])
 }
 
 /// The base weight that a parameter of an adapter file stands for, if it stands for one.

@@ -201,7 +201,12 @@ impl Selection<'_> {
             |tower: Tower| -> Result<Option<Vec<usize>>> { self.layers.map(|l| l.resolve("layers", sites.depth(tower))).transpose() };
         let (vision, text) = (keep(Tower::Vision)?, keep(Tower::Text)?);
         self.check_layers(sites, &vision, &text)?;
+        // HF PEFT's rule: a path that is named in full is meant, whatever the layers: `visual_projection` lies in none.
+        let named = |site: &Site| matches!(self.targets, Some(Targets::Names(names)) if names.contains(&site.path));
         let in_layers = |site: &Site| {
+            if named(site) {
+                return true;
+            }
             let wanted = if site.tower == Tower::Text { &text } else { &vision };
             match wanted {
                 None => true,

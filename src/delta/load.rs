@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor};
 use peft_adapters::{MethodConfig, Params, registry};
 use serde_json::Value;
 
-use super::{Adapters, BaseRef, Manifest, clip_lora, file};
+use super::{Adapters, BaseRef, Manifest, clip_lora, file, names};
 use crate::clip::Clip;
 use crate::clip::base::Base;
 use crate::clip::model::all_finite;
@@ -50,7 +50,9 @@ impl Delta {
         if !dir.exists() {
             files::recover_dir(dir)?;
         }
+        let dir = directory_of(dir);
         if dir.is_file() {
+            refuse_foreign(dir)?;
             let (config, tensors) = clip_lora::read(dir)?;
             let method = registry::from_adapter_config(&config).map_err(|e| Error::input(dir.display(), e))?;
             return Ok(Self { dir: dir.to_path_buf(), methods: vec![(method, tensors)], own: Vec::new(), manifest: None });
@@ -74,6 +76,7 @@ impl Delta {
         let own = if task.exists() { read_tensors(&task)?.0 } else { Vec::new() };
         refuse_broken(&task, own.iter())?;
         if methods.is_empty() && own.is_empty() {
+            refuse_foreign(&dir.join(DIFFUSERS))?;
             return Err(Error::input(dir.display(), format!("holds no adapter: there is neither {} nor {}", file::CONFIG, file::TASK)));
         }
         Ok(Self { dir: dir.to_path_buf(), methods, own, manifest })
@@ -180,6 +183,37 @@ impl Delta {
     }
 }
 
+/// What diffusers calls a LoRA.
+const DIFFUSERS: &str = "pytorch_lora_weights.safetensors";
+
+/// The directory of an adapter, where one of its files is named.
+fn directory_of(path: &Path) -> &Path {
+    let ours = path.file_name().is_some_and(|name| [file::CONFIG, file::WEIGHTS, file::PICKLED].iter().any(|own| name == *own));
+    match path.parent() {
+        Some(dir) if ours && path.is_file() && path.with_file_name(file::CONFIG).is_file() => {
+            if dir.as_os_str().is_empty() {
+                Path::new(".")
+            } else {
+                dir
+            }
+        }
+        _ => path,
+    }
+}
+
+/// Says whose LoRA a safetensors file is, where it is not HF PEFT's.
+fn refuse_foreign(path: &Path) -> Result<()> {
+    if !path.is_file() || path.extension().is_none_or(|e| e != "safetensors") {
+        return Ok(());
+    }
+    let (tensors, _) = read_tensors(path)?;
+    Err(match names::foreign(tensors.iter().map(|(name, _)| name.as_str())) {
+        Some((what, hint)) => Error::input(path.display(), format!("is {what}, which is not read here")).hint(hint),
+        None => Error::input(path.display(), format!("is a file of tensors without its {}", file::CONFIG))
+            .hint("name the directory that holds both, as HF PEFT's save_pretrained writes it"),
+    })
+}
+
 fn short(digest: &str) -> &str {
     digest.get(..19).unwrap_or(digest)
 }
@@ -212,12 +246,23 @@ fn fill(place: &str, tensors: &[(String, Tensor)], params: &[&peft_adapters::Par
     Ok(())
 }
 
+/// Some of each kind: many that are missing do not hide what came in their place.
 fn misfits(place: &str, wrong: Vec<String>) -> Error {
     const SHOWN: usize = 20;
-    let more = wrong.len().saturating_sub(SHOWN);
-    let mut lines: Vec<String> = wrong.iter().take(SHOWN).map(|w| format!("  {w}")).collect();
-    if more > 0 {
-        lines.push(format!("  and {more} more"));
+    let kinds: [fn(&str) -> bool; 3] = [
+        |w| w.starts_with("missing: "),
+        |w| w.starts_with("unexpected: "),
+        |w| !w.starts_with("missing: ") && !w.starts_with("unexpected: "),
+    ];
+    let groups: Vec<Vec<&String>> = kinds.iter().map(|is| wrong.iter().filter(|w| is(w)).collect()).collect();
+    let present = groups.iter().filter(|g| !g.is_empty()).count().max(1);
+    let mut lines = Vec::new();
+    for group in groups.iter().filter(|g| !g.is_empty()) {
+        let shown = group.len().min(SHOWN / present);
+        lines.extend(group[..shown].iter().map(|w| format!("  {w}")));
+        if group.len() > shown {
+            lines.push(format!("  and {} more like this", group.len() - shown));
+        }
     }
     Error::input(place, format!("{} tensors do not fit the model and the configuration:\n{}", wrong.len(), lines.join("\n")))
         .hint("the adapter may belong to another base, or its files may not belong together")
@@ -319,9 +364,10 @@ fn read_method(dir: &Path, digest: Option<&str>) -> Result<(MethodConfig, Named)
     let method = registry::from_adapter_config(&config).map_err(|e| Error::input(path.display(), e))?;
     let weights = dir.join(file::weights(method.name()));
     if !weights.exists() && dir.join(file::PICKLED).exists() {
-        return Ok((method, read_pickled(&dir.join(file::PICKLED))?));
+        return Ok((method, names::of_today(read_pickled(&dir.join(file::PICKLED))?)));
     }
     let (tensors, found) = read_tensors(&weights)?;
+    let tensors = names::of_today(tensors);
     match digest {
         Some(expected) if expected != found => {
             Err(Error::input(weights.display(), format!("expected {expected} as {} says, found {found}", file::MANIFEST)))

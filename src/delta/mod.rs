@@ -20,6 +20,7 @@ mod clip_lora;
 mod fetch;
 mod load;
 mod named;
+mod names;
 mod save;
 mod vocabulary;
 
