@@ -1,6 +1,6 @@
 """Adapters between HF PEFT and this project, both ways, over methods and configurations.
 
-    python scripts/reference/hf_peft.py write            # tests/data/peft/<case>: adapters saved by HF PEFT, with features
+    python scripts/reference/hf_peft.py write [CASE…]    # tests/data/peft/<case>: adapters saved by HF PEFT, with features
     python scripts/reference/hf_peft.py train            # tests/data/peft/train/<case>: a start, 20 losses, features behind them;
                                                          # methods that HF PEFT lacks as small torch counterparts
     python scripts/reference/hf_peft.py read BASE DIR…   # loads adapters of ours with HF PEFT: no key may be missing or left over
@@ -31,7 +31,7 @@ from peft import (
 )
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 warnings.simplefilter("ignore")
 OUT = pathlib.Path(__file__).resolve().parents[2] / "tests/data/peft"
@@ -80,7 +80,35 @@ CASES = {
     "adalora_ranks": AdaLoraConfig(init_r=4, target_r=2, lora_alpha=8, target_modules=["v_proj", "fc1"], total_step=10, bias="lora_only"),
     "pissa": LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "fc1"], init_lora_weights="pissa"),
     "olora": LoraConfig(r=2, lora_alpha=4, target_modules=["v_proj", "fc2"], init_lora_weights="olora", use_rslora=True),
+    # HF PEFT writes the norm's bias three times.
+    "bias_all_norm": LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], bias="all", modules_to_save=["layer_norm1"]),
+    "saved_by_end": LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["projection"]),
+    "layers_and_projection": LoraConfig(
+        r=2, lora_alpha=4, target_modules=["q_proj", "visual_projection"], layers_to_transform=[1], layers_pattern="encoder.layers",
+    ),
+    "vision_alone": LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "fc1", "visual_projection"]),
+    "text_alone": LoraConfig(r=2, lora_alpha=4, target_modules=["v_proj", "fc2"], layers_to_transform=[0]),
+    "names_of_0_4": LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "fc1"], bias="lora_only"),
+    "named_default": LoraConfig(r=2, lora_alpha=4, target_modules=["v_proj"], modules_to_save=["text_projection"]),
 }
+
+# Adapters of one encoder alone; `auto_mapping` holds the class.
+ALONE = {"vision_alone": CLIPVisionModelWithProjection, "text_alone": CLIPTextModelWithProjection}
+
+
+def as_0_4(name):
+    """Until 0.4 the bias of a layer with an update stood beside the update."""
+    return name.replace(".base_layer.bias", ".bias")
+
+
+def as_default(name):
+    """As other tools save a PeftModel's own state."""
+    if ".lora_" in name:
+        return name.replace(".weight", ".default.weight")
+    return name.replace("text_projection.", "text_projection.modules_to_save.default.")
+
+
+RENAMED = {"names_of_0_4": as_0_4, "named_default": as_default}
 
 STEPS, RATE = 20, 5e-3
 ADALORA = dict(init_r=4, target_r=2, tinit=3, tfinal=4, deltaT=3, lora_alpha=8, orth_reg_weight=0.1, total_step=STEPS)
@@ -165,11 +193,13 @@ def inputs(config):
     )
 
 
-def features(model, config):
+def features(model, config, rest=None):
+    """What `model` lacks is taken from `rest`."""
     pixels, ids = inputs(config)
+    vision, text = [model if hasattr(model, part) else rest for part in ("visual_projection", "text_projection")]
     with torch.no_grad():
-        images = model.visual_projection(model.vision_model(pixels).pooler_output)
-        texts = model.text_projection(model.text_model(ids).pooler_output)
+        images = vision.visual_projection(vision.vision_model(pixels).pooler_output)
+        texts = text.text_projection(text.text_model(ids).pooler_output)
     return {"image_features": images.contiguous(), "text_features": texts.contiguous()}
 
 
@@ -189,8 +219,16 @@ def make_base():
     save_file({"pixels": pixels, "ids": ids}, OUT / "inputs.safetensors")
 
 
-def base():
-    return CLIPModel.from_pretrained(OUT / "base").eval()
+def base(name=None):
+    whole = CLIPModel.from_pretrained(OUT / "base").eval()
+    if name not in ALONE:
+        return whole
+    config = whole.config.vision_config if name == "vision_alone" else whole.config.text_config
+    config.projection_dim = whole.config.projection_dim
+    alone = ALONE[name](config).eval()
+    # All of the encoder's tensors come from the whole model.
+    alone.load_state_dict({k: v for k, v in whole.state_dict().items() if k in alone.state_dict()})
+    return alone
 
 
 def shake(model, size=0.1):
@@ -213,7 +251,7 @@ def save(model, directory, **options):
 
 
 def make(name, config, directory):
-    model = get_peft_model(base(), config).eval()
+    model = get_peft_model(base(name), config).eval()
     if name in ("pissa", "olora"):
         with tempfile.TemporaryDirectory() as start:
             model.peft_config["default"].init_lora_weights = True
@@ -232,16 +270,21 @@ def make(name, config, directory):
     save(model, directory)
 
 
-def write():
+def write(only):
     if not (OUT / "base").exists():
         make_base()
     for seed, (name, config) in enumerate(CASES.items()):
+        if only and name not in only:
+            continue
         torch.manual_seed(100 + seed)
         shutil.rmtree(OUT / name, ignore_errors=True)
         make(name, config, OUT / name)
         # What HF PEFT makes of its own files counts: it sorts the patterns' keys when it saves.
-        model = PeftModel.from_pretrained(base(), OUT / name).eval()
-        save_file(features(model.base_model.model, model.base_model.model.config), OUT / name / "golden.safetensors")
+        model = PeftModel.from_pretrained(base(name), OUT / name).eval()
+        save_file(features(model.base_model.model, base().config, base()), OUT / name / "golden.safetensors")
+        if name in RENAMED:
+            file = OUT / name / "adapter_model.safetensors"
+            save_file({RENAMED[name](k): v for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
     print("wrote", ", ".join(CASES))
 
 
@@ -308,7 +351,7 @@ def read(where, directories):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["write"]:
-        write()
+        write(sys.argv[2:])
     elif sys.argv[1:2] == ["train"]:
         train()
     elif sys.argv[1:2] == ["read"]:
