@@ -131,6 +131,23 @@ fn what_a_run_has_seen_is_never_its_test_however_much_is_added() {
     }
 }
 
+/// 10 images a class: 2 test, 1 val, of each class, in every source, streamed or not.
+#[test]
+fn each_class_has_its_share_in_every_source() {
+    let w = World::new();
+    table(&w);
+    tars(&w);
+    let sources = [FOLDER, "  table: { path: DIR/rows.jsonl }", "  webdataset: { path: DIR/shards }"];
+    for data in sources.into_iter().chain(["  webdataset: { path: DIR/shards, stream: true }"]) {
+        let [train, val, test] = ids(&w, data);
+        for class in ["red", "green", "blue"] {
+            let count = |ids: &BTreeSet<String>| ids.iter().filter(|id| id.contains(class)).count();
+            assert_eq!([count(&train), count(&val), count(&test)], [7, 1, 2], "{data}: {class}");
+        }
+    }
+    assert_eq!(ids(&w, sources[2]), ids(&w, "  webdataset: { path: DIR/shards, stream: true }"));
+}
+
 #[test]
 fn an_image_under_another_name_has_been_trained_on() {
     let w = World::new();

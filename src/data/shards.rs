@@ -122,36 +122,64 @@ pub(super) enum Place {
 /// Which split a row belongs to.
 #[derive(Debug, Clone, Default)]
 struct Division {
-    /// Fractions, where the set has no splits of its own.
-    fractions: Option<SplitConfig>,
-    /// Whether a part of train becomes the validation split.
-    carve: bool,
+    /// Whether the set has no splits of its own.
+    divides: bool,
     seed: u64,
+    /// Rows or groups that are not trained on though the set does not say so, by the hash of id or group: 16 bytes for each.
+    held_out: HashMap<u64, Split>,
 }
-
-/// Where there is no validation split, this much of train becomes one.
-const CARVED: f64 = 0.1;
 
 impl Division {
     fn split(&self, own: Option<Split>, key: &str) -> Split {
-        let split = match (&self.fractions, own) {
-            (None, own) => own.unwrap_or(Split::Train),
-            (Some(parts), _) => match fraction("split", self.seed, key) {
-                at if at < parts.test => Split::Test,
-                at if at < parts.test + parts.val => Split::Val,
-                _ => Split::Train,
-            },
-        };
-        match split {
-            Split::Train if self.carve && fraction("carve", self.seed, key) < CARVED => Split::Val,
-            split => split,
+        match own.filter(|_| !self.divides) {
+            None | Some(Split::Train) if self.held_out.is_empty() => Split::Train,
+            None | Some(Split::Train) => self.held_out.get(&split::rank(split::DRAW, self.seed, key)).copied().unwrap_or(Split::Train),
+            Some(split) => split,
         }
     }
-}
 
-/// A number from 0 to 1 that depends on the key alone, so that rows can be divided without being listed.
-fn fraction(what: &str, seed: u64, key: &str) -> f64 {
-    (split::rank(what, seed, key) >> 11) as f64 / (1u64 << 53) as f64
+    /// The division of a set that is not divided yet.
+    fn of(reading: &Reading, own: bool, fractions: &SplitConfig) -> Result<Arc<Self>> {
+        let held_out = if own { HashMap::new() } else { Self::draw(reading, fractions)? };
+        Ok(Arc::new(Self { divides: !own, seed: fractions.seed, held_out }))
+    }
+
+    /// Draws what is held out of the rows that would be trained on, as lists are divided: class by class, without the rows in
+    /// memory.
+    fn draw(reading: &Reading, fractions: &SplitConfig) -> Result<HashMap<u64, Split>> {
+        let mut numbers: HashMap<String, usize> = HashMap::new();
+        let mut names: Vec<String> = Vec::new();
+        // The lowest class of each unit; the empty name, which no class has, is that of rows without one.
+        let mut units: HashMap<u64, usize> = HashMap::new();
+        reading.scan(&mut |_, row| {
+            let Ok(example) = row else { return Ok(()) };
+            if example.split != Some(Split::Train) {
+                return Ok(());
+            }
+            let class = example.label.iter().chain(example.labels.iter().flatten()).min().map_or("", String::as_str);
+            let number = numbers.get(class).copied().unwrap_or_else(|| {
+                names.push(class.to_string());
+                numbers.insert(class.to_string(), names.len() - 1);
+                names.len() - 1
+            });
+            let unit = split::rank(split::DRAW, fractions.seed, example.group.as_deref().unwrap_or(&example.id));
+            let lowest = units.entry(unit).or_insert(number);
+            if names[number] < names[*lowest] {
+                *lowest = number;
+            }
+            Ok(())
+        })?;
+        let mut classes: Vec<Vec<u64>> = vec![Vec::new(); names.len()];
+        units.into_iter().for_each(|(unit, class)| classes[class].push(unit));
+        let mut held_out = HashMap::new();
+        for mut list in classes {
+            list.sort_unstable();
+            let (test, all) = split::borders(list.len(), fractions);
+            let place = |i| if i < test { Split::Test } else { Split::Val };
+            held_out.extend(list.into_iter().take(all).enumerate().map(|(i, unit)| (unit, place(i))));
+        }
+        Ok(held_out)
+    }
 }
 
 /// A set of shards and how it is divided.
@@ -160,7 +188,7 @@ pub(super) struct Reading {
     pub(super) shards: Arc<dyn Shards>,
     store: Arc<dyn Store>,
     rules: Rules,
-    division: Division,
+    division: Arc<Division>,
     /// Rows that show one image; empty where nothing is divided.
     same: Arc<SharedImages>,
 }
@@ -175,7 +203,7 @@ pub(super) enum Next {
 
 impl Reading {
     fn new<S: Shards + 'static>(shards: Arc<S>) -> Self {
-        Self { store: shards.clone(), shards, rules: Rules::default(), division: Division::default(), same: Arc::default() }
+        Self { store: shards.clone(), shards, rules: Rules::default(), division: Arc::default(), same: Arc::default() }
     }
 
     /// Whether names of shards, or a column, say what is trained on and what is tested.
@@ -393,7 +421,8 @@ pub(super) fn open<S: Shards + 'static>(
     if !own {
         (reading.same, same) = (Arc::new(SharedImages::find(&reading)?), true);
     }
-    reading.division = Division { seed: fractions.seed, carve: false, fractions: (!own).then_some(fractions) };
+    reading.division = Division::of(&reading, own, &fractions)?;
+    let mut carved = false;
     let mut notes = Vec::new();
     let mut options = reading.shards.options();
     if draw.is_some() && options.streaming != Streaming::Fixed(false) {
@@ -405,17 +434,22 @@ pub(super) fn open<S: Shards + 'static>(
     let mut found = walk(&reading, options.streaming)?;
     let rules = found.seen.rows.rules(reads);
     if rules != reading.rules {
-        reading.rules = rules;
+        // Rows that are read in another way are grouped and drawn once more, from the whole set.
+        (reading.rules, reading.division) = (rules, Arc::default());
         if same {
             reading.same = Arc::new(SharedImages::find(&reading)?);
         }
+        reading.division = Division::of(&reading, own, &fractions)?;
         found = walk(&reading, options.streaming)?;
     }
     if !found.held_out.iter().any(|e| e.split == Some(Split::Val)) {
         if !same {
             (reading.same, same) = (Arc::new(SharedImages::find(&reading)?), true);
         }
-        reading.division.carve = true;
+        let part = SplitConfig { train: 1.0 - split::VAL_FRACTION, val: split::VAL_FRACTION, test: 0.0, seed: fractions.seed };
+        let mut division = Division::clone(&reading.division);
+        division.held_out.extend(Division::draw(&reading, &part)?);
+        (reading.division, carved) = (Arc::new(division), true);
         found = walk(&reading, options.streaming)?;
     }
     let mut walk = found;
@@ -430,9 +464,9 @@ pub(super) fn open<S: Shards + 'static>(
     notes.extend(walk.bad.note());
     notes.extend(walk.seen.rows.notes(&reading.rules));
     notes.extend(walk.seen.ignored.lines());
-    if reading.division.carve {
+    if carved {
         let count = walk.held_out.iter().filter(|e| e.split == Some(Split::Val)).count();
-        notes.push(format!("no validation split: {count} of the training examples serve as one (seed {})", reading.division.seed));
+        notes.push(format!("no validation split: {count} of the training examples serve as one (seed {})", fractions.seed));
     }
     let names = reading.shards.classes().unwrap_or_else(|| ordered(std::mem::take(&mut walk.names)));
     notes.extend(walk.seen.rows.undivided(&names));
@@ -486,6 +520,6 @@ fn check_groups(place: &str, data: &Dataset, stream: &Stream) -> Result<()> {
 impl Reading {
     /// Whether splits follow from keys, so that no group can be in two.
     pub(super) fn divides(&self) -> bool {
-        self.division.fractions.is_some()
+        self.division.divides
     }
 }

@@ -65,7 +65,7 @@ impl Default for SplitConfig {
 }
 
 /// Where no validation split is given, this much of train becomes one.
-const VAL_FRACTION: f64 = 0.1;
+pub(super) const VAL_FRACTION: f64 = 0.1;
 
 impl SplitConfig {
     pub(super) fn check(&self) -> Result<()> {
@@ -147,6 +147,9 @@ fn check_disjoint(place: &str, train: &[Example], val: &[Example], test: &[Examp
     Ok(())
 }
 
+/// What [`rank`] is of where sets are divided.
+pub(super) const DRAW: &str = "split";
+
 /// A number that depends on seed and key alone: neither on the order of rows nor on what else there is.
 pub(super) fn rank(what: &str, seed: u64, key: &str) -> u64 {
     let hash = blake3::hash(format!("{what} {seed} {key}").as_bytes());
@@ -155,7 +158,7 @@ pub(super) fn rank(what: &str, seed: u64, key: &str) -> u64 {
 
 /// Examples that stay together, by class: a group, or one example. Those of a class are in an order that the seed draws and
 /// that is the same however the rows are ordered: by a hash of the group or the id.
-fn units(examples: &[Example], seed: u64, what: &str) -> BTreeMap<u32, Vec<Vec<usize>>> {
+fn units(examples: &[Example], seed: u64) -> BTreeMap<u32, Vec<Vec<usize>>> {
     let mut by_key: HashMap<(bool, &str), (u32, Vec<usize>)> = HashMap::new();
     for (i, e) in examples.iter().enumerate() {
         let key = e.group.as_deref().map_or((false, e.id.as_str()), |g| (true, g));
@@ -167,7 +170,7 @@ fn units(examples: &[Example], seed: u64, what: &str) -> BTreeMap<u32, Vec<Vec<u
     }
     let mut units: BTreeMap<u32, Vec<_>> = BTreeMap::new();
     for ((grouped, key), (class, members)) in by_key {
-        units.entry(class).or_default().push((rank(what, seed, key), key, grouped, members));
+        units.entry(class).or_default().push((rank(DRAW, seed, key), key, grouped, members));
     }
     let sorted = |(class, mut list): (u32, Vec<(u64, &str, bool, Vec<usize>)>)| {
         list.sort_unstable();
@@ -176,16 +179,21 @@ fn units(examples: &[Example], seed: u64, what: &str) -> BTreeMap<u32, Vec<Vec<u
     units.into_iter().map(sorted).collect()
 }
 
+/// Of the units of a class: how many are test, and how many are test or val.
+pub(super) fn borders(units: usize, split: &SplitConfig) -> (usize, usize) {
+    let (n, most) = (units as f64, units.saturating_sub(1));
+    let at_least = |fraction: f64| usize::from(fraction > 0.0);
+    let test = ((n * split.test).round() as usize).max(at_least(split.test)).min(most);
+    (test, ((n * (split.test + split.val)).round() as usize).max(test + at_least(split.val)).min(most))
+}
+
 /// Divides undivided examples. Of each class the first units in their drawn order are test, the next ones val, so that each
 /// class has its share exactly, at least one example of each split where it has three, and one of train in any case. One more
 /// unit moves at most two others, each across one of the two borders; none goes from train to test.
 fn apportion(examples: Examples, split: &SplitConfig) -> [Examples; 3] {
     let mut place = vec![Split::Train; examples.len()];
-    for list in units(&examples, split.seed, "split").into_values() {
-        let (n, most) = (list.len() as f64, list.len() - 1);
-        let at_least = |fraction: f64| usize::from(fraction > 0.0);
-        let test = ((n * split.test).round() as usize).max(at_least(split.test)).min(most);
-        let held_out = ((n * (split.test + split.val)).round() as usize).max(test + at_least(split.val)).min(most);
+    for list in units(&examples, split.seed).into_values() {
+        let (test, held_out) = borders(list.len(), split);
         for (i, unit) in list.iter().take(held_out).enumerate() {
             let to = if i < test { Split::Test } else { Split::Val };
             unit.iter().for_each(|&example| place[example] = to);
