@@ -298,8 +298,11 @@ pub struct Settling {
 
 impl Roster {
     /// Puts the examples of `data` where the run had them, what is new of a known group with its group. A streamed training
-    /// split stays as it is; what belongs to it is left out of the others.
-    pub fn settle(&self, data: &mut Dataset, settling: Settling) -> Settled {
+    /// split stays as it is: what belongs to it is left out of the others, and what of it belongs to them is evaluated with them.
+    ///
+    /// # Errors
+    /// When a shard cannot be read.
+    pub fn settle(&self, data: &mut Dataset, settling: Settling) -> Result<Settled> {
         let Settling { own, drawn } = settling;
         let known = Known::new(self);
         let mut settled = Settled::default();
@@ -332,9 +335,29 @@ impl Roster {
                 Split::Test => data.test.push(example),
             }
         }
-        let listed = |split: &Split| *split != Split::Train || data.stream.is_none() && !drawn;
+        if let Some(stream) = data.stream.clone().filter(|_| own) {
+            // What was held out may be among the rows that a new division would train on.
+            let mut held_out = Vec::new();
+            stream.visit(&mut |part| {
+                for example in part {
+                    let entry = Entry::of(example, &data.classes);
+                    seen.insert(entry.id);
+                    match known.split(&entry, own) {
+                        Some(Split::Train) => {}
+                        Some(split) => held_out.push((split, example.clone())),
+                        None => settled.new += 1,
+                    }
+                }
+                Ok(())
+            })?;
+            settled.moved += held_out.len();
+            for (split, example) in held_out {
+                if split == Split::Val { data.val.push(example) } else { data.test.push(example) }
+            }
+        }
+        let listed = |split: &Split| *split != Split::Train || (own || data.stream.is_none()) && !drawn;
         settled.gone = self.all().filter(|(split, e)| listed(split) && !seen.contains(&e.id)).count();
-        settled
+        Ok(settled)
     }
 
     /// How many of a split's examples the run has trained on or chosen its epoch by.

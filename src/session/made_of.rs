@@ -47,7 +47,7 @@ impl Session {
             }
             return Ok(());
         };
-        let settled = roster.settle(&mut self.data, Settling { own, drawn: self.recipe.data.shots.is_some() });
+        let settled = roster.settle(&mut self.data, Settling { own, drawn: self.recipe.data.shots.is_some() })?;
         let mut told = Vec::new();
         if own && settled.new + settled.gone > 0 {
             told.push(format!("since the run began, {} examples have come and {} have gone", settled.new, settled.gone));
@@ -74,10 +74,19 @@ impl Session {
         Ok(differ.then(|| format!("the adapter was trained on other data, and the list of its examples is not beside it: {SO}")))
     }
 
-    /// Warns where an adapter that training starts from has seen what is to be tested with.
-    pub(super) fn warn_of_seen(&self, observer: &mut dyn Observer) -> Result<()> {
+    /// Warns where an adapter that training starts from is of another base, or has seen what is to be tested with.
+    pub(super) fn warn_of_init(&self, observer: &mut dyn Observer) -> Result<()> {
         let Some(init) = &self.recipe.train.init_adapter else { return Ok(()) };
-        let Some(roster) = roster_of(&delta::locate(init)?)? else { return Ok(()) };
+        let dir = delta::locate(init)?;
+        let base = delta::manifest(&dir)?.map(|m| m.base).filter(|b| !b.digest.is_empty() && b.digest != self.base.digest);
+        if let Some(base) = base {
+            let message = format!(
+                "train.init_adapter was made for {} ({}), this base has other weights ({})",
+                base.name, base.digest, self.base.digest
+            );
+            observer.event(Event::Warning(message));
+        }
+        let Some(roster) = roster_of(&dir)? else { return Ok(()) };
         for split in [Split::Val, Split::Test] {
             let seen = roster.seen_in(&self.data, split);
             if seen > 0 {

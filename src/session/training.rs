@@ -55,7 +55,7 @@ impl Observer for Logged<'_> {
 pub fn train(recipe: Recipe, existing: Existing, device: &Device, observer: &mut dyn Observer) -> Result<(TrainReport, bool)> {
     // What can be wrong with the recipe comes before anything is written.
     let session = Session::to_train(recipe, device, observer)?;
-    session.warn_of_seen(observer)?;
+    session.warn_of_init(observer)?;
     let (mut adapters, task) = session.plan()?;
     tell(&adapters, observer);
     session.discard_replaced(&adapters)?;
