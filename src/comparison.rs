@@ -13,7 +13,7 @@ use crate::report::is_fraction;
 pub struct Comparison {
     /// Version of this program.
     pub version: String,
-    /// The row that others are compared with.
+    /// The row that others are compared with, as it was asked for; that of the first group where nobody asked.
     pub reference: String,
     /// One for each set of runs with the same base, splits and budget.
     pub groups: Vec<Group>,
@@ -50,6 +50,9 @@ pub struct Group {
     pub zero_shot: Option<BTreeMap<String, f64>>,
     /// The second set, and the base on it.
     pub forget: Option<Forget>,
+    /// The row that the others of this group are compared with; none where the one that was asked for is missing.
+    #[serde(default)]
+    pub reference: Option<String>,
     /// Milliseconds an image of the bare base: the least that was measured in turn with the rows.
     pub base_ms: Option<f64>,
     /// In the order of `--methods`.
@@ -247,6 +250,12 @@ impl Inference {
 }
 
 impl Row {
+    /// The peak learning rate; none where nothing is trained.
+    #[must_use]
+    pub fn trained_lr(&self) -> Option<f64> {
+        (self.trainable_parameters != Some(0)).then_some(self.lr)
+    }
+
     /// Why it has fewer runs than seeds, one line for each reason.
     #[must_use]
     pub fn failures(&self) -> Vec<String> {
@@ -321,6 +330,9 @@ pub fn remarks(group: &Group) -> Vec<String> {
         Some(n) => format!("Learning rates: best of {n} by the mean validation {} over all seeds.", group.metric.replace('_', " ")),
         None => "Learning rates: as given by the recipe, not searched.".into(),
     });
+    if let Some(first) = group.reference.as_ref().filter(|_| group.rows.iter().all(|r| r.method != "full") && group.rows.len() > 1) {
+        all.push(format!("Differences are to {first}, since there is no row `full`."));
+    }
     all.push("Speed: milliseconds an image, image tower and class scores, and how many times the bare base's, measured in turn.".into());
     if let Some(f) = &group.forget {
         let set = f.data.get("builtin").and_then(|b| b.as_str()).map_or_else(|| f.data.to_string(), ToString::to_string);

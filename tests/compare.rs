@@ -230,3 +230,29 @@ fn figures_of_other_data_or_another_base_are_made_again() {
     };
     assert_eq!(figures(&second), figures(&fresh));
 }
+
+#[test]
+fn without_full_the_first_row_is_the_reference() {
+    let w = World::new();
+    let args = ["--methods", "tip_adapter,probe"];
+    let found = w.json(&[&SMALL[..], &args].concat());
+    assert_eq!((&found["reference"], &found["groups"][0]["reference"]), (&"tip_adapter".into(), &"tip_adapter".into()));
+    let (first, second) = (rows(&found)[0], rows(&found)[1]);
+    assert!(first["difference"].is_null() && first["trainable_parameters"] == 0);
+    let (tip, probe) = (hits(&w, "out/tip_adapter-s3"), hits(&w, "out/probe-s3"));
+    let mean = probe.iter().map(|(id, hit)| hit - tip[id]).sum::<f64>() / tip.len() as f64;
+    assert!((number(&second["difference"]["mean"]) - mean).abs() < 1e-12);
+    let page = String::from_utf8(read(&w.path("out/compare.html"))).unwrap();
+    assert!(page.contains("− tip_adapter, points") && page.contains("no row `full`"));
+    // Nothing trained is a place of its own on the logarithmic axis, and no learning rate was used.
+    assert!(!page.contains("NaN") && !page.contains(">inf") && page.contains("0 beside the scale"));
+    let markdown = String::from_utf8(read(&w.path("out/compare.md"))).unwrap();
+    let line = markdown.lines().find(|l| l.starts_with("| tip_adapter")).unwrap();
+    let cells: Vec<&str> = line.split('|').map(str::trim).collect();
+    assert!(cells[2] == "–" && cells[5] == "0", "{line}");
+
+    let named = w.json(&[&SMALL[..], &args, &["--reference", "probe"]].concat());
+    assert!((number(&rows(&named)[0]["difference"]["mean"]) + mean).abs() < 1e-12);
+    let missing = w.json(&[&SMALL[..], &args, &["--reference", "lora"]].concat());
+    assert!(missing["notes"].to_string().contains("`lora`") && rows(&missing).iter().all(|r| r["difference"].is_null()));
+}

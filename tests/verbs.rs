@@ -280,3 +280,80 @@ fn nothing_to_train_on_is_said_before_anything_is_done() {
     // To evaluate on it is enough.
     assert!(w.peft(&["eval", "rows.yaml", "--split", "val"]).status.success());
 }
+
+fn sets(name: &str) -> String {
+    format!("{}/tests/data/sets/{name}", env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The recipe of a draft, which has to pass the check.
+fn drafted(w: &World, args: &[&str]) -> (Value, String) {
+    let drafted = w.json(&[&["new", "draft.yaml", "--force", "--model", "base"], args].concat());
+    w.json(&["train", "draft.yaml", "--check"]);
+    (drafted["draft"].clone(), String::from_utf8(read(&w.path("draft.yaml"))).unwrap())
+}
+
+#[test]
+fn drafts_take_the_columns_that_are_named() {
+    let w = World::new();
+    let row = |i: usize| format!("data/{0}/{1}.png;{2};{0};a {0} thing\n", ["red", "blue"][i % 2], i / 2, ["warm+red", "cold"][i % 2]);
+    w.write("odd.csv", &format!("bild;tags;kind;words\n{}", (0..20).map(row).collect::<String>()));
+    let (draft, _) = drafted(&w, &["--data", "odd.csv", "--image", "bild", "--label", "tags", "--separator", "+"]);
+    assert_eq!((&draft["classes"], &draft["columns"]), (&json!(["cold", "red", "warm"]), &json!(["bild", "tags", "kind", "words"])));
+    let (draft, recipe) = drafted(&w, &["--data", "odd.csv", "--image", "bild", "--label", "kind"]);
+    assert!(draft["classes"] == json!(["blue", "red"]) && recipe.contains("# columns found: bild, tags, kind, words"), "{recipe}");
+    let (draft, recipe) = drafted(&w, &["--data", "odd.csv", "--image", "bild", "--text", "words", "--text", "kind"]);
+    assert!(draft["task"] == "retrieve" && recipe.contains("text: [words, kind]"), "{recipe}");
+
+    let lines =
+        |i: usize| json!({"f": format!("data/red/{i}.png"), "t": if i % 2 == 0 { vec!["a", "b"] } else { vec!["c"] }}).to_string() + "\n";
+    w.write("lists.jsonl", &(0..10).map(lines).collect::<String>());
+    let (draft, _) = drafted(&w, &["--data", "lists.jsonl", "--image", "f", "--label", "t"]);
+    assert_eq!(draft["classes"], json!(["a", "b", "c"]), "cells are lists");
+
+    let parquet = sets("hf");
+    let (draft, recipe) = drafted(&w, &["--data", &parquet, "--text", "question", "--label", "label"]);
+    assert!(draft["kind"] == "parquet" && recipe.contains("text: question"), "{recipe}");
+    let tars = sets("wds/shard-{000000..000002}.tar");
+    let (draft, recipe) = drafted(&w, &["--data", &tars, "--text", "question"]);
+    assert!(draft["kind"] == "webdataset" && recipe.contains("text: question"), "{recipe}");
+
+    for (data, found) in [("odd.csv", "bild, tags, kind, words"), ("lists.jsonl", "f, t"), (&parquet, "alternatives"), (&tars, "question")]
+    {
+        for key in ["--label", "--text"] {
+            let message = w.fails(&["new", "x.yaml", "--data", data, key, "nope"], 2);
+            assert!(message.contains("`nope`") && message.contains(found) && !w.path("x.yaml").exists(), "{message}");
+        }
+    }
+    for (args, part) in [
+        (["--data", "odd.csv", "--image", "nope"], "bild, tags, kind, words"),
+        (["--data", "odd.csv", "--separator", "+"], "a column of labels"),
+        (["--data", "data", "--label", "kind"], "has no columns"),
+        (["--data", "builtin:emoji", "--separator", ";"], "has no columns"),
+        (["--data", &tars, "--image", "nope"], "nope"),
+    ] {
+        let message = w.fails(&[&["new", "x.yaml"][..], &args].concat(), 2);
+        assert!(message.contains(part) && !w.path("x.yaml").exists(), "{message}");
+    }
+}
+
+#[test]
+fn drafts_of_small_sets_say_what_that_means() {
+    let w = World::new();
+    let (draft, recipe) = drafted(&w, &["--data", "data"]);
+    assert!(recipe.contains("probe: {") && recipe.contains("Wilson"), "{recipe}");
+    assert!(draft["notes"].as_array().unwrap().iter().any(|n| n.as_str().unwrap().contains("3 validation examples")), "{draft}");
+    let compared = w.json(&["compare", "draft.yaml", "--epochs", "1", "--output", "out"]);
+    let names: Vec<&str> = compared["groups"][0]["rows"].as_array().unwrap().iter().map(|r| r["method"].as_str().unwrap()).collect();
+    assert_eq!(names, ["lora", "probe"]);
+    let (_, recipe) = drafted(&w, &["--data", "builtin:emoji", "--shots", "8"]);
+    assert!(recipe.contains("probe: {") && !recipe.contains("Wilson"), "{recipe}");
+    let (_, recipe) = drafted(&w, &["--data", "builtin:emoji", "--shots", "20"]);
+    assert!(!recipe.contains("probe: {"), "{recipe}");
+    let (draft, recipe) = drafted(&w, &["--data", "data", "--task", "retrieve"]);
+    assert!(recipe.contains("may not") && draft["notes"].to_string().contains("may not"), "{recipe}");
+    for method in ["vera", "coop", "tip_adapter", "full"] {
+        let args = ["new", "draft.yaml", "--force", "--data", "data", "--model", "base", "--method", method];
+        w.json(&args);
+        assert!(String::from_utf8(read(&w.path("draft.yaml"))).unwrap().contains("probe: {"));
+    }
+}

@@ -25,7 +25,7 @@ pub(super) struct CompareArgs {
     /// Recipe files, or finished run directories
     #[arg(required = true, value_name = "RECIPE")]
     targets: Vec<PathBuf>,
-    /// Methods, such as full,lora,prefix,bottleneck; probe is a linear head; each recipe's own when left out
+    /// Methods, such as full,lora,prefix,bottleneck; probe is a linear head; those of the recipe's compare section, or its own, when left out
     #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
     methods: Vec<String>,
     /// Runs of each method, with seeds counted from the recipe's
@@ -46,9 +46,9 @@ pub(super) struct CompareArgs {
     /// Give each run as many steps as fit into this many seconds; a step of each method is measured first
     #[arg(long, value_name = "S")]
     seconds: Option<f64>,
-    /// The row that others are compared with
-    #[arg(long, default_value = "full", value_name = "NAME")]
-    reference: String,
+    /// The row that others are compared with; `full` when left out, or the first row where there is no `full`
+    #[arg(long, value_name = "NAME")]
+    reference: Option<String>,
     /// Runs side by side, fewer where memory does not suffice; they share the threads
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     jobs: u16,
@@ -128,7 +128,7 @@ fn text(comparison: &Comparison, options: &CompareOptions) -> String {
         table
             .load_style(presets::NOTHING.header_separator(LineStyle::none().fill('─').junction('─')))
             .set_content_arrangement(ContentArrangement::Dynamic);
-        table.set_header(compare::headings(group, &comparison.reference));
+        table.set_header(compare::headings(group));
         table.add_rows(compare::table(group));
         for column in table.column_iter_mut().skip(1) {
             column.set_cell_alignment(CellAlignment::Right);

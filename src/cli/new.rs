@@ -9,7 +9,7 @@ use peft_adapters::registry::METHODS;
 use serde_json::json;
 
 use super::Context;
-use crate::data::DataConfig;
+use crate::data::{ColumnChoice, DataConfig};
 use crate::draft::{Wishes, draft};
 use crate::error::{Error, Result};
 use crate::files;
@@ -19,6 +19,7 @@ pub(super) const EXAMPLES: &str = "\
 Examples:
   peft new                                           asks, on a terminal
   peft new --data data/pets                          writes pets.yaml
+  peft new --data films.csv --label genres --separator ';' --image poster
   peft new memes.yaml --data memes.jsonl --task retrieve --model path/to/clip --method lora";
 
 /// Arguments of `peft new`.
@@ -45,6 +46,18 @@ pub(super) struct NewArgs {
     /// Training examples of each class; all when left out
     #[arg(long, value_name = "N")]
     shots: Option<usize>,
+    /// The column of class names
+    #[arg(long, value_name = "COLUMN")]
+    label: Option<String>,
+    /// The column of texts; given several times, their strings are joined
+    #[arg(long, value_name = "COLUMN")]
+    text: Vec<String>,
+    /// The column of images; of tars the extension of their members
+    #[arg(long, value_name = "COLUMN")]
+    image: Option<String>,
+    /// What stands between class names in a cell, such as ";", where a row has several
+    #[arg(long, value_name = "CHARACTER")]
+    separator: Option<String>,
     /// Replace a recipe that exists
     #[arg(long)]
     force: bool,
@@ -69,9 +82,14 @@ pub(super) fn run(mut args: NewArgs, context: &Context) -> Result<()> {
     }
     let name = path.file_stem().map_or("recipe".into(), |s| s.to_string_lossy().into_owned());
     let file = path.display().to_string();
-    let wishes = Wishes { data, model: args.model, method: args.method, task: args.task, template: args.template, shots: args.shots };
+    let columns = ColumnChoice { label: args.label, text: args.text, image: args.image, separator: args.separator };
+    let wishes =
+        Wishes { data, model: args.model, method: args.method, task: args.task, template: args.template, shots: args.shots, columns };
     let found = draft(&wishes, &file, &name)?;
     files::write_atomic(&path, found.text.as_bytes())?;
+    if let Some(columns) = &found.columns {
+        context.say(&format!("columns found: {}", columns.join(", ")));
+    }
     found.notes.iter().for_each(|note| context.say(&format!("note: {note}")));
     let document = json!({ "recipe": path, "draft": found });
     context.print(&document, || format!("{file} is written; next: peft train {file} --check\n"))

@@ -68,7 +68,7 @@ impl<'a> Gather<'a> {
         }
         let comparison = Comparison {
             version: env!("CARGO_PKG_VERSION").into(),
-            reference: self.options.reference.clone(),
+            reference: self.options.reference.clone().or_else(|| done.iter().find_map(|g| g.reference.clone())).unwrap_or_default(),
             groups: done,
             notes: self.notes,
         };
@@ -100,7 +100,7 @@ impl<'a> Gather<'a> {
             loaded.push(runs);
         }
         let of = if recipe.task.name() == "retrieve" { "image_to_text_recall_at_1" } else { "accuracy" };
-        self.compare_rows(&planned.name, of, &mut rows, &loaded);
+        let reference = self.compare_rows(&planned.name, of, &mut rows, &loaded);
         stats::mark_pareto(&mut rows);
         let any = loaded.iter().flatten().next().map(|l| &l.report);
         self.tell_differing(planned, &loaded);
@@ -121,6 +121,7 @@ impl<'a> Gather<'a> {
             budget: planned.budget,
             zero_shot: base.as_ref().and_then(|b| b.zero_shot.clone()),
             forget: forget.transpose()?,
+            reference,
             base_ms: rows.iter().filter_map(|r| Some(r.inference.as_ref()?.base_ms)).reduce(f64::min),
             rows,
         };
@@ -267,25 +268,34 @@ impl<'a> Gather<'a> {
         files::write_json(&self.options.output.join("measured.json"), &self.cache)
     }
 
-    fn compare_rows(&mut self, group: &str, of: &str, rows: &mut [Row], loaded: &[LoadedRow]) {
+    /// The paired differences of all rows to one of them, whose name is returned.
+    fn compare_rows(&mut self, group: &str, of: &str, rows: &mut [Row], loaded: &[LoadedRow]) -> Option<String> {
         let hits = |l: &LoadedRow| l.iter().filter_map(|l| Some((l.seed, stats::hits(&l.predictions)?))).collect::<Vec<(u64, Hits)>>();
-        let Some(reference) = rows.iter().position(|r| r.method == self.options.reference) else {
-            let known: Vec<&str> = rows.iter().map(|r| r.method.as_str()).collect();
-            self.notes.push(format!(
-                "{group}: differences need a row `{}`; there are {}; --reference names another",
-                self.options.reference,
-                known.join(", ")
-            ));
-            return;
+        let reference = match &self.options.reference {
+            Some(name) => rows.iter().position(|r| r.method == *name),
+            None => usual_reference(rows),
         };
-        let other = hits(&loaded[reference]);
+        let Some(reference) = reference else {
+            if let Some(name) = &self.options.reference {
+                let known: Vec<&str> = rows.iter().map(|r| r.method.as_str()).collect();
+                self.notes.push(format!("{group}: differences need the row `{name}`, which is not there; there are {}", known.join(", ")));
+            }
+            return None;
+        };
+        let (name, other) = (rows[reference].method.clone(), hits(&loaded[reference]));
         for (i, row) in rows.iter_mut().enumerate().filter(|(i, _)| *i != reference) {
             row.difference = stats::difference(&hits(&loaded[i]), &other, of);
             if row.difference.is_none() && !loaded[i].is_empty() && !other.is_empty() {
-                self.notes.push(format!("{group}: {} has no seed or other test examples than {}", row.method, self.options.reference));
+                self.notes.push(format!("{group}: {} has no seed or other test examples than {name}", row.method));
             }
         }
+        Some(name)
     }
+}
+
+/// The row `full`; where there is none, the first that has figures.
+fn usual_reference(rows: &[Row]) -> Option<usize> {
+    rows.iter().position(|r| r.method == "full").or_else(|| rows.iter().position(|r| r.test.is_some()))
 }
 
 fn stopped(observer: &dyn Observer) -> Result<()> {

@@ -37,10 +37,10 @@ pub struct CompareOptions {
     pub recipes: Vec<Recipe>,
     /// Finished run directories, in place of recipes.
     pub runs: Vec<PathBuf>,
-    /// By name; each recipe's own method when empty.
+    /// By name; when empty those of the recipe's `compare.methods`, else its own method.
     pub methods: Vec<String>,
-    /// The row that others are compared with.
-    pub reference: String,
+    /// The row that others are compared with; `full` when left out, or the first row that has figures where there is no `full`.
+    pub reference: Option<String>,
     /// How many, counted from the recipe's.
     pub seeds: usize,
     /// Training examples for each class; the recipe's own when empty.

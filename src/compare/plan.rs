@@ -157,7 +157,7 @@ pub(super) fn plan(options: &CompareOptions) -> Result<Vec<PlannedGroup>> {
             let mut own = recipe.clone();
             own.data.shots = shots;
             limit(&mut own, options.limit);
-            let names = if options.methods.is_empty() { vec![label(&recipe.method)] } else { options.methods.clone() };
+            let names = names(recipe, &options.methods);
             let mut rows = Vec::new();
             for name in &names {
                 rows.push(row(&own, name, several, options)?);
@@ -168,6 +168,16 @@ pub(super) fn plan(options: &CompareOptions) -> Result<Vec<PlannedGroup>> {
     name(&mut groups);
     groups.iter_mut().for_each(|g| tell_apart(&mut g.rows));
     Ok(groups)
+}
+
+/// The methods that are asked for, else those that the recipe's `compare` section lists, else the recipe's own.
+fn names(recipe: &Recipe, asked: &[String]) -> Vec<String> {
+    let listed: Vec<String> = recipe.compare.iter().flat_map(|c| c.methods.keys().cloned()).collect();
+    match (asked.is_empty(), listed.is_empty()) {
+        (false, _) => asked.to_vec(),
+        (true, false) => listed,
+        (true, true) => vec![label(&recipe.method)],
+    }
 }
 
 fn limit(recipe: &mut Recipe, limit: Option<Limit>) {
@@ -338,7 +348,7 @@ mod tests {
                 recipes: names.iter().map(|n| named(n)).collect(),
                 runs: Vec::new(),
                 methods: Vec::new(),
-                reference: "full".into(),
+                reference: None,
                 seeds: 1,
                 shots: Vec::new(),
                 search: 0,

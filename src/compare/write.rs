@@ -6,23 +6,11 @@ use crate::figures::{bytes, metric, number, short};
 
 /// Headings of [`table`] for a group.
 #[must_use]
-pub fn headings(group: &Group, reference: &str) -> Vec<String> {
+pub fn headings(group: &Group) -> Vec<String> {
+    let minus = group.reference.as_ref().map_or_else(|| "difference".to_string(), |name| format!("− {name} [95 %]"));
     let forget = if group.forget.is_some() { "second set" } else { "" };
     let of = format!("{} {}", group.split, group.metric.replace('_', " "));
-    let all = [
-        "method",
-        "lr",
-        &of,
-        &format!("− {reference} [95 %]"),
-        "parameters",
-        "delta",
-        "train s",
-        "images/s",
-        "peak MiB",
-        "ms/image",
-        "merged",
-        forget,
-    ];
+    let all = ["method", "lr", &of, &minus, "parameters", "delta", "train s", "images/s", "peak MiB", "ms/image", "merged", forget];
     all.iter().filter(|h| !h.is_empty()).map(ToString::to_string).collect()
 }
 
@@ -32,7 +20,7 @@ pub fn table(group: &Group) -> Vec<Vec<String>> {
     let dash = || "–".to_string();
     let mut all = Vec::new();
     if let Some(zero) = &group.zero_shot {
-        let mut row = vec![dash(); headings(group, "").len()];
+        let mut row = vec![dash(); headings(group).len()];
         row[0] = "zero-shot".into();
         row[2] = zero.get(&group.metric).map_or_else(dash, |v| metric(&group.metric, *v));
         row[9] = group.base_ms.map_or_else(dash, number);
@@ -45,7 +33,7 @@ pub fn table(group: &Group) -> Vec<Vec<String>> {
         let failures = row.failures();
         let mut cells = vec![
             row.method.clone(),
-            number(row.lr),
+            row.trained_lr().map_or_else(dash, number),
             row.test.as_ref().map_or_else(|| failures.join("; "), |s| spread(&group.metric, s)),
             row.difference
                 .as_ref()
@@ -73,7 +61,7 @@ pub fn markdown(comparison: &Comparison) -> String {
     let line = |cells: &[String]| format!("| {} |\n", cells.iter().map(|c| escape(c)).collect::<Vec<_>>().join(" | "));
     let mut out = String::new();
     for group in &comparison.groups {
-        let heads = headings(group, &comparison.reference);
+        let heads = headings(group);
         out += &format!("## {}\n\n", group.name);
         out += &line(&heads);
         out += &line(&vec!["---".to_string(); heads.len()]);

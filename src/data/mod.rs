@@ -15,6 +15,7 @@ pub mod augment;
 mod bare;
 mod builtin;
 mod cells;
+mod choose;
 mod coco;
 mod columns;
 mod coop;
@@ -41,6 +42,7 @@ mod webdataset;
 
 pub use augment::AugmentConfig;
 pub(crate) use cells::{cells, is_table};
+pub use choose::ColumnChoice;
 pub use coco::CocoConfig;
 pub use columns::ColumnNames;
 pub(crate) use coop::is_split;

@@ -113,14 +113,18 @@ impl Source for ParquetConfig {
 
 /// The names of a file's columns.
 pub(super) fn columns(path: &Path) -> Result<Vec<String>> {
+    fields(path, &|_| true)
+}
+
+/// The names of the columns that hold lists.
+pub(super) fn lists(path: &Path) -> Result<Vec<String>> {
+    fields(path, &|field| field.get_basic_info().converted_type() == parquet::basic::ConvertedType::LIST)
+}
+
+fn fields(path: &Path, wanted: &dyn Fn(&parquet::schema::types::Type) -> bool) -> Result<Vec<String>> {
     let file = ShardFile::open(path, &Columns::default()).inner()?;
-    Ok(parquet::file::reader::FileReader::metadata(&file.reader)
-        .file_metadata()
-        .schema()
-        .get_fields()
-        .iter()
-        .map(|f| f.name().to_string())
-        .collect())
+    let schema = parquet::file::reader::FileReader::metadata(&file.reader).file_metadata().schema();
+    Ok(schema.get_fields().iter().filter(|f| wanted(f)).map(|f| f.name().to_string()).collect())
 }
 
 /// The files of a source, with the split of those that have a key of their own.

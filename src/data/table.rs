@@ -137,6 +137,20 @@ pub(super) fn columns(path: &Path) -> Result<Vec<String>> {
     bad.map_or(Ok(names), Err)
 }
 
+/// The names of the columns that hold a list in some row.
+pub(super) fn lists(path: &Path) -> Result<Vec<String>> {
+    let mut names: Vec<String> = Vec::new();
+    rows(path, &mut |_, row| {
+        let lists = row.ok().into_iter().flatten().filter(|(_, value)| value.is_array()).map(|(name, _)| name);
+        for name in lists {
+            if !names.contains(name) {
+                names.push(name.clone());
+            }
+        }
+    })?;
+    Ok(names)
+}
+
 fn extension(path: &Path) -> String {
     path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase()).unwrap_or_default()
 }

@@ -99,7 +99,7 @@ impl ClassList {
 }
 
 impl WebDatasetConfig {
-    fn set(&self) -> Result<TarSet> {
+    pub(super) fn set(&self) -> Result<TarSet> {
         self.columns().check()?;
         let paths = files(&self.path, self.val.as_ref(), self.test.as_ref(), "webdataset", &["tar"])?;
         if let Some((path, _)) =

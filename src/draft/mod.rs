@@ -4,10 +4,11 @@ use peft_adapters::MethodConfig;
 use peft_adapters::registry::METHODS;
 use serde::Serialize;
 
-use crate::data::{DataConfig, Dataset, Split};
+use crate::data::{ColumnChoice, DataConfig, Dataset, Split};
 use crate::error::Result;
 use crate::recipe::Recipe;
 
+mod few;
 mod tasks;
 
 use tasks::DraftTask;
@@ -27,6 +28,8 @@ pub struct Wishes {
     pub template: String,
     /// Training examples of each class; all when left out.
     pub shots: Option<usize>,
+    /// Which columns hold what, where they are not called as usual.
+    pub columns: ColumnChoice,
 }
 
 /// A recipe that was written, and what it rests on.
@@ -43,6 +46,8 @@ pub struct Draft {
     pub classes: Vec<String>,
     /// Examples in train, val and test.
     pub examples: [usize; 3],
+    /// The names of the columns; nothing where the source has none.
+    pub columns: Option<Vec<String>>,
     /// What the author should look at.
     pub notes: Vec<String>,
 }
@@ -50,18 +55,23 @@ pub struct Draft {
 /// Steps that a few-shot adaptation takes to settle; epochs follow from the number of examples.
 const STEPS: usize = 500;
 const BATCH: usize = 32;
+/// Learning rate of a linear probe.
+const PROBE_LR: &str = "1.0e-2";
 
 /// Looks at the data and writes a recipe for it; `file` stands in its launch command, `name` names the run.
 ///
 /// # Errors
 /// When there is no such data, or the task does not suit it.
 pub fn draft(wishes: &Wishes, file: &str, name: &str) -> Result<Draft> {
-    let source = DataConfig::locate(&wishes.data)?;
-    let local = source.local(&mut |_| Ok(()))?;
+    let located = DataConfig::locate(&wishes.data)?;
+    let columns = &wishes.columns;
+    let local = located.local(&mut |_| Ok(()))?.with_choice(columns)?;
+    let found = local.column_names()?;
+    let source = addressed(&local, located);
     let data = DataConfig { shots: wishes.shots, ..local.listed() }.open(0)?;
     let task = tasks::choose(wishes.task.as_deref(), &wishes.data, &data)?;
     let has_splits = local.has_own_splits();
-    let page = Page { wishes, source: &source, data: &data, task, has_splits, file, name };
+    let page = Page { wishes, source: &source, data: &data, task, has_splits, file, name, columns: found.as_deref() };
     let text = page.text();
     // Nobody should be handed a recipe that is refused.
     Recipe::parse(file, &text, name, &[])?;
@@ -70,9 +80,36 @@ pub fn draft(wishes: &Wishes, file: &str, name: &str) -> Result<Draft> {
         kind: source.kind(),
         task: task.name.into(),
         examples: [data.train.len(), data.val.len(), data.test.len()],
-        notes: notes(&data, task.name),
+        notes: [notes(&data, task.name), small(&data, task.name)].concat(),
+        columns: found,
         classes: data.classes,
     })
+}
+
+/// The source with its columns, where it was named: on the hub, not in the cache.
+fn addressed(local: &DataConfig, located: DataConfig) -> DataConfig {
+    let mut source = local.clone();
+    if let (Some(own), Some(p)) = (&mut source.parquet, located.parquet) {
+        (own.path, own.val, own.test) = (p.path, p.val, p.test);
+    }
+    if let (Some(own), Some(w)) = (&mut source.webdataset, located.webdataset) {
+        (own.path, own.val, own.test) = (w.path, w.val, w.test);
+    }
+    source
+}
+
+/// What few examples mean.
+fn small(data: &Dataset, task: &str) -> Vec<String> {
+    let mut notes: Vec<String> = few::validation(data.val.len()).into_iter().collect();
+    if let Some(shots) = few::shots(data, task) {
+        notes.push(format!(
+            "{shots:.0} training images a class: the recipe has a linear probe to compare with, which few images often suit"
+        ));
+    }
+    if let Some(pairs) = few::pairs(data, task) {
+        notes.push(format!("{pairs} training pairs are few: what is trained may not find better than the base does without training"));
+    }
+    notes
 }
 
 fn notes(data: &Dataset, task: &str) -> Vec<String> {
@@ -103,6 +140,7 @@ struct Page<'a> {
     has_splits: bool,
     file: &'a str,
     name: &'a str,
+    columns: Option<&'a [String]>,
 }
 
 /// A string as YAML; JSON's strings are YAML's.
@@ -141,7 +179,8 @@ impl Page<'_> {
              data:\n{data}\
              task:\n{task}\
              train:\n{settings}\
-             output: {output}\n",
+             output: {output}\n\
+             {compare}",
             file = self.file,
             method = self.wishes.method,
             place = self.wishes.data,
@@ -154,6 +193,7 @@ impl Page<'_> {
             task = (self.task.lines)(self.data, &self.wishes.template),
             settings = self.settings(train, tiny),
             output = quoted(&format!("runs/{}", self.name)),
+            compare = self.compare(),
         )
     }
 
@@ -193,26 +233,52 @@ impl Page<'_> {
             (None, "classify") => "  # shots: 16   # fewer training examples of each class, drawn by train.seed\n".into(),
             _ => String::new(),
         };
-        format!("{source}{split}{shots}")
+        let columns = self.columns.map(|names| format!("  # columns found: {}\n", listed(names))).unwrap_or_default();
+        format!("{source}{columns}{split}{shots}")
+    }
+
+    /// With few images a class, what else to try.
+    fn compare(&self) -> String {
+        let Some(shots) = few::shots(self.data, self.task.name) else { return String::new() };
+        format!(
+            "# With {shots:.0} training images a class a linear probe, which trains a classifier on the base's features and nothing else, may do as\n\
+             # well in less time. `peft compare {file}` trains both and says by how much they differ.\n\
+             compare:\n\
+             \x20 methods:\n\
+             \x20   {method}: {{}}\n\
+             \x20   probe: {{ lr: {PROBE_LR} }}\n",
+            file = self.file,
+            method = self.wishes.method,
+        )
     }
 
     fn settings(&self, train: usize, tiny: bool) -> String {
         let batch = if self.task.name == "retrieve" { 64 } else { BATCH };
         let epochs = (STEPS * batch).div_ceil(train.max(1)).clamp(3, 50);
         let steps = epochs * train.div_ceil(batch);
+        let few = few::pairs(self.data, self.task.name);
         let lr = match (self.wishes.method.as_str(), tiny) {
             ("full", false) => "1.0e-5",
             ("full", true) => "2.0e-4",
+            (_, true) if few.is_some() => "5.0e-4",
+            (_, false) if few.is_some() => "1.0e-4",
             (_, true) => "2.0e-3",
             (_, false) => "5.0e-4",
         };
+        let careful = few.map(|pairs| format!(
+            "  # {pairs} pairs are few: training may not find better than the base does without it. Hence a low lr and little patience; compare\n\
+             \x20 # the figures before and after training, which `peft train` prints.\n"
+        )).unwrap_or_default();
+        let patience = if few.is_some() { 3 } else { 8 };
+        let validation = few::validation(self.data.val.len()).map(|s| format!("  # {s}\n")).unwrap_or_default();
         format!(
-            "  epochs: {epochs}   # {steps} steps\n\
+            "{careful}\x20 epochs: {epochs}   # {steps} steps\n\
              \x20 batch: {batch}   # higher: steadier, faster for each image, more memory\n\
              \x20 lr: {lr}   # the first value to try others of; validation says which\n\
              \x20 schedule: {{ cosine: {{ warmup: 0.05 }} }}\n\
              \x20 clip_norm: 1.0\n\
-             \x20 early_stopping: {{ patience: 8 }}   # validations without improvement\n\
+             {validation}\
+             \x20 early_stopping: {{ patience: {patience} }}   # validations without improvement\n\
              \x20 augment: {{ crop: [0.7, 1.0], flip: true }}   # no flip where left and right differ, as in letters\n\
              \x20 seed: 0\n"
         )
@@ -230,6 +296,17 @@ fn other(name: &str) -> String {
     };
     // JSON in flow style is YAML.
     format!("{name}: {}   # {}", value.get(name).unwrap_or(&value), entry.source)
+}
+
+/// Names in a comment of one line; many are cut.
+fn listed(names: &[String]) -> String {
+    const SHOWN: usize = 20;
+    let plain = |name: &String| name.chars().map(|c| if c.is_control() { ' ' } else { c }).collect::<String>();
+    let mut shown: Vec<String> = names.iter().take(SHOWN).map(plain).collect();
+    if names.len() > SHOWN {
+        shown.push(format!("and {} more", names.len() - SHOWN));
+    }
+    shown.join(", ")
 }
 
 /// Options as a YAML flow mapping, those left out apart.

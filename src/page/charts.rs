@@ -23,6 +23,8 @@ pub(super) enum Scale {
     Percent,
     /// Powers of ten.
     Log,
+    /// Powers of ten, and 0, which stands where this number would; it is smaller than all others.
+    LogAndZero(f64),
     /// Logarithmic, ticks at these places only.
     At(Vec<f64>),
 }
@@ -73,14 +75,19 @@ pub(super) struct Plot<'a> {
 
 impl Scale {
     fn to(&self, v: f64) -> f64 {
-        if matches!(self, Self::Log | Self::At(_)) { v.max(1e-12).log10() } else { v }
+        match self {
+            Self::Linear | Self::Percent => v,
+            Self::LogAndZero(place) => v.max(*place).log10(),
+            Self::Log | Self::At(_) => v.max(1e-12).log10(),
+        }
     }
 
     fn text(&self, at: f64) -> String {
         match self {
             Self::Linear => super::number(at),
             Self::Percent => format!("{:.0} %", 100.0 * at),
-            Self::Log | Self::At(_) => super::short(10f64.powf(at)),
+            Self::LogAndZero(place) if at <= place.log10() => "0".into(),
+            Self::Log | Self::LogAndZero(_) | Self::At(_) => super::short(10f64.powf(at)),
         }
     }
 
@@ -95,13 +102,18 @@ impl Scale {
         }
         let pad = match self {
             Self::Linear | Self::Percent => 0.04 * (high - low),
-            Self::Log | Self::At(_) => 0.12 * (high - low),
+            Self::Log | Self::LogAndZero(_) | Self::At(_) => 0.12 * (high - low),
         };
         let pad = if high - low < 1e-9 { 0.5 * low.abs().max(0.1) } else { pad };
         (low, high) = (low - pad, high + pad);
         let ticks = match self {
             Self::At(places) => places.iter().map(|p| self.to(*p)).collect(),
             Self::Log => decades(low, high),
+            Self::LogAndZero(place) => {
+                let zero = place.log10();
+                // Nothing lies between 0 and the first number, a power of ten to the right.
+                std::iter::once(zero).chain(decades(zero + 0.5, high.max(zero + 0.5))).collect()
+            }
             Self::Linear | Self::Percent => even(low, high),
         };
         Ticks { low, high, ticks }
@@ -300,6 +312,14 @@ mod tests {
     fn ticks_are_round_and_inside() {
         assert_eq!(even(0.03, 0.97), [0.2, 0.4, 0.6000000000000001, 0.8]);
         assert_eq!(decades(2.9, 6.1), [3.0, 4.0, 5.0, 6.0]);
+        // 0 has a tick of its own, and no other lies between it and the first number.
+        let zero = Scale::LogAndZero(300.0);
+        let Ticks { low, high, ticks } = zero.range([0.0, 3000.0, 150_000.0].into_iter());
+        assert!(low > 2.0 && high < 6.0, "{low} to {high}");
+        assert_eq!(ticks.iter().map(|t| zero.text(*t)).collect::<Vec<_>>(), ["0", "1k", "3k", "10k", "30k", "100k", "300k"]);
+        let alone = Scale::LogAndZero(1.0);
+        let Ticks { low, high, ticks } = alone.range([0.0].into_iter());
+        assert!(low < 0.0 && high > 0.0 && alone.text(ticks[0]) == "0");
         let Ticks { low, high, ticks } = Scale::Linear.range([2.0, 2.0].into_iter());
         assert!(low < 2.0 && high > 2.0 && !ticks.is_empty());
     }

@@ -66,7 +66,7 @@ pub fn compare(page: &ComparePage<'_>) -> Result<String> {
     let shots = shots(c, &colour)?;
     let mut groups = Vec::new();
     for (group, drawn) in c.groups.iter().zip(page.groups) {
-        groups.push(section(group, drawn, &c.reference, &colour)?);
+        groups.push(section(group, drawn, &colour)?);
     }
     let body = html! {
         header { h1 { (title) } p { "peft " (c.version) } }
@@ -88,13 +88,13 @@ fn names(c: &Comparison) -> Vec<&str> {
     all
 }
 
-fn section(group: &Group, drawn: &GroupPage, reference: &str, colour: &dyn Fn(&str) -> usize) -> Result<Markup> {
+fn section(group: &Group, drawn: &GroupPage, colour: &dyn Fn(&str) -> usize) -> Result<Markup> {
     let scatter = scatter(group, colour)?;
     let curves = curves(group, drawn, colour)?;
     Ok(html! {
         section {
             h2 { (group.name) }
-            (table(group, reference, colour))
+            (table(group, colour))
             @for remark in remarks(group) { p.note { (remark) } }
             @if group.rows.iter().any(|r| r.search.is_some()) { (search(group)) }
         }
@@ -121,9 +121,9 @@ fn section(group: &Group, drawn: &GroupPage, reference: &str, colour: &dyn Fn(&s
     })
 }
 
-fn table(group: &Group, reference: &str, colour: &dyn Fn(&str) -> usize) -> Markup {
+fn table(group: &Group, colour: &dyn Fn(&str) -> usize) -> Markup {
     let of = format!("{} {}", group.split, words(&group.metric));
-    let minus = format!("− {reference}, points");
+    let minus = group.reference.as_ref().map_or_else(|| "difference".to_string(), |name| format!("− {name}, points"));
     let heads =
         ["method", "lr", &of, &minus, "parameters", "delta", "training", "images/s", "peak memory", "ms an image", "merged", "second set"];
     let heads = &heads[..if group.forget.is_some() { 12 } else { 11 }];
@@ -156,7 +156,7 @@ fn line(group: &Group, row: &Row, heads: &[&str], colour: &dyn Fn(&str) -> usize
     html! {
         tr {
             td { i.dot style=(format!("background:var(--c{})", colour(&row.method) % super::COLOURS)) {} (row.method) @if row.pareto { span.tag title="no other is as small and better" { "front" } } }
-            td.n data-name=(heads[1]) { (number(row.lr)) }
+            td.n data-name=(heads[1]) { (row.trained_lr().map(number).unwrap_or_default()) }
             @match &row.test {
                 Some(s) => { td.n data-name=(heads[2]) { span { b { (spread(&group.metric, s)) } @if !failures.is_empty() { small.miss { (failures.len()) " failed" } } } } },
                 None => { td.miss data-name=(heads[2]) { (failures.join("; ")) } },
@@ -164,6 +164,8 @@ fn line(group: &Group, row: &Row, heads: &[&str], colour: &dyn Fn(&str) -> usize
             td.n data-name=(heads[3]) {
                 @if let Some(d) = &row.difference {
                     span { (points(d.mean)) small { (points(d.interval[0])) " to " (points(d.interval[1])) } }
+                } @else if group.reference.as_ref() == Some(&row.method) {
+                    small { "reference" }
                 }
             }
             td.n data-name=(heads[4]) { (row.trainable_parameters.map(|n| short(n as f64)).unwrap_or_default()) }
@@ -226,10 +228,22 @@ fn scatter(group: &Group, colour: &dyn Fn(&str) -> usize) -> Result<Markup> {
     let name = format!("{} {}", group.split, words(&group.metric));
     chart(&Plot {
         label: &format!("{name} against trained parameters"),
-        x: Axis { name: "trained parameters", scale: Scale::Log },
+        x: parameters(points.iter().map(|p| p.1)),
         y: Axis { name: &name, scale: Scale::Percent },
         series,
     })
+}
+
+/// The axis of trained parameters. Methods that train nothing, such as Tip-Adapter, stand left of it, a power of ten below the rest.
+fn parameters(counts: impl Iterator<Item = f64> + Clone) -> Axis<'static> {
+    let least = counts.clone().filter(|n| *n > 0.0).reduce(f64::min);
+    match counts.clone().any(|n| n == 0.0) {
+        false => Axis { name: "trained parameters", scale: Scale::Log },
+        true => {
+            let name = if least.is_some() { "trained parameters, 0 beside the scale" } else { "trained parameters" };
+            Axis { name, scale: Scale::LogAndZero(least.map_or(1.0, |n| n / 10.0)) }
+        }
+    }
 }
 
 fn curves(group: &Group, drawn: &GroupPage, colour: &dyn Fn(&str) -> usize) -> Result<Markup> {
