@@ -66,7 +66,7 @@ with_columns! {
 
 /// A set of tars.
 #[derive(Debug)]
-struct TarSet {
+pub(super) struct TarSet {
     place: String,
     columns: Columns,
     classes: Option<Arc<Vec<String>>>,
