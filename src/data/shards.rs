@@ -20,7 +20,7 @@ const LISTED: usize = 20_000;
 
 /// Whether the training split is streamed: `true`, `false`, or `auto` (the default), which streams more than 20 000 rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged, expecting = "expected true, false or auto")]
+#[serde(untagged)]
 pub enum Streaming {
     /// Always, or never.
     Fixed(bool),
@@ -151,7 +151,7 @@ impl Division {
         let mut names: Vec<String> = Vec::new();
         // The lowest class of each unit; the empty name, which no class has, is that of rows without one.
         let mut units: HashMap<u64, usize> = HashMap::new();
-        reading.scan(&mut |_, row| {
+        reading.scan(&mut Gathered::default(), &mut |_, row| {
             let Ok(example) = row else { return Ok(()) };
             if example.split != Some(Split::Train) {
                 return Ok(());

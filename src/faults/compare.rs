@@ -62,7 +62,7 @@ fn child() {
             recipes: vec![recipe],
             runs: Vec::new(),
             methods: ["full", "lora"].map(String::from).to_vec(),
-            reference: "full".into(),
+            reference: Some("full".into()),
             seeds: 1,
             shots: Vec::new(),
             search: 0,

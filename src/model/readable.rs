@@ -80,7 +80,7 @@ impl Model {
             add(self.embed_texts(&["a photo of two cats".to_string()])?.0)?;
         }
         hash.update(&self.base.preprocess.digest_bytes());
-        hash.update(format!("{:?}", self.options).as_bytes());
+        hash.update(format!("{:?}", self.images.options()).as_bytes());
         Ok(hash.finalize().to_hex().to_string())
     }
 }
