@@ -5,7 +5,7 @@ use std::path::Path;
 
 /// Each module and what it may import; `session` and `cli` put everything together, `faults` tests it. What is right about
 /// this table is the direction: nothing below knows of recipes, nothing but `cli` of the command line.
-const TABLE: [(&str, &[&str]); 49] = [
+const TABLE: [(&str, &[&str]); 50] = [
     ("error", &[]),
     ("named", &[]),
     ("guard", &[]),

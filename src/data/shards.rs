@@ -20,7 +20,7 @@ const LISTED: usize = 20_000;
 
 /// Whether the training split is streamed: `true`, `false`, or `auto` (the default), which streams more than 20 000 rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected true, false or auto")]
 pub enum Streaming {
     /// Always, or never.
     Fixed(bool),
