@@ -45,7 +45,7 @@ pub(super) fn run(args: &InspectArgs, context: &Context) -> Result<()> {
 /// A recipe with every default, which can be read as a recipe again; what else there is to say of a run stands above it in comments.
 fn described(found: &Inspected, recipe: &str) -> String {
     let mut about = found.clone();
-    about.facts.remove("recipe");
+    about.facts.retain(|key, _| key != "recipe");
     text(&about).lines().map(|line| format!("# {line}\n")).collect::<String>() + recipe
 }
 
