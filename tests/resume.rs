@@ -119,3 +119,23 @@ fn tasks_on_pairs_resume_in_the_same_bits() {
         }
     }
 }
+
+/// A finished run says how it ended, and what to do where it should have been longer; a recipe that is printed is a recipe.
+#[test]
+fn a_finished_run_says_how_it_ended_and_how_to_train_on() {
+    let w = World::new();
+    let out = w.peft(&["train", "recipe.yaml"]);
+    let text = String::from_utf8(out.stdout).unwrap();
+    for part in ["examples of the ", " kept", "(Wilson)", "run/report.html", "peft predict --model base --adapter run/adapter"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let quiet = w.peft(&["eval", "run", "--quiet"]);
+    assert!(quiet.status.success() && String::from_utf8(quiet.stdout).unwrap().lines().count() == 1);
+    let longer = w.fails(&["train", "recipe.yaml", "--resume", "--set", "train.epochs=90"], 2);
+    assert!(longer.contains("train.init_adapter=run/adapter"), "{longer}");
+    for (name, copy) in [("run", "of-run.yaml"), ("recipe.yaml", "of-recipe.yaml")] {
+        let printed = String::from_utf8(w.peft(&["inspect", name]).stdout).unwrap();
+        w.write(copy, &printed);
+        assert_eq!(w.json(&["inspect", copy])["facts"]["recipe"]["train"], w.json(&["inspect", "run"])["facts"]["recipe"]["train"]);
+    }
+}
