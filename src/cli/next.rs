@@ -69,8 +69,8 @@ pub(super) fn begin(recipe: &Recipe, file: &Path, run: &Path) -> String {
 
 fn said(recipe: &Recipe) -> String {
     match (recipe.train.epochs, recipe.train.steps) {
-        (_, Some(steps)) => format!("{steps} steps"),
-        (Some(epochs), _) => format!("{epochs} epochs"),
+        (_, Some(steps)) => format!("{steps} step{}", if steps == 1 { "" } else { "s" }),
+        (Some(epochs), _) => format!("{epochs} epoch{}", if epochs == 1 { "" } else { "s" }),
         _ => "the default number of epochs".into(),
     }
 }
