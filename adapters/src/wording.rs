@@ -1,7 +1,8 @@
 //! serde's messages in words for people who write YAML and JSON, not Rust.
 
 /// What serde calls a kind of value, and what it is called here. The longest names come first, since some begin as others do.
-const KINDS: [(&str, &str); 34] = [
+const KINDS: [(&str, &str); 35] = [
+    ("string key for externally tagged enum", "a name with options such as `name: { key: value }`"),
     ("externally tagged enum expected scalar or mapping", "a name, or a name with options such as `name: { key: value }`"),
     ("string or struct variant", "a name, or a name with options such as `name: { key: value }`"),
     ("internally tagged enum", "a map such as `{ key: value }`"),

@@ -52,9 +52,9 @@ fn known(value: &Value, place: &str, key: &str) -> Result<()> {
     let mut with = value.clone();
     assign(&mut with, key, Value::Null)?;
     let text = serde_saphyr::to_string(&with).map_err(|e| Error::fault(place, e))?;
-    let last = key.rsplit('.').next().unwrap_or(key);
     match serde_saphyr::from_str::<Recipe>(&text) {
-        Err(e) if message(&e).contains(&format!("unknown field `{last}`")) => Err(explain(place, &text, &e)),
+        // Without this key it was a recipe, so that any part of the key may be the unknown one.
+        Err(e) if message(&e).contains("unknown field `") => Err(explain(place, &text, &e)),
         _ => Ok(()),
     }
 }
