@@ -134,7 +134,7 @@ fn data_that_cannot_be_learnt_from() {
     };
     assert!(folder(&["one"]).contains("at least two classes"));
     assert!(folder(&["Cat", "cat"]).contains("same prompt"));
-    assert!(folder(&["train/a", "train/b", "extra/a"]).contains("is no split"));
+    assert!(folder(&["train/a", "train/b", "extra/a"]).contains("names no split"));
     w.write("t.csv", "image,label\ndata/red/0.png,a\ndata/red/1.png,\ndata/blue/1.png,b\n");
     let table = w.recipe("lora: { rank: 2 }").replace("folder: { root: data }", "table: { path: t.csv }");
     w.write("t.yaml", &table);

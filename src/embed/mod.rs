@@ -95,7 +95,9 @@ pub fn embed(model: &Model, options: &EmbedOptions, observer: &mut dyn Observer)
     }
     format.check(images.as_deref(), texts.as_deref())?;
     let work = Work { model, options, images, texts, format };
-    let mut part = work.part(observer)?;
+    // A user knows the output, not where its rows wait.
+    let named = |e: Error| e.moved(&Part::place(&options.output), &options.output);
+    let mut part = work.part(observer).map_err(named)?;
     match work.rows(&mut part, observer) {
         Ok(()) => {}
         Err(e) => {
@@ -103,10 +105,10 @@ pub fn embed(model: &Model, options: &EmbedOptions, observer: &mut dyn Observer)
             if e.exit_code() == 2 {
                 part.remove()?;
             }
-            return Err(e);
+            return Err(named(e));
         }
     }
-    work.finish(part, given.bad)
+    work.finish(part, given.bad).map_err(named)
 }
 
 struct Work<'a> {

@@ -43,10 +43,15 @@ pub(super) struct Part {
 }
 
 impl Part {
+    /// Where the rows of `output` wait.
+    pub(super) fn place(output: &Path) -> PathBuf {
+        let name = output.file_name().unwrap_or_default().to_string_lossy();
+        output.with_file_name(format!(".part-{name}"))
+    }
+
     /// Opens what an earlier command left where it was of the same `key`, and begins otherwise; with a note on either.
     pub(super) fn open(output: &Path, dim: usize, key: &str) -> Result<(Self, Option<String>)> {
-        let name = output.file_name().unwrap_or_default().to_string_lossy();
-        let dir = output.with_file_name(format!(".part-{name}"));
+        let dir = Self::place(output);
         files::create_dir_all(&dir)?;
         let file = |name: &str| Output::update(&dir.join(name));
         let (mut images, mut texts) = (file("images")?, file("texts")?);
