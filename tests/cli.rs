@@ -339,7 +339,9 @@ fn marks_and_line_ends_of_text_files_say_nothing() {
     for (file, part) in [("bare", "UTF-16"), ("utf16", "UTF-16"), ("latin", "latin:2")] {
         let labels = w.fails(&["predict", "--model", "base", "--labels", file, "data/red/0.png"], 2);
         let texts = w.fails(&["embed", "--model", "base", "--texts", file, "--output", "x"], 2);
-        let requests = w.fails(&["predict", "--model", "base", "--jsonl", file], 2);
+        // Each line has its answer, and other encodings end it all.
+        let args = ["predict", "--model", "base", "--jsonl", file];
+        let requests = if file == "latin" { String::from_utf8(w.peft(&args).stdout).unwrap() } else { w.fails(&args, 2) };
         let classifier = w.fails(&["merge", "--model", "base", "--classifier", "c.safetensors", "--labels", file], 2);
         for message in [labels, texts, requests, classifier] {
             assert!(message.contains(part) && message.contains("UTF-8"), "{file}: {message}");

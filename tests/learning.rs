@@ -141,13 +141,15 @@ fn an_image_has_any_number_of_labels() {
     let world = World::new();
     let all = halves(&world);
     assert!(all.iter().any(|(_, labels)| labels.is_empty()) && all.iter().any(|(_, labels)| labels.len() == 2));
-    for (method, task, at_least) in [
-        ("none", "head: linear, loss: asymmetric, threshold: each", 0.9),
-        ("none", "head: linear, class_weights: balanced", 0.9),
-        ("{ lora: { rank: 4 } }", "templates: ['a {} thing']", 0.8),
+    // At 0.05 LoRA diverges on some processors and not on others.
+    for (method, task, lr, at_least) in [
+        ("none", "head: linear, loss: asymmetric, threshold: each", "5.0e-2", 0.9),
+        ("none", "head: linear, class_weights: balanced", "5.0e-2", 0.9),
+        ("{ lora: { rank: 4 } }", "templates: ['a {} thing']", "2.0e-2", 0.9),
     ] {
         recipe(&world, method, &format!("classify: {{ labels: multi, {task} }}"), "");
-        let sets = ["train", "task.yaml", "--force", "--set", "train.lr=5.0e-2", "--set", "train.sampling=balanced"];
+        let lr = format!("train.lr={lr}");
+        let sets = ["train", "task.yaml", "--force", "--set", &lr, "--set", "train.sampling=balanced"];
         let report = world.json(&sets);
         let (before, after) = (metric(&report, "before", "mean_average_precision"), metric(&report, "after", "mean_average_precision"));
         assert!(after > at_least && after > before + 0.1, "{task}: {before} {after} {report}");

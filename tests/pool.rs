@@ -55,7 +55,7 @@ fn each_line_has_its_adapter_and_labels() {
     let good = "{\"image\": \"data/red/0.png\", \"labels\": [\"a\"], \"id\": 7}\n";
     for (text, line, part) in [
         ("{\"image\": \"data/red/0.png\"}\n", 1, "label"),
-        ("\n{\"image\": 3}\n", 2, "string"),
+        ("\n{\"image\": 3}\n", 2, "a path"),
         ("{\"image\": \"data/red/0.png\", \"adaptor\": \"a\"}\n", 1, "adaptor"),
         ("{\"image\": \"data/red/0.png\", \"adapter\": \"nowhere\", \"labels\": [\"a\"]}\n", 1, "nowhere"),
         ("{\"image\": \"gone.png\", \"labels\": [\"a\"]}\n", 1, "gone.png"),

@@ -347,7 +347,7 @@ fn drafts_of_small_sets_say_what_that_means() {
     assert_eq!(names, ["lora", "probe"]);
     let (_, recipe) = drafted(&w, &["--data", "builtin:emoji", "--shots", "8"]);
     assert!(recipe.contains("probe: {") && !recipe.contains("Wilson"), "{recipe}");
-    let (_, recipe) = drafted(&w, &["--data", "builtin:emoji", "--shots", "20"]);
+    let (_, recipe) = drafted(&w, &["--data", "builtin:emoji"]);
     assert!(!recipe.contains("probe: {"), "{recipe}");
     let (draft, recipe) = drafted(&w, &["--data", "data", "--task", "retrieve"]);
     assert!(recipe.contains("may not") && draft["notes"].to_string().contains("may not"), "{recipe}");
