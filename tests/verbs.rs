@@ -347,7 +347,11 @@ fn drafts_of_small_sets_say_what_that_means() {
     assert_eq!(names, ["lora", "probe"]);
     let (_, recipe) = drafted(&w, &["--data", "builtin:emoji", "--shots", "8"]);
     assert!(recipe.contains("probe: {") && !recipe.contains("Wilson"), "{recipe}");
-    let (_, recipe) = drafted(&w, &["--data", "builtin:emoji"]);
+    for (class, i) in ["red", "blue"].into_iter().flat_map(|class| (0..40).map(move |i| (class, i))) {
+        std::fs::create_dir_all(w.path("more").join(class)).unwrap();
+        std::fs::copy(w.path(&format!("data/{class}/{}.png", i % 8)), w.path(&format!("more/{class}/{i}.png"))).unwrap();
+    }
+    let (_, recipe) = drafted(&w, &["--data", "more"]);
     assert!(!recipe.contains("probe: {"), "{recipe}");
     let (draft, recipe) = drafted(&w, &["--data", "data", "--task", "retrieve"]);
     assert!(recipe.contains("may not") && draft["notes"].to_string().contains("may not"), "{recipe}");

@@ -13,9 +13,6 @@ use crate::files;
 /// A recipe is a page of text; anything larger is a mistake.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// A broken recipe of more bytes is not read a second time without its nulls: what it unfolds to could fill the memory.
-const MAX_WITH_NULLS: usize = 1 << 14;
-
 impl Recipe {
     /// Reads a recipe file, applies `sets` (`train.lr=1e-3`) and fills in what follows from the file's name.
     ///
@@ -39,7 +36,6 @@ impl Recipe {
         let whole = serde_saphyr::from_str::<Self>(text);
         let mut recipe = match (whole, sets.is_empty()) {
             (Ok(recipe), true) => recipe,
-            (Err(e), true) if text.len() > MAX_WITH_NULLS => return Err(explain(place, text, &e)),
             // A recipe may lack what `--set` gives, and `key: null` is as good as leaving the key out: only the outcome counts.
             (whole, _) => nulls::apply(place, text, sets, whole.err())?,
         };

@@ -9,12 +9,17 @@ use crate::error::{Error, Result};
 /// What holds a name with options: a name without them has its default options.
 const NAMED: [&str; 7] = ["method", "task", "fusion", "optimizer", "schedule", "loss", "negatives"];
 
+/// Events that aliases may stand for in a recipe that is read as a tree.
+const MAX_UNFOLDED: usize = 50_000;
+
 /// The recipe of a file's text with `sets` applied; `unset` is what was wrong with the file before.
 ///
 /// # Errors
 /// With the file's own position where the fault was there before.
 pub(super) fn apply(place: &str, text: &str, sets: &[String], unset: Option<serde_saphyr::Error>) -> Result<Recipe> {
-    let mut value: Value = serde_saphyr::from_str(text).map_err(|e| explain(place, text, &e))?;
+    // Aliases and merge keys unfold in memory here: a recipe needs few of them.
+    let limits = serde_saphyr::options! { alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: MAX_UNFOLDED } };
+    let mut value: Value = serde_saphyr::from_str_with_options(text, limits).map_err(|e| explain(place, text, &e))?;
     let mut nulls = Vec::new();
     for set in sets {
         let (key, raw) = set
