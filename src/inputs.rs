@@ -95,7 +95,7 @@ impl Inputs {
         let named = last.rsplit_once('.').is_some_and(|(_, e)| !e.is_empty() && e != "*");
         let (before, mut left_out) = (self.images.len(), 0);
         for path in found {
-            let path = path.map_err(|e| Error::read(e.path().to_path_buf(), e.into()))?;
+            let path = path.map_err(|e| Error::read(e.path(), std::io::Error::new(e.error().kind(), e.error().to_string())))?;
             let extension = path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
             match path.is_dir() {
                 true => {}

@@ -21,6 +21,7 @@ pub fn wilson(hits: usize, all: usize) -> Option<[f64; 2]> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

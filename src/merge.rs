@@ -183,7 +183,7 @@ struct Folding {
 
 /// What a plain checkpoint has no place for: how images became pixels.
 fn lost_pixels(manifests: &[Manifest]) -> Option<String> {
-    let trained = manifests.iter().filter_map(Manifest::pixels).filter(|p| *p != PixelOptions::default()).last()?;
+    let trained = manifests.iter().filter_map(Manifest::pixels).rfind(|p| *p != PixelOptions::default())?;
     Some(format!(
         "the adapter was trained on images with {trained}, which a plain checkpoint cannot say: prepare images the same way, or keep \
          base and adapter together in a bundle"

@@ -163,7 +163,7 @@ fn adapters_of_lines_lie_on_a_bundles_own() {
 #[test]
 fn images_are_read_as_the_adapter_was_trained() {
     let w = World::new();
-    let half = |x: u32, y: u32| image::Rgba([200, 10, 30, if (x + y) % 3 == 0 { 255 } else { 20 }]);
+    let half = |x: u32, y: u32| image::Rgba([200, 10, 30, if (x + y).is_multiple_of(3) { 255 } else { 20 }]);
     image::RgbaImage::from_fn(20, 16, half).save(w.path("clear.png")).unwrap();
     w.write("white.yaml", &(w.recipe("lora: { rank: 2 }").replace("output: run", "output: white") + "images: { background: white }\n"));
     w.json(&["train", "recipe.yaml"]);

@@ -236,7 +236,7 @@ fn expand(arguments: &[String]) -> Result<Inputs> {
             continue;
         }
         let mut lines = files::Lines::new("stdin", std::io::stdin().lock(), MAX_LIST);
-        while let Some((_, line)) = lines.next()? {
+        while let Some((_, line)) = lines.next_line()? {
             found.images.extend(Some(line.trim()).filter(|l| !l.is_empty()).map(PathBuf::from));
         }
     }

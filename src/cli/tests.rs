@@ -1,4 +1,5 @@
 //! What every verb's help has to say.
+#![allow(clippy::unwrap_used)]
 
 use std::path::Path;
 

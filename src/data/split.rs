@@ -172,11 +172,8 @@ fn units(examples: &[Example], seed: u64) -> BTreeMap<u32, Vec<Vec<usize>>> {
     for ((grouped, key), (class, members)) in by_key {
         units.entry(class).or_default().push((rank(DRAW, seed, key), key, grouped, members));
     }
-    let sorted = |(class, mut list): (u32, Vec<(u64, &str, bool, Vec<usize>)>)| {
-        list.sort_unstable();
-        (class, list.into_iter().map(|(.., members)| members).collect())
-    };
-    units.into_iter().map(sorted).collect()
+    units.values_mut().for_each(|list| list.sort_unstable());
+    units.into_iter().map(|(class, list)| (class, list.into_iter().map(|(.., members)| members).collect())).collect()
 }
 
 /// Of the units of a class: how many are test, and how many are test or val.

@@ -25,8 +25,8 @@ use part::Part;
 /// Images or texts that are embedded at once. Fixed, so that the same rows come out wherever a run was ended.
 const CHUNK: usize = 32;
 
-/// Chunks after which the rows so far are on the disk.
-const SYNC: usize = if cfg!(test) { 1 } else { 16 };
+/// Inputs after which the rows so far are on the disk.
+const SYNC: usize = if cfg!(test) { 1 } else { 16 } * CHUNK;
 
 /// What to embed.
 #[derive(Debug, Clone, Default)]
@@ -174,7 +174,7 @@ impl Work<'_> {
             part.state.skipped.extend(skipped);
             part.add_images(&self.bytes(read.features)?, read.good.len(), chunk.len())?;
             observer.event(Event::Advance(chunk.len()));
-            if part.state.images.done / CHUNK % SYNC == 0 {
+            if part.state.images.done.is_multiple_of(SYNC) {
                 part.sync()?;
             }
         }
@@ -194,7 +194,7 @@ impl Work<'_> {
             part.state.truncated += cut;
             part.add_texts(&self.bytes(features)?, chunk.len())?;
             observer.event(Event::Advance(chunk.len()));
-            if part.state.texts.done / CHUNK % SYNC == 0 {
+            if part.state.texts.done.is_multiple_of(SYNC) {
                 part.sync()?;
             }
         }

@@ -136,7 +136,7 @@ impl<R: BufRead> Lines<R> {
     ///
     /// # Errors
     /// When it is longer than the limit, not UTF-8, or cannot be read.
-    pub fn next(&mut self) -> Result<Option<(usize, &str)>> {
+    pub fn next_line(&mut self) -> Result<Option<(usize, &str)>> {
         self.line.clear();
         let line = &mut self.line;
         let count = self.inner.by_ref().take(self.limit + 1).read_until(b'\n', line);
@@ -191,7 +191,7 @@ mod tests {
             let error = text("x", bytes.clone()).unwrap_err();
             assert!(error.to_string().contains(name) && error.exit_code() == 2, "{error}");
             let mut lines = Lines::new("x", bytes.as_slice(), 100);
-            let error = (0..3).find_map(|_| lines.next().map(drop).err()).unwrap();
+            let error = (0..3).find_map(|_| lines.next_line().map(drop).err()).unwrap();
             assert!(error.to_string().contains(name), "{error}");
         }
         // Zeros among other bytes do not make UTF-16.
@@ -208,7 +208,7 @@ mod tests {
         assert_eq!(lines("").count(), 0);
         let mut streamed = Lines::new("x", &b"\xef\xbb\xbfa\r\n\nb"[..], 10);
         let mut found = Vec::new();
-        while let Some((number, line)) = streamed.next().unwrap() {
+        while let Some((number, line)) = streamed.next_line().unwrap() {
             found.push((number, line.to_string()));
         }
         assert_eq!(found, [(1, "a".to_string()), (2, String::new()), (3, "b".into())]);

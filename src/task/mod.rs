@@ -239,7 +239,7 @@ pub fn cut_texts(task: &dyn Definition, tokenizer: &Tokenizer, data: &Dataset) -
 pub(crate) fn longer_than_context(tokenizer: &Tokenizer, texts: Vec<String>, cut: &mut HashSet<String>) -> Result<()> {
     let context = tokenizer.context();
     // Each token has at least one byte.
-    let new: HashSet<String> = texts.into_iter().filter(|t| !(t.is_ascii() && t.len() + 2 <= context) && !cut.contains(t)).collect();
+    let new: HashSet<String> = texts.into_iter().filter(|t| !(cut.contains(t) || t.is_ascii() && t.len() + 2 <= context)).collect();
     let long: Vec<Option<String>> =
         new.into_par_iter().map(|t| Ok((tokenizer.count(&t)? > context).then_some(t))).collect::<Result<_>>()?;
     cut.extend(long.into_iter().flatten());

@@ -6,13 +6,16 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::pool::Answer;
 
+/// What an answer has to say in a column.
+type Cell = fn(&Answer) -> Option<&String>;
+
 /// One row an answer, in order: `image`, what was asked, `prediction` of tasks that give one, `label` and `score` of the most likely,
 /// then the next ones. Cells are written as they are: a spreadsheet may take a label that begins with `=` for a formula.
 pub(super) fn write(path: &Path, answers: &[&Answer]) -> Result<()> {
     let most = answers.iter().map(|a| a.predictions.len()).max().unwrap_or(0);
-    let has = |of: fn(&Answer) -> Option<&String>| answers.iter().any(|a| of(a).is_some());
-    let asked: Vec<(&str, fn(&Answer) -> Option<&String>)> =
-        vec![("text", |a| a.text.as_ref()), ("question", |a| a.question.as_ref()), ("prediction", |a| a.prediction.as_ref())];
+    let has = |of: Cell| answers.iter().any(|a| of(a).is_some());
+    let asked: [(&str, Cell); 3] =
+        [("text", |a| a.text.as_ref()), ("question", |a| a.question.as_ref()), ("prediction", |a| a.prediction.as_ref())];
     let asked: Vec<_> = asked.into_iter().filter(|(_, of)| has(*of)).collect();
     let mut header = vec!["image".to_string()];
     header.extend(asked.iter().map(|(name, _)| (*name).to_string()));

@@ -83,7 +83,7 @@ fn listen(file: &Path) -> Result<Receiver<Line>> {
 fn send<R: BufRead>(mut lines: files::Lines<R>, place: &str, sender: &SyncSender<Line>) {
     let mut last = 0;
     loop {
-        let line = match lines.next() {
+        let line = match lines.next_line() {
             Ok(None) => return,
             Ok(Some((number, line))) => {
                 last = number;

@@ -70,7 +70,7 @@ fn build() -> std::result::Result<Tables, String> {
     let raw: Raw = serde_json::from_str(JSON).map_err(|e| e.to_string())?;
     let regex = |pattern: &str| Regex::new(pattern).map_err(|e| e.to_string());
     let charmap = |name: &str, chars: &str| {
-        let bytes = chars.chars().zip(0..=255u8).map(|(c, byte)| (c, byte)).collect();
+        let bytes = chars.chars().zip(0..=255u8).collect();
         Charmap { name: name.to_string(), bytes }
     };
     let latin: String = (0..=255u8).map(char::from).collect();

@@ -73,8 +73,9 @@ impl Judge {
             ("calibration_error", metrics::calibration_error(&plain, &labels)),
             ("calibration_error_fitted", metrics::calibration_error(&fitted, &labels)),
         ];
-        let one = |((scores, &label), &p): (((Vec<f32>, Vec<f32>), &u32), &u32)| prediction(self.name(label), self.name(p), scores);
-        let predictions = fitted.into_iter().zip(raw).zip(&labels).zip(&predicted).map(one).collect();
+        let scores = fitted.into_iter().zip(raw);
+        let names = labels.iter().zip(&predicted).map(|(&label, &p)| (self.name(label), self.name(p)));
+        let predictions = names.zip(scores).map(|((label, predicted), scores)| prediction(label, predicted, scores)).collect();
         Ok((metrics, classification, predictions))
     }
 
@@ -97,8 +98,9 @@ impl Judge {
             ("calibration_error", metrics::binary_calibration_error(&plain, &all)),
             ("calibration_error_fitted", metrics::binary_calibration_error(&fitted.concat(), &all)),
         ];
-        let one = |((scores, t), p): (((Vec<f32>, Vec<f32>), &Vec<bool>), &Vec<bool>)| prediction(self.names(t), self.names(p), scores);
-        let predictions = fitted.into_iter().zip(logits.iter().cloned()).zip(&truth).zip(&predicted).map(one).collect();
+        let scores = fitted.into_iter().zip(logits.iter().cloned());
+        let names = truth.iter().zip(&predicted).map(|(t, p)| (self.names(t), self.names(p)));
+        let predictions = names.zip(scores).map(|((labels, predicted), scores)| prediction(labels, predicted, scores)).collect();
         (metrics, classification, predictions)
     }
 
