@@ -304,8 +304,9 @@ fn drafts_take_the_columns_that_are_named() {
     let (draft, recipe) = drafted(&w, &["--data", "odd.csv", "--image", "bild", "--text", "words", "--text", "kind"]);
     assert!(draft["task"] == "retrieve" && recipe.contains("text: [words, kind]"), "{recipe}");
 
-    let lines =
-        |i: usize| json!({"f": format!("data/red/{i}.png"), "t": if i % 2 == 0 { vec!["a", "b"] } else { vec!["c"] }}).to_string() + "\n";
+    let lines = |i: usize| {
+        json!({"f": format!("data/red/{i}.png"), "t": if i.is_multiple_of(2) { vec!["a", "b"] } else { vec!["c"] }}).to_string() + "\n"
+    };
     w.write("lists.jsonl", &(0..10).map(lines).collect::<String>());
     let (draft, _) = drafted(&w, &["--data", "lists.jsonl", "--image", "f", "--label", "t"]);
     assert_eq!(draft["classes"], json!(["a", "b", "c"]), "cells are lists");
