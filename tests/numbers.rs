@@ -354,3 +354,14 @@ fn limited(w: &World, mib: usize, args: &str) -> std::process::Output {
     let script = format!("ulimit -v {} && exec '{}' {args}", mib << 10, env!("CARGO_BIN_EXE_peft"));
     std::process::Command::new("sh").args(["-c", &script]).current_dir(w.path("")).output().unwrap()
 }
+
+#[test]
+fn half_precision_on_a_cpu_is_said() {
+    let w = World::new();
+    let said = |dtype: &str| {
+        let out = w.peft(&["train", "recipe.yaml", "--check", "--set", &format!("train.dtype={dtype}")]);
+        assert!(out.status.success());
+        String::from_utf8_lossy(&out.stderr).contains("train.dtype")
+    };
+    assert!(said("bf16") && said("f16") && !said("f32"));
+}
