@@ -1,5 +1,7 @@
 //! How much memory training will take, before it starts.
 
+mod composed;
+
 use crate::clip::{ClipConfig, block};
 use crate::delta::Adapters;
 use crate::train::{Dtype, TrainConfig};
@@ -56,6 +58,8 @@ pub struct Load {
     pub replaced: usize,
     /// Bytes of the base that are pages of its file, see [`crate::alloc`]: the allocator has no part in them.
     pub mapped: u64,
+    /// Whether operations are compositions of candle's, which keep more: in half precision, and on any device but the CPU.
+    pub composed: bool,
 }
 
 /// One tower's part of a step.
@@ -64,6 +68,9 @@ struct Tower<'a> {
     layers: usize,
     dim: usize,
     mlp: usize,
+    heads: usize,
+    /// Whether a token sees only those before it.
+    causal: bool,
     rows: usize,
     tokens: usize,
 }
@@ -165,6 +172,8 @@ fn of(config: &ClipConfig, trained: &[&str], count: usize, train: &TrainConfig, 
             layers: v.num_hidden_layers,
             dim: v.hidden_size,
             mlp: v.intermediate_size,
+            heads: v.num_attention_heads,
+            causal: false,
             rows: train.batch,
             tokens: load.image_tokens,
         },
@@ -173,13 +182,19 @@ fn of(config: &ClipConfig, trained: &[&str], count: usize, train: &TrainConfig, 
             layers: t.num_hidden_layers,
             dim: t.hidden_size,
             mlp: t.intermediate_size,
+            heads: t.num_attention_heads,
+            causal: true,
             rows: load.texts,
             tokens: load.tokens,
         },
     ];
     let [vision, text] = &towers;
-    let step = vision.floats(trained, train) + text.floats(trained, train);
-    let evaluation = vision.working(train.batch.max(EVALUATED).min(load.images)) + text.working(text.rows);
+    let bytes = |tower: &Tower<'_>| match load.composed {
+        true => composed::bytes(tower, trained, train, width),
+        false => tower.floats(trained, train) * width,
+    };
+    let step = bytes(vision) + bytes(text);
+    let evaluation = (vision.working(train.batch.max(EVALUATED).min(load.images)) + text.working(text.rows)) * 4;
     let numbers = count as u64 * 4;
     let image = (v.image_size * v.image_size * 3) as u64;
     let kept = match vision.below(trained).filter(|depth| load.constant && *depth > 0) {
@@ -191,7 +206,7 @@ fn of(config: &ClipConfig, trained: &[&str], count: usize, train: &TrainConfig, 
     let mut all = Estimate {
         base: (base.saturating_sub(load.replaced) * width) as u64,
         trained: numbers * copies,
-        activations: ((step.max(evaluation) * width) as u64).max(numbers),
+        activations: (step.max(evaluation) as u64).max(numbers),
         // Decoded images and batches that wait are bytes, the batch in use is floats.
         other: PROGRAM
             + (load.images as u64 * image).min(1 << 30)
@@ -246,7 +261,8 @@ mod tests {
             let names: Vec<&str> = names.iter().map(String::as_str).collect();
             let train = TrainConfig { batch, checkpointing, ..TrainConfig::default() };
             let replaced = if count == all { all } else { 0 };
-            let load = Load { texts: 10, tokens, image_tokens: 50, images: 80, constant: true, replaced, mapped: 4 * all as u64 };
+            let load =
+                Load { texts: 10, tokens, image_tokens: 50, images: 80, constant: true, replaced, mapped: 4 * all as u64, composed: false };
             let ratio = of(&config, &names, count, &train, load).total() as f64 / (f64::from(measured) * f64::from(1 << 20));
             assert!((0.85..1.15).contains(&ratio), "{what}: {ratio:.3} times what was measured");
         }

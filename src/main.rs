@@ -19,6 +19,13 @@ fn main() -> std::process::ExitCode {
     // first (12 % of a step on two cores). Its size follows this variable; ours is set explicitly.
     // SAFETY: no other thread runs yet.
     unsafe { std::env::set_var("RAYON_NUM_THREADS", "1") };
+    // What the C library itself asks for, such as a thread's list of destructors, comes from the heap that is there from the start.
+    // By default each thread reserves 64 MiB of addresses for that, and where these cannot be had (ulimit -v) glibc aborts.
+    // SAFETY: an option of the allocator, set before any other thread runs.
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1)
+    };
     #[cfg(any(target_os = "linux", target_vendor = "apple"))]
     {
         answer_exhaustion();

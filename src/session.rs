@@ -34,8 +34,8 @@ pub use training::train;
 pub use check::{Checked, Verdict, check};
 
 /// `peft bench recipes/quickstart.yaml`, 2 cores of Zen 3: a step of 0.8 s and 239 MiB in f32, 8.9 s and 737 MiB in bf16, 5.1 s and 727 MiB in f16.
-const HALF_ON_CPU: &str = "train.dtype is half precision, which a CPU computes several times slower than f32, in more memory than the estimate \
-                           says; leave it out unless the numbers of half precision are what you want to see";
+const HALF_ON_CPU: &str = "train.dtype is half precision, which a CPU computes several times slower than f32, and in more memory; leave it \
+                           out unless the numbers of half precision are what you want to see";
 
 /// What a recipe names, opened.
 pub struct Session {

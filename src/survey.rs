@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::clip::base::Parts;
 use crate::clip::decode::{self, DecodeOptions};
+use crate::clip::preprocess::Background;
 use crate::data::{DataConfig, Dataset, Example, Field, ImageRef, Split};
 use crate::error::Result;
 use crate::fetch::fetched;
@@ -54,6 +55,10 @@ pub struct Survey {
     pub captions: Option<Captions>,
     /// Images that occur more than once.
     pub duplicates: Duplicates,
+    /// Different images with transparent parts.
+    pub transparent: usize,
+    /// What becomes of those parts.
+    pub background: Background,
     /// Images that cannot be read.
     pub unreadable: Vec<Unreadable>,
     /// What reading the source had to say.
@@ -212,6 +217,8 @@ pub fn survey(subject: &Subject, observer: &mut dyn Observer) -> Result<(Survey,
         height: side(&|l| l.height),
         captions: captions(&data, subject)?,
         duplicates: duplicates(&fine, &data.classes),
+        transparent: fine.iter().filter(|(.., l)| l.transparent).count(),
+        background: subject.images.background,
         unreadable,
         notes: data.notes.iter().cloned().chain(cut(&data, subject)?).collect(),
     };
@@ -224,12 +231,19 @@ struct Look {
     bytes: u64,
     width: u32,
     height: u32,
+    transparent: bool,
 }
 
 fn look(example: &Example, options: &DecodeOptions) -> Result<Look> {
     let bytes = example.bytes_within(options.max_bytes)?;
-    let image = decode::decode(&example.id, &bytes, options)?;
-    Ok(Look { hash: blake3::hash(&bytes), bytes: bytes.len() as u64, width: image.width(), height: image.height() })
+    let image = decode::decode_rgba(&example.id, &bytes, options)?;
+    Ok(Look {
+        hash: blake3::hash(&bytes),
+        bytes: bytes.len() as u64,
+        width: image.width(),
+        height: image.height(),
+        transparent: decode::is_transparent(&image),
+    })
 }
 
 impl Spread {

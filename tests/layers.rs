@@ -51,7 +51,7 @@ const TABLE: [(&str, &[&str]); 50] = [
     ("survey", &["clip", "data", "error", "fetch", "recipe", "task", "train"]),
     ("sheet", &["clip", "data", "error", "files"]),
     ("runs", &["error", "recipe", "report", "run"]),
-    ("draft", &["data", "error", "recipe"]),
+    ("draft", &["clip", "data", "error", "recipe"]),
     ("doctor", &["device", "files", "train"]),
     ("compare", &["comparison", "data", "error", "figures", "files", "page", "provenance", "recipe", "report", "run", "task", "train"]),
     (

@@ -362,3 +362,32 @@ fn drafts_of_small_sets_say_what_that_means() {
         assert!(String::from_utf8(read(&w.path("draft.yaml"))).unwrap().contains("probe: {"));
     }
 }
+
+/// Logos: half of each is seen through, in the ways that files say so. Of the photographs one has an alpha channel that hides nothing.
+#[test]
+fn transparent_images_are_counted_and_drafts_put_them_on_white() {
+    let w = World::new();
+    let half = |x: u32| if x < 10 { 0 } else { 255 };
+    for i in 0..3u8 {
+        std::fs::create_dir_all(w.path("logos/bird")).unwrap();
+        std::fs::create_dir_all(w.path("logos/fish")).unwrap();
+        let rgba = image::RgbaImage::from_fn(20, 16, |x, y| image::Rgba([i * 9, 7, y as u8, half(x)]));
+        rgba.save(w.path(&format!("logos/bird/{i}.png"))).unwrap();
+        rgba.save(w.path(&format!("logos/bird/{i}.gif"))).unwrap();
+        let wide = image::ImageBuffer::<image::LumaA<u16>, _>::from_fn(20, 16, |x, y| {
+            image::LumaA([y as u16 * 900 + u16::from(i), u16::from(half(x)) * 257])
+        });
+        wide.save(w.path(&format!("logos/fish/{i}.png"))).unwrap();
+    }
+    image::RgbaImage::from_pixel(20, 16, image::Rgba([1, 2, 3, 255])).save(w.path("logos/fish/whole.png")).unwrap();
+    let found = w.json(&["data", "logos"]);
+    assert_eq!((&found["transparent"], &found["background"]), (&json!(9), &json!("keep")));
+    assert!(text(&w, &["data", "logos"]).contains("9 of 10 images have transparent parts"));
+    text(&w, &["new", "logos.yaml", "--data", "logos", "--model", "base"]);
+    assert_eq!(w.json(&["inspect", "logos.yaml"])["facts"]["recipe"]["images"]["background"], "white");
+    // Among many photographs a few logos are no reason.
+    std::fs::rename(w.path("logos/bird/0.png"), w.path("data/blue/logo.png")).unwrap();
+    assert_eq!(w.json(&["data", "data"])["transparent"], 1);
+    text(&w, &["new", "data.yaml", "--data", "data", "--model", "base"]);
+    assert_eq!(w.json(&["inspect", "data.yaml"])["facts"]["recipe"]["images"]["background"], "keep");
+}

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::{Context, columns, size};
+use crate::clip::preprocess::Background;
 use crate::error::Result;
 use crate::sheet;
 use crate::survey::{Copy, Counts, Subject, Survey, survey};
@@ -65,6 +66,10 @@ fn text(found: &Survey) -> String {
             let _ = writeln!(out, "{name:<10}{} to {} pixels, median {}", s.min, s.max, s.median);
         }
     }
+    if found.transparent > 0 {
+        let (count, all) = (found.transparent, total(&found.images));
+        let _ = writeln!(out, "{count} of {all} images have transparent parts; {}", becomes(found.background));
+    }
     if let Some(c) = &found.captions {
         let t = c.tokens;
         let _ = writeln!(
@@ -98,6 +103,14 @@ fn text(found: &Survey) -> String {
     }
     found.notes.iter().for_each(|note| out += &format!("note: {note}\n"));
     out
+}
+
+/// What a model sees where an image is transparent.
+fn becomes(background: Background) -> &'static str {
+    match background {
+        Background::Keep => "the colours hidden there are read; `images: { background: white }` in a recipe reads white in their place",
+        Background::White => "they are read as white",
+    }
 }
 
 fn groups(out: &mut String, what: &str, groups: &[Vec<Copy>]) {

@@ -127,6 +127,12 @@ pub fn decode_rgba(place: &str, bytes: &[u8], options: &DecodeOptions) -> Result
     Ok(turn(colour::rgba(image).into(), orientation, options).into_rgba8())
 }
 
+/// Whether something would be seen through the image.
+#[must_use]
+pub fn is_transparent(image: &RgbaImage) -> bool {
+    image.pixels().any(|pixel| pixel.0[3] < u8::MAX)
+}
+
 /// Reads and decodes a file.
 ///
 /// # Errors

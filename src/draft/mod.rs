@@ -10,8 +10,10 @@ use crate::recipe::Recipe;
 
 mod few;
 mod tasks;
+mod transparency;
 
 use tasks::DraftTask;
+use transparency::Looked;
 
 /// What the recipe is to be about.
 #[derive(Debug, Clone)]
@@ -71,7 +73,8 @@ pub fn draft(wishes: &Wishes, file: &str, name: &str) -> Result<Draft> {
     let data = DataConfig { shots: wishes.shots, ..local.listed() }.open(0)?;
     let task = tasks::choose(wishes.task.as_deref(), &wishes.data, &data)?;
     let has_splits = local.has_own_splits();
-    let page = Page { wishes, source: &source, data: &data, task, has_splits, file, name, columns: found.as_deref() };
+    let looked = Looked::at(&data);
+    let page = Page { wishes, source: &source, data: &data, task, has_splits, file, name, columns: found.as_deref(), looked };
     let text = page.text();
     // Nobody should be handed a recipe that is refused.
     Recipe::parse(file, &text, name, &[])?;
@@ -80,7 +83,7 @@ pub fn draft(wishes: &Wishes, file: &str, name: &str) -> Result<Draft> {
         kind: source.kind(),
         task: task.name.into(),
         examples: [data.train.len(), data.val.len(), data.test.len()],
-        notes: [notes(&data, task.name), small(&data, task.name)].concat(),
+        notes: [notes(&data, task.name), small(&data, task.name), looked.note().into_iter().collect()].concat(),
         columns: found,
         classes: data.classes,
     })
@@ -141,6 +144,7 @@ struct Page<'a> {
     file: &'a str,
     name: &'a str,
     columns: Option<&'a [String]>,
+    looked: Looked,
 }
 
 /// A string as YAML; JSON's strings are YAML's.
@@ -177,6 +181,7 @@ impl Page<'_> {
              model: {base_yaml}{model}\n\
              method:\n  {method_yaml}\n\
              data:\n{data}\
+             {images}\
              task:\n{task}\
              train:\n{settings}\
              output: {output}\n\
@@ -190,6 +195,7 @@ impl Page<'_> {
             base_yaml = quoted(&self.wishes.model),
             method_yaml = self.method(),
             data = self.data(),
+            images = self.looked.line().unwrap_or_default(),
             task = (self.task.lines)(self.data, &self.wishes.template),
             settings = self.settings(train, tiny),
             output = quoted(&format!("runs/{}", self.name)),

@@ -12,7 +12,7 @@ use crate::estimate::{Estimate, Load, estimate};
 use crate::memory::{Available, available};
 use crate::recipe::Recipe;
 use crate::task::{Definition, Pad, Task};
-use crate::train::{Event, Micro, Observer, TrainConfig};
+use crate::train::{Dtype, Event, Micro, Observer, TrainConfig};
 
 /// What `peft train --check` finds.
 #[derive(Debug, serde::Serialize)]
@@ -167,6 +167,7 @@ impl Session {
             constant: self.data.stream.is_none() && self.recipe.train.augment.is_none() && self.recipe.train.patch_dropout.is_none(),
             replaced,
             mapped: crate::alloc::mapped() as u64,
+            composed: !clip.device().is_cpu() || self.recipe.train.dtype != Dtype::F32,
         })
     }
 
