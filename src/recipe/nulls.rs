@@ -55,12 +55,26 @@ pub(super) fn apply(place: &str, text: &str, sets: &[String], unset: Option<serd
 /// A null is no reason to take a key that there is not.
 fn known(value: &Value, place: &str, key: &str) -> Result<()> {
     let mut with = value.clone();
+    choose(&mut with, key);
     assign(&mut with, key, Value::Null)?;
     let text = serde_saphyr::to_string(&with).map_err(|e| Error::fault(place, e))?;
     match serde_saphyr::from_str::<Recipe>(&text) {
         // Without this key it was a recipe, so that any part of the key may be the unknown one.
-        Err(e) if message(&e).contains("unknown field `") => Err(explain(place, &text, &e)),
+        Err(e) if ["unknown field `", "unknown name `"].iter().any(|m| message(&e).contains(m)) => Err(explain(place, &text, &e)),
         _ => Ok(()),
+    }
+}
+
+/// Where the key says another name than the value has (`method.prefix.length` of a `lora`), that name stands alone.
+fn choose(mut at: &mut Value, key: &str) {
+    let parts: Vec<&str> = key.split('.').collect();
+    for pair in parts.windows(2) {
+        let Some(next) = at.get_mut(pair[0]) else { return };
+        let items = next.is_array();
+        if NAMED.contains(&pair[0]) && !items && next.get(pair[1]).is_none() {
+            *next = Value::Object(Map::from_iter([(pair[1].to_string(), Value::Object(Map::new()))]));
+        }
+        at = next;
     }
 }
 
@@ -179,6 +193,13 @@ mod tests {
         for set in ["train.epochz=null", "trian.epochs=null", "method.lora.rnak=null", "train.augment.flop=null"] {
             let message = parse(TEXT, &[set]).err().map(|e| e.to_string()).unwrap_or_default();
             assert!(message.contains("unknown field"), "{set}: {message}");
+        }
+        for set in ["method.lroa=null", "method.lroa.rank=null", "method.0=null", "task.clasify=null", "train.schedule.cosin=null"] {
+            let message = parse(TEXT, &[set]).err().map(|e| e.to_string()).unwrap_or_default();
+            assert!(message.contains("unknown name"), "{set}: {message}");
+        }
+        for set in ["method.prefix.length=null", "train.schedule.cosine.warmup=null", "train.optimizer.adamw=null"] {
+            assert_eq!(parse(TEXT, &[set]).ok(), parse(TEXT, &[]).ok(), "{set}");
         }
         assert!(parse(&(TEXT.to_string() + "outptu: null\n"), &[]).is_err());
         assert!(parse(TEXT, &["model=null"]).is_err() && parse(TEXT, &["train.lr="]).is_err());
