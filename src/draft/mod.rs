@@ -261,7 +261,8 @@ impl Page<'_> {
     fn settings(&self, train: usize, tiny: bool) -> String {
         let batch = if self.task.name == "retrieve" { 64 } else { BATCH };
         let epochs = (STEPS * batch).div_ceil(train.max(1)).clamp(3, 50);
-        let steps = epochs * train.div_ceil(batch);
+        // Retrieval's loss is over the batch, so that a smaller last one is left out.
+        let steps = epochs * if self.task.name == "retrieve" { (train / batch).max(1) } else { train.div_ceil(batch) };
         let few = few::pairs(self.data, self.task.name);
         let lr = match (self.wishes.method.as_str(), tiny) {
             ("full", false) => "1.0e-5",
