@@ -203,13 +203,17 @@ fn labels_of_the_command_line_are_names() {
         let w = world(false);
         session::train(recipe(&w, 1, method, classify, TRAIN), Existing::Refuse, &Device::Cpu, &mut Silent).unwrap();
         w.write("labels.txt", "blue\nred\ngreen\n");
-        let ask = |flags: &[&str]| w.json(&[&["predict", "--model", "base", "--adapter", "run1/adapter", "data/red/9.png"], flags].concat());
+        let ask =
+            |flags: &[&str]| w.json(&[&["predict", "--model", "base", "--adapter", "run1/adapter", "data/red/9.png"], flags].concat());
         let expected = ask(&[]);
         assert_eq!(expected[0]["predictions"][0]["label"], "red", "{method}");
         for labels in ["green,red,blue", "blue,green,red", "labels.txt"] {
             assert_eq!(ask(&["--labels", labels]), expected, "{method}: {labels}");
         }
-        w.write("lines.jsonl", "{\"image\": \"data/red/9.png\", \"adapter\": \"run1/adapter\", \"labels\": [\"blue\", \"red\", \"green\"]}\n");
+        w.write(
+            "lines.jsonl",
+            "{\"image\": \"data/red/9.png\", \"adapter\": \"run1/adapter\", \"labels\": [\"blue\", \"red\", \"green\"]}\n",
+        );
         let out = w.peft(&["predict", "--model", "base", "--jsonl", "lines.jsonl"]);
         let line: Value = serde_json::from_slice(&out.stdout).unwrap();
         for (a, b) in line["predictions"].as_array().unwrap().iter().zip(expected[0]["predictions"].as_array().unwrap()) {
@@ -220,4 +224,92 @@ fn labels_of_the_command_line_are_names() {
             assert!(message.contains(&format!("`{named}`")), "{method}: {message}");
         }
     }
+}
+
+/// Weights by name are those of a list in the order of the source's classes.
+#[test]
+fn class_weights_are_named() {
+    let w = world(false);
+    let loss = |source: usize, weights: &str| {
+        let mut recipe = recipe(&w, source, "lora: { rank: 2 }", weights, "epochs: 1, batch: 9, lr: 1.0e-2");
+        recipe.output = Some(w.path("weighed"));
+        session::train(recipe, Existing::Replace, &Device::Cpu, &mut Silent).map(|(r, _)| r.after.unwrap().loss)
+    };
+    let named = "class_weights: { blue: 5, green: 0.5 },";
+    let expected = loss(0, "class_weights: [5, 0.5, 1],").unwrap();
+    for source in [0, 1] {
+        let found = loss(source, named).unwrap();
+        assert!((found - expected).abs() < 1e-5 * expected, "{source}: {found}, by list {expected}");
+    }
+    // Of tars the classes are red, green, blue: the same list means something else.
+    assert!((loss(1, "class_weights: [5, 0.5, 1],").unwrap() - expected).abs() > 1e-3 * expected);
+    let error = loss(0, "class_weights: { violet: 2 },").unwrap_err();
+    assert!(error.exit_code() == 2 && error.to_string().contains("`violet`"), "{error}");
+}
+
+/// Adapters whose classes stand in different orders lie on one another, in memory and in a bundle.
+#[test]
+fn adapters_of_one_another_follow_names() {
+    let w = world(false);
+    let coop = "coop: { n_ctx: 2, class_specific: true }";
+    for (source, method, classify) in [(0, coop, ""), (1, "none", "head: linear,"), (2, coop, "")] {
+        session::train(recipe(&w, source, method, classify, TRAIN), Existing::Refuse, &Device::Cpu, &mut Silent).unwrap();
+    }
+    let ask = |args: &[&str]| {
+        let found = w.json(&[&["predict"], args, &["data/red/9.png", "data/blue/8.png"]].concat());
+        let one = |answer: &Value| {
+            let pairs = answer["predictions"].as_array().unwrap().iter();
+            pairs.map(|p| (p["label"].as_str().unwrap().to_string(), p["logit"].as_f64().unwrap())).collect::<BTreeMap<_, _>>()
+        };
+        found.as_array().unwrap().iter().map(one).collect::<Vec<_>>()
+    };
+    let same = |a: &[BTreeMap<String, f64>], b: &[BTreeMap<String, f64>]| {
+        a.iter().zip(b).all(|(a, b)| a.keys().eq(b.keys()) && a.iter().all(|(name, z)| (z - b[name]).abs() < 1e-3 * (1.0 + z.abs())))
+    };
+    // Context of texts changes nothing of a head on images.
+    let head = ask(&["--model", "base", "--adapter", "run1/adapter"]);
+    assert!(same(&ask(&["--model", "base", "--adapter", "run0/adapter", "--adapter", "run1/adapter"]), &head));
+    w.json(&["merge", "--model", "base", "--adapter", "run0/adapter", "--adapter", "run1/adapter", "--bundle", "--output", "both"]);
+    assert!(same(&ask(&["--model", "both"]), &head));
+    assert!(same(&ask(&["--model", "both", "--labels", "blue,red,green"]), &head));
+    // A bundle of one order as the base of a recipe of another.
+    w.json(&["merge", "--model", "base", "--adapter", "run2/adapter", "--bundle", "--output", "context"]);
+    for source in 0..3 {
+        let mut over = recipe(&w, source, "lora: { rank: 2 }", "", TRAIN);
+        over.model = peft::recipe::ModelConfig::Pretrained(w.path("context").display().to_string());
+        let options = EvalOptions { adapter: None, split: Split::Test, allow_base_mismatch: false };
+        let classes = over.data.open(3).unwrap().classes;
+        let found = session::evaluate(over, &options, &Device::Cpu, &mut Silent).unwrap();
+        let expected = evaluated(&w, "run2/adapter", recipe(&w, 2, coop, "", TRAIN)).unwrap();
+        let found = answers(&found.predictions, &classes);
+        assert!(expected.values().filter(|(label, predicted, _)| label == predicted).count() >= 5);
+        // The calibration differs, the logits do not.
+        assert_same(&found, &expected, &format!("bundle on {source}"));
+    }
+}
+
+/// Updates of a base add up whatever they were trained for; whose classes are meant is said.
+#[test]
+fn adapters_for_different_classes_are_told_apart() {
+    let w = world(false);
+    w.json(&["train", "recipe.yaml", "--output", "a"]);
+    for name in ["red", "blue"] {
+        std::fs::rename(w.path("data").join(name), w.path("data").join(format!("dark {name}"))).unwrap();
+    }
+    w.json(&["train", "recipe.yaml", "--output", "b"]);
+    let both = ["--model", "base", "--adapter", "a/adapter", "--adapter", "b/adapter"];
+    let notes = |rest: &[&str]| w.json(&[&["merge"], &both[..], rest].concat())["notes"].to_string();
+    for rest in [&["--output", "m"][..], &["--bundle", "--output", "n"]] {
+        let said = notes(rest);
+        assert!(said.contains("`red`") && said.contains("`dark red`"), "{rest:?}: {said}");
+    }
+    assert!(notes(&["--combine", "cat", "--output", "c"]).contains("classes"));
+    let manifest: Value = serde_json::from_slice(&common::read(&w.path("c/peft.json"))).unwrap();
+    assert!(manifest["classes"].as_array().is_none_or(Vec::is_empty), "{manifest}");
+    let said = w.peft(&[&["predict"], &both[..], &["data/green/0.png"]].concat());
+    assert!(String::from_utf8_lossy(&said.stderr).contains("`dark red`"), "{said:?}");
+    // The same classes are no news.
+    let twice =
+        w.json(&["merge", "--model", "base", "--adapter", "b/adapter", "--adapter", "b/adapter", "--combine", "svd", "--output", "d"]);
+    assert!(!twice["notes"].to_string().contains("classes"), "{twice}");
 }
