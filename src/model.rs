@@ -242,6 +242,12 @@ impl Model {
         &self.base
     }
 
+    /// Whether answers come from a trained head, so that templates of the caller's mean nothing.
+    #[must_use]
+    pub fn has_own_head(&self) -> bool {
+        self.head.is_some() || self.tells()
+    }
+
     /// What changes it.
     #[must_use]
     pub fn patches(&self) -> &Patches {

@@ -219,6 +219,16 @@ fn labels_of_the_command_line_are_names() {
         for (a, b) in line["predictions"].as_array().unwrap().iter().zip(expected[0]["predictions"].as_array().unwrap()) {
             assert_eq!(a["label"], b["label"], "{method}: {line}");
         }
+        if !method.starts_with("tip") {
+            let matrix = |labels: &str| {
+                let adapter = ["--model", "base", "--adapter", "run1/adapter", "--labels", labels];
+                w.json(&[&["merge"], &adapter[..], &["--classifier", "m.safetensors", "--force"]].concat());
+                let all = candle_core::safetensors::load(w.path("m.safetensors"), &Device::Cpu).unwrap();
+                all["weight"].to_vec2::<f32>().unwrap()
+            };
+            let (a, b) = (matrix("red,green,blue"), matrix("blue,red,green"));
+            assert_eq!([&a[0], &a[1], &a[2]], [&b[1], &b[2], &b[0]], "{method}");
+        }
         for (labels, named) in [("red,green,violet", "violet"), ("red,green", "blue"), ("red,green,blue,grey", "grey")] {
             let message = w.fails(&["predict", "--model", "base", "--adapter", "run1/adapter", "--labels", labels, "data/red/1.png"], 2);
             assert!(message.contains(&format!("`{named}`")), "{method}: {message}");
@@ -312,4 +322,24 @@ fn adapters_for_different_classes_are_told_apart() {
     let twice =
         w.json(&["merge", "--model", "base", "--adapter", "b/adapter", "--adapter", "b/adapter", "--combine", "svd", "--output", "d"]);
     assert!(!twice["notes"].to_string().contains("classes"), "{twice}");
+}
+
+/// A task of several labels answers for all of its classes, whichever order they are named in; others are refused, in lines as well.
+#[test]
+fn labels_of_a_task_that_marks_several_are_names() {
+    let w = world(true);
+    let multi = "labels: multi, threshold: each, head: linear,";
+    session::train(recipe(&w, 1, "none", multi, TRAIN), Existing::Refuse, &Device::Cpu, &mut Silent).unwrap();
+    let ask = |flags: &[&str]| w.json(&[&["predict", "--model", "base", "--adapter", "run1/adapter", "data/red/9.png"], flags].concat());
+    let expected = ask(&[]);
+    assert_eq!(ask(&["--labels", "blue,green,warm,red"]), expected);
+    let other = ["predict", "--model", "base", "--adapter", "run1/adapter", "data/red/9.png", "--labels", "red,green,blue"];
+    assert!(w.fails(&other, 2).contains("`warm`"));
+    let line = |labels: &str| format!("{{\"image\": \"data/red/9.png\", \"adapter\": \"run1/adapter\", \"labels\": {labels}}}\n");
+    let plain = "{\"image\": \"data/red/9.png\", \"labels\": [\"a\", \"b\"], \"text\": \"a red thing\"}\n";
+    w.write("lines.jsonl", &(line("[\"blue\", \"warm\", \"green\", \"red\"]") + &line("[\"red\", \"blue\"]") + plain));
+    let out = String::from_utf8(w.peft(&["predict", "--model", "base", "--jsonl", "lines.jsonl"]).stdout).unwrap();
+    let answers: Vec<Value> = out.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(answers[0]["prediction"], expected[0]["prediction"], "{out}");
+    assert!(answers[1]["error"].to_string().contains("`warm`") && answers[2]["error"].to_string().contains("text"), "{out}");
 }
