@@ -128,6 +128,7 @@ pub struct Dataset {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct RawExample {
     pub(crate) id: String,
+    pub(crate) by_number: bool,
     pub(crate) image: ImageRef,
     pub(crate) texts: Vec<String>,
     pub(crate) question: Option<String>,
@@ -338,8 +339,8 @@ fn numbered(place: &str, count: usize, e: RawExample, find: &dyn Fn(&str) -> Opt
         labels.sort_unstable();
         labels.dedup();
     }
-    let RawExample { id, image, texts, question, value, fits, answers, choices, group, image_key, .. } = e;
-    Ok(Example { id, image, texts, question, label, labels, value, fits, answers, choices, group, image_key, content: None })
+    let RawExample { id, by_number, image, texts, question, value, fits, answers, choices, group, image_key, .. } = e;
+    Ok(Example { id, by_number, image, texts, question, label, labels, value, fits, answers, choices, group, image_key, content: None })
 }
 
 impl Dataset {

@@ -1,4 +1,5 @@
 //! The world's images as other sources have them: a table, tars, Parquet files, each divided in the same way.
+#![allow(dead_code)]
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
