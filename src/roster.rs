@@ -44,9 +44,13 @@ impl Entry {
         rest.push(format!("{:?} {:?}", example.value, example.fits));
         rest.extend(example.answers.iter().chain(&example.choices).cloned());
         let rest = key(rest.iter().map(String::as_str));
+        let told = !example.texts.is_empty() || example.question.is_some();
         let content = match (&example.image, example.content) {
             (ImageRef::Missing, _) => rest,
-            (_, digest) => digest.map_or(0, u64::cast_signed),
+            (_, Some(digest)) => digest.cast_signed(),
+            // A task that looks at texts alone reads no images.
+            (_, None) if example.by_number && told => rest,
+            (_, None) => 0,
         };
         let id = if example.by_number && content != 0 { content } else { key([example.id.as_str()]) };
         Self { id, label: key(names), rest, content }
@@ -86,10 +90,7 @@ impl Roster {
         let mut roster = Self { made_of, classes: data.classes.clone(), splits: Default::default() };
         let mut hasher = blake3::Hasher::new();
         for (split, entries) in SPLITS.into_iter().zip(&mut roster.splits) {
-            *entries = match &data.stream {
-                Some(stream) if split == Split::Train => stream.digested(&|e| Entry::of(&e, &data.classes))?,
-                _ => data.split(split).iter().map(|e| Entry::of(e, &data.classes)).collect(),
-            };
+            *entries = data.digested(split, &|e| Entry::of(e, &data.classes))?;
             // In the order of the rows, which batches are drawn from.
             hasher.update(&(entries.len() as u64).to_le_bytes());
             entries.iter().flat_map(|e| [e.id, e.label, e.rest, e.content]).for_each(|n| {
@@ -217,11 +218,10 @@ impl Roster {
             Some((kind, detail))
         };
         for split in SPLITS {
-            let changes = match &data.stream {
-                Some(stream) if split == Split::Train => stream.digested(&|e| one(split, &e))?,
-                _ => data.split(split).iter().map(|e| one(split, e)).collect(),
-            };
-            changes.into_iter().flatten().for_each(|(kind, detail)| found.entry(kind).or_insert((0, detail)).0 += 1);
+            data.digested(split, &|e| one(split, e))?
+                .into_iter()
+                .flatten()
+                .for_each(|(kind, detail)| found.entry(kind).or_insert((0, detail)).0 += 1);
         }
         Ok(found)
     }
@@ -348,7 +348,7 @@ impl Roster {
         }
         if let Some(stream) = data.stream.clone().filter(|_| own) {
             // What was held out may be among the rows that a new division would train on.
-            let found = stream.digested(&|example| {
+            let found = stream.digested(data.looked_at, &|example| {
                 let entry = Entry::of(&example, &data.classes);
                 let split = known.split(&entry, Split::Train, own);
                 (entry.id, split, split.filter(|s| *s != Split::Train).map(|_| example))

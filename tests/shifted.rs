@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use candle_core::Device;
-use common::{StopAfter, World, read};
+use common::{StopAfter, World};
 use peft::data::{Dataset, Example, Split};
 use peft::recipe::Recipe;
 use peft::run::Existing;
@@ -93,7 +93,7 @@ fn more(w: &World, count: u8) -> Vec<Row> {
     let one = |i: u8| {
         let file: PathBuf = w.path(&format!("new{i}.png"));
         image::RgbImage::from_fn(20, 16, |x, y| image::Rgb([i * 7, (x * 9 + y) as u8, 90 + i])).save(&file).unwrap();
-        Row { key: format!("new{i}"), file, labels: vec![CLASSES[i as usize % 3].into()] }
+        Row { key: format!("new{i}"), file, labels: vec![CLASSES[i as usize % 3].into()], text: None }
     };
     (0..count).map(one).collect()
 }
@@ -203,33 +203,46 @@ fn a_run_does_not_go_on_with_other_rows() {
     }
 }
 
-/// Texts in a table have a line, and no name.
+/// Texts in a table have a line, and no name; a task that looks at texts alone reads no images, which then say nothing.
 #[test]
 fn texts_are_known_by_what_they_say() {
-    let w = World::new();
-    let line = |i: usize| format!("word {i} of {},{}\n", i * 7, CLASSES[i % 3]);
-    let all: String = (0..30).map(line).collect();
-    w.write("texts.csv", &format!("text,label\n{all}"));
-    let data = "table: { path: DIR/texts.csv }";
-    let of = |data: &str| {
-        let mut recipe = recipe(&w, data);
-        let text = "classify: { inputs: text }";
-        recipe.task =
-            serde_json::from_value(serde_json::json!({ "classify": { "inputs": "text" } })).unwrap_or_else(|e| panic!("{text}: {e}"));
-        recipe
+    let table = |w: &World, from: usize| {
+        let line = |i: usize| format!("word {i} of {},{}\n", i * 7, CLASSES[i % 3]);
+        let text: String = ((50 - from)..50).chain(0..30).map(line).collect();
+        w.write("texts.csv", &format!("text,label\n{text}"));
     };
-    session::train(of(data), Existing::Refuse, &Device::Cpu, &mut StopAfter(usize::MAX)).unwrap();
-    let ([trained, chosen, tested], _) = opened(&w, data);
-    let new: String = (50..56).map(line).collect();
-    w.write("texts.csv", &format!("text,label\n{new}{all}"));
-    let options = EvalOptions { adapter: Some(w.path("run/adapter")), split: Split::Test, allow_base_mismatch: false };
-    let mut notes = Notes::default();
-    let found = session::evaluate(of(data), &options, &Device::Cpu, &mut notes).unwrap();
-    let (_, ids) = opened(&w, data);
-    let test: BTreeSet<String> = found.predictions.into_iter().map(|p| ids[&p.id].clone()).collect();
-    assert!(test.is_superset(&tested) && test.is_disjoint(&trained) && test.is_disjoint(&chosen), "{}", notes.0);
-    assert!(notes.0.contains("6 examples have come and 0 have gone"), "{}", notes.0);
-    let resumed = session::train(of(data), Existing::Resume, &Device::Cpu, &mut StopAfter(usize::MAX)).unwrap_err();
-    assert!(resumed.to_string().contains("6 examples are new"), "{resumed}");
-    assert!(read(&w.path("run/examples.safetensors")).len() > 100);
+    let parquet = |w: &World, from: usize| {
+        let all = [more(w, from as u8), rows(w)].concat();
+        let said = |row: Row| Row { text: Some(format!("a thing {}", row.key)), ..row };
+        write(w, "parquet", &[("data", all.into_iter().map(said).collect())]);
+    };
+    type Write<'a> = &'a dyn Fn(&World, usize);
+    let sources: [(&str, Write<'_>); 3] = [("table: { path: DIR/texts.csv }", &table), (SOURCES[0].1, &parquet), (SOURCES[1].1, &parquet)];
+    for (data, write) in sources {
+        let w = World::new();
+        let of = || {
+            let mut recipe = recipe(&w, data);
+            recipe.task = serde_json::from_value(serde_json::json!({ "classify": { "inputs": "text" } })).unwrap();
+            recipe
+        };
+        let texts = |listed: &[Example]| listed.iter().map(|e| (e.id.clone(), e.texts.join("|"))).collect::<BTreeMap<_, _>>();
+        let opened = || {
+            let data = recipe(&w, data).data.open(3).unwrap();
+            [Split::Train, Split::Val, Split::Test].map(|s| texts(&data.listed(s).unwrap()))
+        };
+        let set = |texts: &BTreeMap<String, String>| texts.values().cloned().collect::<BTreeSet<_>>();
+        write(&w, 0);
+        session::train(of(), Existing::Refuse, &Device::Cpu, &mut StopAfter(usize::MAX)).unwrap();
+        let [trained, chosen, tested] = opened().each_ref().map(set);
+        write(&w, 6);
+        let options = EvalOptions { adapter: Some(w.path("run/adapter")), split: Split::Test, allow_base_mismatch: false };
+        let mut notes = Notes::default();
+        let found = session::evaluate(of(), &options, &Device::Cpu, &mut notes).unwrap();
+        let ids: BTreeMap<String, String> = opened().into_iter().flatten().collect();
+        let test: BTreeSet<String> = found.predictions.into_iter().map(|p| ids[&p.id].clone()).collect();
+        assert!(test.is_superset(&tested) && test.is_disjoint(&trained) && test.is_disjoint(&chosen), "{data}: {}", notes.0);
+        assert!(notes.0.contains("6 examples have come and 0 have gone"), "{data}: {}", notes.0);
+        let resumed = session::train(of(), Existing::Resume, &Device::Cpu, &mut StopAfter(usize::MAX)).unwrap_err();
+        assert!(resumed.to_string().contains("6 examples are new"), "{data}: {resumed}");
+    }
 }

@@ -122,6 +122,8 @@ pub struct Dataset {
     pub skipped: usize,
     /// What is trained on where it is streamed; `train` is empty then.
     pub stream: Option<Arc<Stream>>,
+    /// Whether images are read at all: [`Dataset::verify`] was called.
+    pub looked_at: bool,
 }
 
 /// An example as a source gives it: as [`Example`], with the names of classes.
@@ -374,6 +376,17 @@ impl Dataset {
         }
     }
 
+    /// What `each` makes of every example of a split, in their order, with digests of images where these are read at all.
+    ///
+    /// # Errors
+    /// When a shard cannot be read.
+    pub(crate) fn digested<T: Send>(&self, split: Split, each: &(dyn Fn(&Example) -> T + Sync)) -> Result<Vec<T>> {
+        match &self.stream {
+            Some(stream) if split == Split::Train => stream.digested(self.looked_at, &|e| each(&e)),
+            _ => Ok(self.split(split).iter().map(each).collect()),
+        }
+    }
+
     /// The examples of a split; streamed ones are listed, without their images.
     ///
     /// # Errors
@@ -391,6 +404,7 @@ impl Dataset {
     /// With all unreadable images at once, unless `skip_bad`.
     pub fn verify(&mut self, images: &Arc<Images>, skip_bad: bool) -> Result<()> {
         const ALL: [Split; 3] = [Split::Train, Split::Val, Split::Test];
+        self.looked_at = true;
         let mut bad = [&mut self.train, &mut self.val, &mut self.test].map(|list| images.verify(list));
         // The machine's fault says nothing of an image.
         if let Some((list, at)) = bad.iter_mut().find_map(|list| list.iter().position(|(_, e)| e.exit_code() != 2).map(|at| (list, at))) {

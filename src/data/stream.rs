@@ -113,18 +113,18 @@ impl Stream {
         if chunk.is_empty() { Ok(()) } else { each(&chunk) }
     }
 
-    /// What `each` makes of every row, in the order of the shards, several of which are read at a time. Images are read once for
-    /// their digest, and are not kept.
+    /// What `each` makes of every row, in the order of the shards, several of which are read at a time. With `images` these are read
+    /// once for their digest, and are not kept.
     ///
     /// # Errors
     /// When a shard cannot be read; images that cannot be read are told of when they are trained on, and have no digest here.
-    pub fn digested<T: Send>(&self, each: &(dyn Fn(Example) -> T + Sync)) -> Result<Vec<T>> {
+    pub(crate) fn digested<T: Send>(&self, images: bool, each: &(dyn Fn(Example) -> T + Sync)) -> Result<Vec<T>> {
         let shards = self.counts.len();
-        let parts = (0..shards).into_par_iter().map(|shard| self.digested_shard(shard, each)).collect::<Result<Vec<_>>>()?;
+        let parts = (0..shards).into_par_iter().map(|shard| self.digested_shard(shard, images, each)).collect::<Result<Vec<_>>>()?;
         Ok(parts.into_iter().flatten().collect())
     }
 
-    fn digested_shard<T>(&self, shard: usize, each: &dyn Fn(Example) -> T) -> Result<Vec<T>> {
+    fn digested_shard<T>(&self, shard: usize, images: bool, each: &dyn Fn(Example) -> T) -> Result<Vec<T>> {
         let mut found = Vec::with_capacity(self.counts[shard]);
         if self.counts[shard] == 0 {
             return Ok(found);
@@ -137,7 +137,7 @@ impl Stream {
                 Next::Row(_) | Next::Bad(_) => continue,
             };
             let mut example = self.example(*raw)?;
-            example.content = match bytes_of(&example, &mut *rows) {
+            example.content = match images.then(|| bytes_of(&example, &mut *rows)).flatten() {
                 Some(Ok(bytes)) => Some(content_of(&bytes)),
                 Some(Err(error)) if error.exit_code() != 2 => return Err(error),
                 _ => None,

@@ -17,6 +17,8 @@ pub(crate) struct Row {
     pub(crate) key: String,
     pub(crate) file: PathBuf,
     pub(crate) labels: Vec<String>,
+    /// A column of its own in Parquet, where the first row has one.
+    pub(crate) text: Option<String>,
 }
 
 /// The images of `data/<class>/` whose numbers are in `numbers`; names of classes go through `named`.
@@ -26,6 +28,7 @@ pub(crate) fn rows(w: &World, numbers: std::ops::Range<usize>, named: &dyn Fn(&s
         key: format!("{class}{i}"),
         file: w.path("data").join(class).join(format!("{i}.png")),
         labels: named(class),
+        text: None,
     };
     numbers.flat_map(|i| classes.map(|class| row(class, i))).collect()
 }
@@ -82,7 +85,8 @@ pub(crate) fn parquet(path: &Path, rows: &[Row], several: bool, classes: &[&str]
         true => "optional group labels (LIST) { repeated group list { optional int64 element; } }",
         false => "required int64 label;",
     };
-    let schema = format!("message m {{ optional group image {{ optional binary bytes; }} {label} }}");
+    let text = if rows[0].text.is_some() { "required binary text (UTF8);" } else { "" };
+    let schema = format!("message m {{ optional group image {{ optional binary bytes; }} {label} {text} }}");
     let schema = Arc::new(parse_message_type(&schema).unwrap());
     let mut file = SerializedFileWriter::new(Vec::new(), schema, Arc::new(WriterProperties::builder().build())).unwrap();
     let mut group = file.next_row_group().unwrap();
@@ -102,6 +106,12 @@ pub(crate) fn parquet(path: &Path, rows: &[Row], several: bool, classes: &[&str]
         typed.write_batch(&numbers, None, None).unwrap();
     }
     column.close().unwrap();
+    if rows[0].text.is_some() {
+        let texts: Vec<ByteArray> = rows.iter().map(|row| ByteArray::from(row.text.as_deref().unwrap())).collect();
+        let mut column = group.next_column().unwrap().unwrap();
+        column.typed::<ByteArrayType>().write_batch(&texts, None, None).unwrap();
+        column.close().unwrap();
+    }
     group.close().unwrap();
     std::fs::write(path, file.into_inner().unwrap()).unwrap();
 }
