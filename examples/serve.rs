@@ -126,14 +126,14 @@ mod tests {
     }
 
     /// An adapter after two steps, with the classes `light` and `dark`.
-    fn adapter(dir: &Path, name: &str, seed: u64) -> PathBuf {
+    fn adapter(dir: &Path, name: &str, seed: u64, images: &str) -> PathBuf {
         for (class, from) in [("dark", 0), ("light", 200)] {
             std::fs::create_dir_all(dir.join("data").join(class)).unwrap();
             (0..4).for_each(|i| std::fs::write(dir.join(format!("data/{class}/{i}.png")), picture(from + i)).unwrap());
         }
         let data = dir.join("data").display().to_string();
         let text = format!(
-            "{{ model: 'builtin:tiny', method: lora, data: {{ folder: {{ root: '{data}' }} }}, task: classify, train: {{ steps: 2, lr: 0.01, seed: {seed} }} }}"
+            "{{ model: 'builtin:tiny', method: lora, data: {{ folder: {{ root: '{data}' }} }}, task: classify, train: {{ steps: 2, lr: 0.01, seed: {seed} }}, images: {images} }}"
         );
         let mut recipe = Recipe::parse("recipe", &text, name, &[]).unwrap();
         recipe.output = Some(dir.join(name));
@@ -154,7 +154,7 @@ mod tests {
     #[test]
     fn each_call_chooses_its_adapter_and_the_base_is_loaded_once() {
         let dir = tempfile::tempdir().unwrap();
-        let (a, b) = (adapter(dir.path(), "a", 1), adapter(dir.path(), "b", 2));
+        let (a, b) = (adapter(dir.path(), "a", 1, "{}"), adapter(dir.path(), "b", 2, "{}"));
         let service = Service::load("builtin:tiny", &[("a".into(), a.clone()), ("b".into(), b)]).unwrap();
         let bases: Vec<_> = service.models.values().map(|(m, _)| std::ptr::from_ref(m.base())).collect();
         assert!(bases.len() == 3 && bases.iter().all(|p| *p == bases[0]));
@@ -181,5 +181,25 @@ mod tests {
             assert_eq!(post(&address, "/predict/a", "", b"no image").0, 400);
             (0..WORKERS).for_each(|_| server.unblock());
         });
+    }
+
+    /// Transparent images are what the adapter of the call was trained to see.
+    #[test]
+    fn images_are_read_as_each_adapter_was_trained() {
+        let dir = tempfile::tempdir().unwrap();
+        let (keep, white) = (adapter(dir.path(), "keep", 1, "{}"), adapter(dir.path(), "white", 1, "{ background: white }"));
+        let service = Service::load("builtin:tiny", &[("keep".into(), keep), ("white".into(), white)]).unwrap();
+        let png = |pixel: &dyn Fn(u32) -> [u8; 4]| {
+            let mut png = std::io::Cursor::new(Vec::new());
+            image::RgbaImage::from_fn(8, 8, |x, _| image::Rgba(pixel(x))).write_to(&mut png, image::ImageFormat::Png).unwrap();
+            png.into_inner()
+        };
+        let clear = png(&|x| [200, 10, 30, if x < 4 { 0 } else { 255 }]);
+        let on_white = png(&|x| if x < 4 { [255; 4] } else { [200, 10, 30, 255] });
+        let dropped = png(&|_| [200, 10, 30, 255]);
+        let ask = |name: &str, image: &[u8]| json!(service.predict(name, image, &[]).unwrap());
+        assert_eq!(ask("white", &clear), ask("white", &on_white));
+        assert_eq!(ask("keep", &clear), ask("keep", &dropped));
+        assert_ne!(ask("white", &clear), ask("white", &dropped));
     }
 }

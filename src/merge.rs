@@ -13,7 +13,7 @@ use crate::clip::preprocess::Rounding;
 use crate::clip::source::PREPROCESSOR;
 use crate::clip::tokenizer::Tokenizer;
 use crate::clip::{Clip, TextBatch, foreign, weights};
-use crate::delta::{Delta, Manifest, Vocabulary, bundled, locate};
+use crate::delta::{Delta, Manifest, Vocabulary, bundled, locate, other_vocabulary};
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -206,6 +206,9 @@ fn adapters(base: &Base, options: &MergeOptions) -> Result<Folding> {
             let names: Vec<&str> = delta.own.iter().map(|(n, _)| n.as_str()).collect();
             return Err(Error::input(dir.display(), format!("has a task head ({}), which plain CLIP has no place for", names.join(", ")))
                 .hint("keep base and adapter apart, pass --bundle for one directory with both, or --classifier FILE for the head"));
+        }
+        if let (Some(before), Some(next)) = (manifests.last(), &delta.manifest) {
+            notes.extend(other_vocabulary(before, dir, next));
         }
         let mut adapters = delta.apply(&base.clip)?;
         notes.extend_from_slice(adapters.params.notes());

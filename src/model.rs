@@ -11,7 +11,7 @@ use crate::clip::base::Base;
 use crate::clip::decode::{self, DecodeOptions};
 use crate::clip::model::{all_finite, unit_rows};
 use crate::data::check_classes;
-use crate::delta::{Adapters, Delta, Manifest, Vocabulary, bundled, class_order, locate};
+use crate::delta::{Adapters, Delta, Manifest, Vocabulary, bundled, class_order, locate, other_vocabulary};
 use crate::error::{Error, Result};
 pub use crate::task::Told;
 use crate::task::prompts::{self, Pad, Prompts};
@@ -154,6 +154,10 @@ impl Model {
             Some(classes) => delta.apply_to(&self.base.clip, &classes)?,
             None => delta.apply(&self.base.clip)?,
         };
+        if let (Some(before), Some(next)) = (&self.manifest, &delta.manifest) {
+            self.notes.extend(other_vocabulary(before, dir, next));
+        }
+        self.notes.extend(self.replaced_task(dir, &delta));
         self.notes.extend(self.images.adopt(dir, delta.manifest.as_ref().and_then(Manifest::pixels)));
         self.notes.extend_from_slice(adapters.params.notes());
         let mut view = std::mem::take(&mut adapters.view);
@@ -175,6 +179,12 @@ impl Model {
         }
         self.manifest = delta.manifest.or(self.manifest);
         Ok(self)
+    }
+
+    /// What to say where an adapter's head or task takes the place of that of one before it.
+    fn replaced_task(&self, dir: &Path, next: &Delta) -> Option<String> {
+        let there = self.head.is_some() || self.teller.is_some();
+        (there && !next.own.is_empty()).then(|| format!("{}: its head takes the place of that of the adapter before it", dir.display()))
     }
 
     /// The classes that what is already there is bound to, where the next adapter shares them: a head takes the place of a head.
@@ -230,6 +240,12 @@ impl Model {
     #[must_use]
     pub fn base(&self) -> &Base {
         &self.base
+    }
+
+    /// Whether answers come from a trained head, so that templates of the caller's mean nothing.
+    #[must_use]
+    pub fn has_own_head(&self) -> bool {
+        self.head.is_some() || self.tells()
     }
 
     /// What changes it.

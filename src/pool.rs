@@ -100,9 +100,15 @@ impl Pool {
         let Some(first) = requests.first() else { return Ok(Vec::new()) };
         let adapter = first.adapter.as_deref();
         if self.with(adapter)?.tells() {
+            if let Some(labels) = &first.labels {
+                self.with(adapter)?.check_labels(labels)?;
+            }
             let queries: Vec<Query> = requests.iter().map(|r| r.query()).collect();
             let told = self.with(adapter)?.tell(&queries)?;
             return Ok(requests.iter().zip(told).map(|(request, told)| Ok(Answer::told(request, told, options.top))).collect());
+        }
+        if let Some(key) = requests.iter().find_map(|r| r.asks()) {
+            return Err(Error::input(key, "this adapter ranks labels, and does not judge an image with a text").hint(LINE));
         }
         let labels = first.labels.as_deref().unwrap_or(&options.labels);
         let key = self.prepare(adapter, labels, &options.templates)?;
@@ -181,6 +187,12 @@ pub struct Request {
 impl Request {
     fn image(&self) -> Result<&Path> {
         self.image.as_deref().ok_or_else(|| Error::input("image", "expected a path, found none"))
+    }
+
+    /// What only a task that answers by itself can answer.
+    fn asks(&self) -> Option<&'static str> {
+        let given = [("text", self.text.is_some()), ("question", self.question.is_some()), ("choices", !self.choices.is_empty())];
+        given.into_iter().find_map(|(key, given)| given.then_some(key))
     }
 
     /// What it asks of a task that answers by itself.

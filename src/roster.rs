@@ -26,6 +26,7 @@ const SPLITS: [Split; 3] = [Split::Train, Split::Val, Split::Test];
 /// One example, as the first 8 bytes of blake3.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Entry {
+    /// Its name; of a row that has only a number its content, so that rows before it do not make another one of it.
     id: i64,
     /// Names of its classes.
     label: i64,
@@ -43,11 +44,16 @@ impl Entry {
         rest.push(format!("{:?} {:?}", example.value, example.fits));
         rest.extend(example.answers.iter().chain(&example.choices).cloned());
         let rest = key(rest.iter().map(String::as_str));
+        let told = !example.texts.is_empty() || example.question.is_some();
         let content = match (&example.image, example.content) {
             (ImageRef::Missing, _) => rest,
-            (_, digest) => digest.map_or(0, u64::cast_signed),
+            (_, Some(digest)) => digest.cast_signed(),
+            // A task that looks at texts alone reads no images.
+            (_, None) if example.by_number && told => rest,
+            (_, None) => 0,
         };
-        Self { id: key([example.id.as_str()]), label: key(names), rest, content }
+        let id = if example.by_number && content != 0 { content } else { key([example.id.as_str()]) };
+        Self { id, label: key(names), rest, content }
     }
 }
 
@@ -82,19 +88,15 @@ impl Roster {
     /// When a shard cannot be read.
     pub fn of(data: &Dataset, made_of: Provenance) -> Result<Self> {
         let mut roster = Self { made_of, classes: data.classes.clone(), splits: Default::default() };
-        for (split, entries) in SPLITS.into_iter().zip(&mut roster.splits) {
-            data.visit(split, &mut |part| {
-                entries.extend(part.iter().map(|e| Entry::of(e, &data.classes)));
-                Ok(())
-            })?;
-            entries.sort_unstable();
-        }
         let mut hasher = blake3::Hasher::new();
-        for entries in &roster.splits {
+        for (split, entries) in SPLITS.into_iter().zip(&mut roster.splits) {
+            *entries = data.digested(split, &|e| Entry::of(e, &data.classes))?;
+            // In the order of the rows, which batches are drawn from.
             hasher.update(&(entries.len() as u64).to_le_bytes());
             entries.iter().flat_map(|e| [e.id, e.label, e.rest, e.content]).for_each(|n| {
                 hasher.update(&n.to_le_bytes());
             });
+            entries.sort_unstable();
         }
         roster.made_of.data = digest(&hasher);
         let mut hasher = blake3::Hasher::new();
@@ -192,7 +194,8 @@ impl Roster {
             Some(format!("{what} ({first})"))
         }));
         if told.is_empty() {
-            told.push("rows of the data have come or gone".into());
+            let what = if self.splits == now.splits { "rows stand in another order" } else { "rows have come or gone" };
+            told.push(what.into());
         }
         Ok(told)
     }
@@ -203,22 +206,22 @@ impl Roster {
         self.all().for_each(|(split, e)| known.entry(e.id).or_default().push((split, e)));
         let names: HashMap<i64, &str> = self.classes.iter().map(|n| (key([n.as_str()]), n.as_str())).collect();
         let mut found: BTreeMap<&'static str, (usize, String)> = BTreeMap::new();
+        let one = |split: Split, example: &Example| {
+            let now = Entry::of(example, &data.classes);
+            let (kind, was) = change(known.get(&now.id)?, split, &now)?;
+            let label = example.label.and_then(|l| data.classes.get(l as usize));
+            let detail = match (kind, names.get(&was.1.label), label) {
+                ("another label", Some(was), Some(is)) => format!("{}: {is}, was {was}", example.id),
+                ("another split", ..) => format!("{}: {split}, was {}", example.id, was.0),
+                _ => example.id.clone(),
+            };
+            Some((kind, detail))
+        };
         for split in SPLITS {
-            data.visit(split, &mut |part| {
-                for example in part {
-                    let now = Entry::of(example, &data.classes);
-                    let Some(before) = known.get(&now.id) else { continue };
-                    let Some((kind, was)) = change(before, split, &now) else { continue };
-                    let label = example.label.and_then(|l| data.classes.get(l as usize));
-                    let detail = match (kind, names.get(&was.1.label), label) {
-                        ("another label", Some(was), Some(is)) => format!("{}: {is}, was {was}", example.id),
-                        ("another split", ..) => format!("{}: {split}, was {}", example.id, was.0),
-                        _ => example.id.clone(),
-                    };
-                    found.entry(kind).or_insert((0, detail)).0 += 1;
-                }
-                Ok(())
-            })?;
+            data.digested(split, &|e| one(split, e))?
+                .into_iter()
+                .flatten()
+                .for_each(|(kind, detail)| found.entry(kind).or_insert((0, detail)).0 += 1);
         }
         Ok(found)
     }
@@ -261,7 +264,8 @@ pub struct Settled {
 /// Which split the run had an example in.
 struct Known {
     exact: HashMap<(i64, i64), Split>,
-    content: HashMap<i64, Split>,
+    /// The first split and the last one.
+    content: HashMap<i64, (Split, Split)>,
     id: HashMap<i64, Split>,
 }
 
@@ -273,16 +277,23 @@ impl Known {
             known.id.entry(e.id).or_insert(split);
             if e.content != 0 {
                 known.exact.entry((e.id, e.content)).or_insert(split);
-                known.content.entry(e.content).or_insert(split);
+                known.content.entry(e.content).or_insert((split, split)).1 = split;
             }
         }
         known
     }
 
-    /// The same name counts only where the data is the run's own: `0.png` is a name that many sets have.
-    fn split(&self, e: &Entry, own: bool) -> Option<Split> {
-        let exact = self.exact.get(&(e.id, e.content)).or_else(|| self.content.get(&e.content));
-        exact.or_else(|| self.id.get(&e.id).filter(|_| own)).copied()
+    /// For an example that is in `fresh` now. The same name counts only where the data is the run's own: `0.png` is a name that many
+    /// sets have.
+    fn split(&self, e: &Entry, fresh: Split, own: bool) -> Option<Split> {
+        // Of rows without names, of which the source has the same in two splits, each stays where it is.
+        let nameless = e.id == e.content;
+        match (self.exact.get(&(e.id, e.content)), self.content.get(&e.content)) {
+            (Some(split), _) if !nameless => Some(*split),
+            (_, Some((_, last))) if nameless && *last == fresh => Some(fresh),
+            (_, Some((first, _))) => Some(*first),
+            _ => self.id.get(&e.id).filter(|_| own).copied(),
+        }
     }
 }
 
@@ -310,14 +321,14 @@ impl Roster {
         let all: Vec<(Split, Example)> = SPLITS.into_iter().zip(lists).flat_map(|(s, l)| l.into_iter().map(move |e| (s, e))).collect();
         let entries: Vec<Entry> = all.iter().map(|(_, e)| Entry::of(e, &data.classes)).collect();
         let mut groups: HashMap<String, Split> = HashMap::new();
-        for ((_, example), entry) in all.iter().zip(&entries) {
-            if let (Some(group), Some(split)) = (&example.group, known.split(entry, own)) {
+        for ((fresh, example), entry) in all.iter().zip(&entries) {
+            if let (Some(group), Some(split)) = (&example.group, known.split(entry, *fresh, own)) {
                 groups.entry(group.clone()).and_modify(|s| *s = (*s).min(split)).or_insert(split);
             }
         }
         let mut seen = HashSet::new();
         for ((fresh, example), entry) in all.into_iter().zip(entries) {
-            let before = known.split(&entry, own);
+            let before = known.split(&entry, fresh, own);
             let group = example.group.as_ref().and_then(|g| groups.get(g)).copied();
             settled.new += usize::from(before.is_none() && !(drawn && fresh == Split::Train));
             seen.insert(entry.id);
@@ -337,22 +348,17 @@ impl Roster {
         }
         if let Some(stream) = data.stream.clone().filter(|_| own) {
             // What was held out may be among the rows that a new division would train on.
-            let mut held_out = Vec::new();
-            stream.visit(&mut |part| {
-                for example in part {
-                    let entry = Entry::of(example, &data.classes);
-                    seen.insert(entry.id);
-                    match known.split(&entry, own) {
-                        Some(Split::Train) => {}
-                        Some(split) => held_out.push((split, example.clone())),
-                        None => settled.new += 1,
-                    }
-                }
-                Ok(())
+            let found = stream.digested(data.looked_at, &|example| {
+                let entry = Entry::of(&example, &data.classes);
+                let split = known.split(&entry, Split::Train, own);
+                (entry.id, split, split.filter(|s| *s != Split::Train).map(|_| example))
             })?;
-            settled.moved += held_out.len();
-            for (split, example) in held_out {
-                if split == Split::Val { data.val.push(example) } else { data.test.push(example) }
+            for (id, split, example) in found {
+                seen.insert(id);
+                settled.new += usize::from(split.is_none());
+                settled.moved += usize::from(example.is_some());
+                let list = if split == Some(Split::Val) { &mut data.val } else { &mut data.test };
+                list.extend(example);
             }
         }
         let listed = |split: &Split| *split != Split::Train || (own || data.stream.is_none()) && !drawn;
@@ -364,7 +370,7 @@ impl Roster {
     #[must_use]
     pub fn seen_in(&self, data: &Dataset, split: Split) -> usize {
         let known = Known::new(self);
-        let before = |e: &&Example| known.split(&Entry::of(e, &data.classes), true).is_some_and(|s| s < split);
+        let before = |e: &&Example| known.split(&Entry::of(e, &data.classes), Split::Train, false).is_some_and(|s| s < split);
         data.split(split).iter().filter(before).count()
     }
 }

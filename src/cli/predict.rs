@@ -84,6 +84,9 @@ pub(super) fn run(args: &PredictArgs, context: &Context) -> Result<()> {
     let model = args.model.open(context)?;
     let requests = requests_of(args, found.images)?;
     let asked = !args.texts.is_empty() || !args.questions.is_empty();
+    if !args.templates.is_empty() && model.has_own_head() {
+        context.say("note: this adapter answers by a trained head, which reads no prompts: --template changes nothing");
+    }
     let mut pool = Pool::new(model);
     check(&mut pool, requests.first(), &defaults, asked)?;
     let mut answers = answered(&mut pool, &requests, &defaults, args.skip_bad, context)?;
@@ -94,8 +97,13 @@ pub(super) fn run(args: &PredictArgs, context: &Context) -> Result<()> {
 /// What is wrong with all requests alike is told once, before any image is read.
 fn check(pool: &mut Pool, first: Option<&Request>, defaults: &Defaults, asked: bool) -> Result<()> {
     let model = pool.with(None)?;
-    match (model.tells() && defaults.labels.is_empty(), asked) {
-        (true, _) => first.map_or(Ok(()), |request| model.check_query(&request.query())),
+    match (model.tells(), asked) {
+        (true, _) => {
+            if !defaults.labels.is_empty() {
+                model.check_labels(&defaults.labels)?;
+            }
+            first.map_or(Ok(()), |request| model.check_query(&request.query()))
+        }
         (false, true) => Err(Error::input("--text", "this adapter ranks labels, and does not judge an image with a text")
             .hint("pass --labels, or an adapter that was trained to match, answer or regress")),
         (false, false) => pool.prepare(None, &defaults.labels, &defaults.templates).map(drop),

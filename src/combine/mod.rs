@@ -1,5 +1,6 @@
 //! Several LoRA, or several IA³, as one, weighted: HF PEFT's `add_weighted_adapter`.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use candle_core::{DType, Device};
@@ -197,6 +198,7 @@ pub fn combine(options: &CombineOptions) -> Result<Combined> {
                 .hint("choose other weights (--adapter DIR=WEIGHT)"));
         }
     }
+    notes.extend(disagreement(&all));
     let manifest = manifest(&base, options, &all);
     let adapter_bytes = delta::save(&options.output, &joined.adapters, base.clip.sites(), &manifest)?;
     let rank = joined.adapters.methods.first().and_then(lora).map(|c| c.rank);
@@ -217,6 +219,35 @@ fn lora(method: &MethodConfig) -> Option<&LoraConfig> {
         MethodConfig::Lora(config) => Some(config),
         _ => None,
     }
+}
+
+/// What the new adapter does not say, since the adapters say different things.
+fn disagreement(all: &[(Delta, f64)]) -> Vec<String> {
+    let each: Vec<&Manifest> = all.iter().filter_map(|(d, _)| d.manifest.as_ref()).collect();
+    let Some(first) = each.first() else { return Vec::new() };
+    let differs = |says: &dyn Fn(&Manifest) -> bool, same: &dyn Fn(&Manifest) -> bool| {
+        each.iter().any(|m| !same(m)) || each.len() < all.len() && each.iter().any(|m| says(m))
+    };
+    let parts = [
+        ("classes", differs(&|m| !m.classes.is_empty(), &|m| same_classes(&m.classes, &first.classes))),
+        ("templates", differs(&|m| !m.templates.is_empty(), &|m| m.templates == first.templates)),
+        ("task", differs(&|m| !m.task.is_null(), &|m| m.task == first.task)),
+    ];
+    let parts: Vec<&str> = parts.into_iter().filter_map(|(part, differs)| differs.then_some(part)).collect();
+    let mut notes = Vec::new();
+    if !parts.is_empty() {
+        // They hold together or not at all.
+        notes.push(format!(
+            "not all adapters have the same {}: the new one has neither classes nor templates, so labels have to be named",
+            parts.join(" and ")
+        ));
+    }
+    if differs(&|_| false, &|m| m.pixels() == first.pixels()) {
+        let told = each.iter().filter_map(|m| m.pixels()).map(|p| p.to_string()).collect::<BTreeSet<_>>();
+        let told = told.into_iter().collect::<Vec<_>>().join("; ");
+        notes.push(format!("the adapters were trained on images read in different ways ({told}): the new one does not say how"));
+    }
+    notes
 }
 
 /// What all adapters say of themselves holds for the new one.

@@ -26,6 +26,8 @@ pub enum ImageRef {
 pub struct Example {
     /// Stable name, in messages and predictions: a path, or an identifier of the source.
     pub id: String,
+    /// Whether that is where it stands, such as the number of a row, and no name of its own: another row may stand there later.
+    pub by_number: bool,
     /// The image.
     pub image: ImageRef,
     /// Texts that belong to it, each by itself.
@@ -51,6 +53,11 @@ pub struct Example {
     pub image_key: Option<u128>,
     /// The first 8 bytes of blake3 of its image's file, once that was read.
     pub content: Option<u64>,
+}
+
+/// The digest that [`Example::content`] is.
+pub(super) fn content_of(bytes: &[u8]) -> u64 {
+    u64::from_le_bytes(blake3::hash(bytes).as_bytes().first_chunk().copied().unwrap_or_default())
 }
 
 impl Example {

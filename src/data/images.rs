@@ -8,6 +8,7 @@ use image::{RgbImage, RgbaImage};
 use peft_adapters::rng;
 use rayon::prelude::*;
 
+use super::example::content_of;
 use super::{AugmentConfig, Example, ImageRef};
 use crate::clip::decode::{self, DecodeOptions};
 use crate::clip::preprocess::{Background, Preprocess};
@@ -141,7 +142,7 @@ impl Images {
     pub fn verify(&self, examples: &mut [Example]) -> Vec<(usize, Error)> {
         let read = |e: &mut Example| {
             let bytes = e.bytes_within(self.options.max_bytes)?;
-            e.content = blake3::hash(&bytes).as_bytes().first_chunk().copied().map(u64::from_le_bytes);
+            e.content = Some(content_of(&bytes));
             decode::decode(&e.place(), &bytes, &self.options).map(drop)
         };
         let examples = examples.par_iter_mut().enumerate().filter(|(_, e)| e.image != ImageRef::Missing);

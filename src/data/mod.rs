@@ -122,12 +122,15 @@ pub struct Dataset {
     pub skipped: usize,
     /// What is trained on where it is streamed; `train` is empty then.
     pub stream: Option<Arc<Stream>>,
+    /// Whether images are read at all: [`Dataset::verify`] was called.
+    pub looked_at: bool,
 }
 
 /// An example as a source gives it: as [`Example`], with the names of classes.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct RawExample {
     pub(crate) id: String,
+    pub(crate) by_number: bool,
     pub(crate) image: ImageRef,
     pub(crate) texts: Vec<String>,
     pub(crate) question: Option<String>,
@@ -338,8 +341,8 @@ fn numbered(place: &str, count: usize, e: RawExample, find: &dyn Fn(&str) -> Opt
         labels.sort_unstable();
         labels.dedup();
     }
-    let RawExample { id, image, texts, question, value, fits, answers, choices, group, image_key, .. } = e;
-    Ok(Example { id, image, texts, question, label, labels, value, fits, answers, choices, group, image_key, content: None })
+    let RawExample { id, by_number, image, texts, question, value, fits, answers, choices, group, image_key, .. } = e;
+    Ok(Example { id, by_number, image, texts, question, label, labels, value, fits, answers, choices, group, image_key, content: None })
 }
 
 impl Dataset {
@@ -373,6 +376,17 @@ impl Dataset {
         }
     }
 
+    /// What `each` makes of every example of a split, in their order, with digests of images where these are read at all.
+    ///
+    /// # Errors
+    /// When a shard cannot be read.
+    pub(crate) fn digested<T: Send>(&self, split: Split, each: &(dyn Fn(&Example) -> T + Sync)) -> Result<Vec<T>> {
+        match &self.stream {
+            Some(stream) if split == Split::Train => stream.digested(self.looked_at, &|e| each(&e)),
+            _ => Ok(self.split(split).iter().map(each).collect()),
+        }
+    }
+
     /// The examples of a split; streamed ones are listed, without their images.
     ///
     /// # Errors
@@ -390,6 +404,7 @@ impl Dataset {
     /// With all unreadable images at once, unless `skip_bad`.
     pub fn verify(&mut self, images: &Arc<Images>, skip_bad: bool) -> Result<()> {
         const ALL: [Split; 3] = [Split::Train, Split::Val, Split::Test];
+        self.looked_at = true;
         let mut bad = [&mut self.train, &mut self.val, &mut self.test].map(|list| images.verify(list));
         // The machine's fault says nothing of an image.
         if let Some((list, at)) = bad.iter_mut().find_map(|list| list.iter().position(|(_, e)| e.exit_code() != 2).map(|at| (list, at))) {

@@ -199,6 +199,10 @@ impl Shards for ParquetSet {
         self.options
     }
 
+    fn numbers_rows(&self) -> bool {
+        true
+    }
+
     fn rows(&self, shard: usize) -> Result<Box<dyn Rows>> {
         let file = self.file(shard as u32)?;
         Ok(Box::new(rows::FileRows::new(file.clone(), self.classes.clone().map(Arc::new))?))

@@ -87,6 +87,8 @@ pub(super) trait Shards: Store {
     /// Class names in order, where the set fixes them.
     fn classes(&self) -> Option<Vec<String>>;
     fn options(&self) -> StreamOptions;
+    /// Whether keys are numbers of rows, which are others where a row comes in before them.
+    fn numbers_rows(&self) -> bool;
     /// A shard from its first row on.
     fn rows(&self, shard: usize) -> Result<Box<dyn Rows>>;
 }
@@ -245,7 +247,7 @@ impl Reading {
         self.rules.apply(&mut example, ignored)?;
         self.same.mark((shard as u32, number), &mut example);
         if example.id.is_empty() {
-            example.id = format!("{name}:{key}");
+            (example.id, example.by_number) = (format!("{name}:{key}"), self.shards.numbers_rows());
         }
         let group = example.group.as_deref().unwrap_or(&example.id);
         example.split = Some(self.division.split(example.split.or(*split), group));

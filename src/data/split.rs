@@ -122,7 +122,7 @@ pub(super) fn divide(
     if let Some((shots, seed)) = draw {
         train = sample(place, &classes, train, shots, seed, &mut notes)?;
     }
-    Ok(Dataset { classes, train, val, test, notes, skipped: 0, stream: None })
+    Ok(Dataset { classes, train, val, test, notes, skipped: 0, stream: None, looked_at: false })
 }
 
 /// The same file in two splits would be trained on and tested with.

@@ -9,7 +9,9 @@ use peft_adapters::rng;
 use rand::Rng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 
+use super::example::content_of;
 use super::identity::key_of;
 use super::shards::{Gathered, Next, Reading, Rows, StreamOptions, Streaming};
 use super::{Example, ImageRef, RawExample, numbered};
@@ -109,6 +111,39 @@ impl Stream {
             Ok(())
         })?;
         if chunk.is_empty() { Ok(()) } else { each(&chunk) }
+    }
+
+    /// What `each` makes of every row, in the order of the shards, several of which are read at a time. With `images` these are read
+    /// once for their digest, and are not kept.
+    ///
+    /// # Errors
+    /// When a shard cannot be read; images that cannot be read are told of when they are trained on, and have no digest here.
+    pub(crate) fn digested<T: Send>(&self, images: bool, each: &(dyn Fn(Example) -> T + Sync)) -> Result<Vec<T>> {
+        let shards = self.counts.len();
+        let parts = (0..shards).into_par_iter().map(|shard| self.digested_shard(shard, images, each)).collect::<Result<Vec<_>>>()?;
+        Ok(parts.into_iter().flatten().collect())
+    }
+
+    fn digested_shard<T>(&self, shard: usize, images: bool, each: &dyn Fn(Example) -> T) -> Result<Vec<T>> {
+        let mut found = Vec::with_capacity(self.counts[shard]);
+        if self.counts[shard] == 0 {
+            return Ok(found);
+        }
+        let mut rows = self.reading.shards.rows(shard)?;
+        loop {
+            let raw = match self.reading.next(shard, &mut *rows, None) {
+                Next::End => return Ok(found),
+                Next::Row(raw) if raw.split == Some(super::Split::Train) => raw,
+                Next::Row(_) | Next::Bad(_) => continue,
+            };
+            let mut example = self.example(*raw)?;
+            example.content = match images.then(|| bytes_of(&example, &mut *rows)).flatten() {
+                Some(Ok(bytes)) => Some(content_of(&bytes)),
+                Some(Err(error)) if error.exit_code() != 2 => return Err(error),
+                _ => None,
+            };
+            found.push(each(example));
+        }
     }
 
     /// All rows at once, without images, for what needs to see them by number.
@@ -263,11 +298,7 @@ impl Feed<'_> {
             return Ok(());
         }
         let mut example = self.stream.example(*raw)?;
-        let image = match &example.image {
-            ImageRef::Missing => None,
-            ImageRef::Stored(_) => Some(cursor.rows.image()),
-            _ => Some(example.bytes().map(std::borrow::Cow::into_owned)),
-        };
+        let image = bytes_of(&example, &mut *cursor.rows);
         // Captions of one image are no negatives of it, wherever the splits come from.
         if let (None, Some(Ok(bytes))) = (example.image_key, &image)
             && !example.texts.is_empty()
@@ -295,6 +326,15 @@ impl Feed<'_> {
             self.cursor = Some(Cursor { shard, rows, next: first, end });
             return Ok(());
         }
+    }
+}
+
+/// The image of the row that `rows` gave last; nothing where it has none.
+fn bytes_of(example: &Example, rows: &mut dyn Rows) -> Option<Result<Vec<u8>>> {
+    match &example.image {
+        ImageRef::Missing => None,
+        ImageRef::Stored(_) => Some(rows.image()),
+        _ => Some(example.bytes().map(std::borrow::Cow::into_owned)),
     }
 }
 

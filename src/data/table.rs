@@ -107,21 +107,21 @@ fn locate((path, root): (&Path, &Path), line: usize, image: Option<Value>, examp
         }
         None => None,
     };
-    let id = match cell {
+    let (id, by_number) = match cell {
         Some(image) => {
             let file = path.parent().unwrap_or(Path::new(".")).join(image);
             let name = name_in(root, &file);
             example.image = ImageRef::File(file);
-            name
+            (name, false)
         }
         None if example.texts.is_empty() && example.question.is_none() && !example.mistakes.iter().any(Mistake::is_text) => {
             let message = format!("expected a path in the image column, found none, and there is no text either; {}", at.columns());
             return Err(Error::input((at.place)(), message).hint("data.table.image and data.table.text name the columns"));
         }
-        None => format!("{}:{line}", name_in(root, path)),
+        None => (format!("{}:{line}", name_in(root, path)), true),
     };
     if example.id.is_empty() {
-        example.id = id;
+        (example.id, example.by_number) = (id, by_number);
     }
     Ok(())
 }

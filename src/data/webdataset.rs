@@ -207,6 +207,10 @@ impl Shards for TarSet {
         self.options
     }
 
+    fn numbers_rows(&self) -> bool {
+        false
+    }
+
     fn rows(&self, shard: usize) -> Result<Box<dyn Rows>> {
         Ok(Box::new(TarRows::open(self.path(shard)?, self.columns.image.clone(), self.classes.clone())?))
     }

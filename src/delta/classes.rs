@@ -1,11 +1,12 @@
 //! What an adapter holds for each class, when the classes stand in another order: names decide, never positions.
 
 use std::collections::{HashMap, HashSet};
+use std::path::Path;
 
 use peft_adapters::Patches;
 use serde_json::Value;
 
-use super::{Adapters, Delta};
+use super::{Adapters, Delta, Manifest};
 use crate::clip::Clip;
 use crate::error::{Error, Result};
 
@@ -42,6 +43,19 @@ pub fn class_order(known: &[String], asked: &[String]) -> std::result::Result<Op
         return Err("some have the same name, so that names do not say which is which in another order".into());
     }
     Ok(Some(asked.iter().filter_map(|name| places.get(name.as_str()).copied()).collect()))
+}
+
+/// What to say where an adapter lies on another that was trained for other classes: weights add up, names of classes do not.
+#[must_use]
+pub fn other_vocabulary(before: &Manifest, dir: &Path, next: &Manifest) -> Option<String> {
+    if before.classes.is_empty() || next.classes.is_empty() {
+        return None;
+    }
+    let differ = class_order(&before.classes, &next.classes).err()?;
+    Some(format!(
+        "{}: was trained for other classes than the adapter before it ({differ}); the last one's are meant where no labels are given",
+        dir.display()
+    ))
 }
 
 fn some(names: &[&str]) -> String {

@@ -25,7 +25,7 @@ mod save;
 mod vocabulary;
 
 pub use bundle::{Bundle, Bundled, bundled, digest as bundle_digest, files as bundle_files};
-pub use classes::{class_order, same_classes};
+pub use classes::{class_order, other_vocabulary, same_classes};
 pub use clip_lora::is_clip_lora;
 pub use fetch::{locate, locate_with};
 pub use load::{Delta, convert, manifest};

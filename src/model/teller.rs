@@ -10,7 +10,7 @@ use super::Model;
 use crate::clip::Encoded;
 use crate::clip::base::Base;
 use crate::data::{Example, ImageRef};
-use crate::delta::{Delta, Manifest};
+use crate::delta::{Delta, Manifest, class_order};
 use crate::error::{Error, Result};
 use crate::fusion::FusionConfig;
 use crate::task::{Definition, Forward, Needs, Task, TaskConfig, TaskParts, Told};
@@ -178,6 +178,22 @@ impl Model {
         let outputs = teller.with(|task| task.outputs(&on, &images, &examples, 0..examples.len()))?;
         // Of what an example is compared with besides its own text there is nothing here.
         Ok(outputs.narrow(1, 0, outputs.dim(1)?)?.to_dtype(DType::F32)?)
+    }
+
+    /// Labels for a task that answers by itself, whose answers are for all of its classes: these, in any order, or none.
+    ///
+    /// # Errors
+    /// When they are others, or the task has none.
+    pub fn check_labels(&self, labels: &[String]) -> Result<()> {
+        let ranks = self.manifest.as_ref().filter(|m| !m.classes.is_empty() && m.task.get("classify").is_some());
+        let Some(known) = ranks.map(|m| &m.classes) else {
+            return Err(Error::input("labels", "this adapter does not rank labels: it judges an image with a text")
+                .hint("pass --text or --question, or requests with --jsonl"));
+        };
+        class_order(known, labels).map(drop).map_err(|differ| {
+            Error::input("labels", format!("this adapter's task knows only its own classes ({differ})"))
+                .hint("leave the labels out, or name all of its classes, in any order")
+        })
     }
 
     fn teller(&self) -> Result<&Teller> {

@@ -1,13 +1,12 @@
 //! What classification minimises.
 
 use candle_core::{DType, Tensor};
-use serde::de::{Deserializer, Error as _, SeqAccess, Visitor};
-use serde::{Deserialize, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 
-use crate::data::Example;
+use super::weights::Weight;
 use crate::error::{Error, Result};
 use crate::task::matching::bce;
-use crate::task::{TaskParts, prompts};
+use crate::task::prompts;
 
 /// What is minimised.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -49,107 +48,6 @@ impl AsymmetricConfig {
         }
         Ok(())
     }
-}
-
-/// How much each class counts: `none`, `balanced`, or a number for each class in label order.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub enum ClassWeights {
-    /// All alike.
-    #[default]
-    None,
-    /// Inversely to its frequency in training, as scikit-learn's `balanced`: N / (K nₖ) over the K classes that occur; with
-    /// several labels N / (2 nₖ) where an example has label k and N / (2 (N − nₖ)) where it has not.
-    Balanced,
-    /// As given; with several labels for examples that have the label.
-    Given(Vec<f64>),
-}
-
-impl Serialize for ClassWeights {
-    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-        match self {
-            Self::None => serializer.serialize_str("none"),
-            Self::Balanced => serializer.serialize_str("balanced"),
-            Self::Given(weights) => weights.serialize(serializer),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for ClassWeights {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        deserializer.deserialize_any(WeightsVisitor)
-    }
-}
-
-/// A derived untagged enum would say only that nothing matched.
-struct WeightsVisitor;
-
-impl<'de> Visitor<'de> for WeightsVisitor {
-    type Value = ClassWeights;
-
-    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("`none`, `balanced`, or a list of numbers")
-    }
-
-    fn visit_str<E: serde::de::Error>(self, name: &str) -> std::result::Result<ClassWeights, E> {
-        match name {
-            "none" => Ok(ClassWeights::None),
-            "balanced" => Ok(ClassWeights::Balanced),
-            other => Err(E::unknown_variant(other, &["none", "balanced"])),
-        }
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> std::result::Result<ClassWeights, A::Error> {
-        let mut all = Vec::new();
-        while let Some(weight) = seq.next_element::<f64>()? {
-            if !(weight > 0.0 && weight.is_finite()) {
-                return Err(A::Error::custom(format!("expected a weight above 0, found {weight}")));
-            }
-            all.push(weight);
-        }
-        Ok(ClassWeights::Given(all))
-    }
-}
-
-/// How much an example counts that has a class, and one that has not.
-type Weight = (f64, f64);
-
-impl ClassWeights {
-    /// `None` where all count alike.
-    pub(super) fn of(&self, parts: &TaskParts<'_>, several: bool) -> Result<Option<Vec<Weight>>> {
-        let classes = parts.classes.len();
-        match self {
-            Self::None => Ok(None),
-            Self::Given(all) if all.len() != classes => {
-                Err(Error::input("task.classify.class_weights", format!("expected one for each of {classes} classes, found {}", all.len()))
-                    .hint("they are in label order, as `peft train --check --json` lists the classes"))
-            }
-            Self::Given(all) => Ok(Some(all.iter().map(|&w| (w, 1.0)).collect())),
-            // A trained task is put together again without its examples, and has no loss.
-            Self::Balanced if parts.train.is_none() => Ok(None),
-            Self::Balanced => {
-                let (mut counts, mut all) = (vec![0; classes], 0);
-                parts.visit(&mut |examples| {
-                    examples.iter().flat_map(Example::all_labels).for_each(|&l| counts[l as usize] += 1);
-                    all += examples.len();
-                    Ok(())
-                })?;
-                Ok(Some(balanced(&counts, all, several)))
-            }
-        }
-    }
-}
-
-/// Of `counts` among `total` examples.
-pub(super) fn balanced(counts: &[usize], total: usize, several: bool) -> Vec<Weight> {
-    let all = total as f64;
-    let present = counts.iter().filter(|n| **n > 0).count().max(1) as f64;
-    let one = |&n: &usize| match (several, n) {
-        (false, 0) => (1.0, 1.0),
-        (false, n) => (all / (present * n as f64), 1.0),
-        (true, n) if n == 0 || n == total => (1.0, 1.0),
-        (true, n) => (all / (2.0 * n as f64), all / (2.0 * (all - n as f64))),
-    };
-    counts.iter().map(one).collect()
 }
 
 /// A loss with its weights.

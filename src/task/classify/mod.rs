@@ -24,11 +24,13 @@ mod loss;
 #[cfg(test)]
 mod reference;
 mod source;
+mod weights;
 
 use judge::Judge;
 use loss::Criterion;
-pub use loss::{AsymmetricConfig, ClassWeights, Loss};
+pub use loss::{AsymmetricConfig, Loss};
 use source::Source;
+pub use weights::ClassWeights;
 
 /// Options of classification.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -49,8 +51,8 @@ pub struct ClassifyConfig {
     /// `cross_entropy` for one label; `bce` or `asymmetric` for several. The first that fits when left out.
     #[serde(deserialize_with = "named::maybe", skip_serializing_if = "Option::is_none")]
     pub loss: Option<Loss>,
-    /// `none`, `balanced`, or a number for each class: how much a class counts in the loss. Rare ones more: more of them are
-    /// found, and more is taken for them.
+    /// `none`, `balanced`, numbers by class name (`{ cat: 2 }`; the others count 1), or a number for each class in the order in which
+    /// `peft data` shows them: how much a class counts in the loss. Rare ones more: more of them are found, and more is taken for them.
     pub class_weights: ClassWeights,
     /// With `labels: multi` from which probability on a label is predicted, chosen on validation. `global`: one for all, with the
     /// best micro F1. `each`: one for each label with its best F1; needs more validation examples.

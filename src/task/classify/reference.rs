@@ -3,7 +3,8 @@
 
 use candle_core::{Device, Tensor};
 
-use super::loss::{Criterion, balanced};
+use super::loss::Criterion;
+use super::weights::{balanced, named};
 use super::{AsymmetricConfig, ClassifyConfig, Definition, Loss};
 use crate::task::goldens::check;
 
@@ -84,13 +85,28 @@ fn options_that_do_not_go_together_are_refused() {
         (r#"{"class_weights": "equal"}"#, "expected `none` or `balanced`"),
         (r#"{"class_weights": [1, -1]}"#, "above 0, found -1"),
         (r#"{"class_weights": 3}"#, "a list of numbers"),
+        (r#"{"class_weights": {"cat": 0}}"#, "above 0, found 0"),
     ] {
         let found = parse(text).unwrap_err();
         assert!(found.contains(part), "{text}: {found}");
     }
-    for text in [r#"{"inputs": "text", "templates": []}"#, r#"{"labels": "multi", "loss": "asymmetric", "class_weights": [1, 2.5]}"#] {
+    for text in [
+        r#"{"inputs": "text", "templates": []}"#,
+        r#"{"labels": "multi", "loss": "asymmetric", "class_weights": [1, 2.5]}"#,
+        r#"{"class_weights": {"cat": 2.0, "7": 0.5}}"#,
+    ] {
         let config = parse(text).unwrap();
         config.validate("recipe").unwrap();
         assert_eq!(parse(&serde_json::to_string(&config).unwrap()).unwrap(), config);
     }
+}
+
+#[test]
+fn weights_by_name_go_where_the_class_stands() {
+    let by_name = [("cat".to_string(), 2.0), ("cow".to_string(), 0.5)].into_iter().collect();
+    let names = |all: &[&str]| all.iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert_eq!(named(&by_name, &names(&["ant", "cat", "cow"])).unwrap(), [(1.0, 1.0), (2.0, 1.0), (0.5, 1.0)]);
+    assert_eq!(named(&by_name, &names(&["cow", "cat"])).unwrap(), [(0.5, 1.0), (2.0, 1.0)]);
+    assert!(named(&by_name, &names(&["cat", "cows"])).unwrap_err().to_string().contains("`cow`"));
+    assert!(named(&by_name, &names(&["cat", "cow", "cat"])).is_err());
 }
