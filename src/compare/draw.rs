@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use super::Runner;
 use super::gather::{Loaded, LoadedRow};
 use crate::comparison::{Group, Spread};
+use crate::delta::class_order;
 use crate::error::Result;
 use crate::page::{Curve, Disagreement, GroupPage};
 use crate::recipe::Recipe;
@@ -63,18 +64,26 @@ fn disagreements(recipe: &Recipe, runs: &[(&str, &Loaded)], runner: &dyn Runner)
 /// The confusion matrix over all seeds.
 fn summed(names: &[String], loaded: &[Loaded]) -> Option<Classification> {
     let all = loaded.iter().map(|l| l.report.after.as_ref()?.classification.as_ref()).collect::<Option<Vec<_>>>()?;
-    if all.iter().any(|c| c.confusion.is_empty()) {
-        return None;
-    }
+    added(names, &all)
+}
+
+/// Confusion matrices added up class by class, whatever the order in which each has its classes; nothing where one has others.
+fn added(names: &[String], all: &[&Classification]) -> Option<Classification> {
     let (mut labels, mut predicted) = (Vec::new(), Vec::new());
-    for (t, p, n) in
-        all.iter().flat_map(|c| c.confusion.iter().enumerate().flat_map(|(t, r)| r.iter().enumerate().map(move |(p, n)| (t, p, *n))))
-    {
-        if t >= names.len() || p >= names.len() {
+    for c in all {
+        let own: Vec<String> = c.classes.iter().map(|row| row.name.clone()).collect();
+        if c.confusion.len() != names.len() {
             return None;
         }
-        labels.extend(std::iter::repeat_n(t as u32, n));
-        predicted.extend(std::iter::repeat_n(p as u32, n));
+        // Class i of `names` is class order[i] of this one.
+        let order = class_order(&own, names).ok()?.unwrap_or_else(|| (0..names.len() as u32).collect());
+        for (t, from) in order.iter().enumerate() {
+            for (p, guess) in order.iter().enumerate() {
+                let n = *c.confusion.get(*from as usize)?.get(*guess as usize)?;
+                labels.extend(std::iter::repeat_n(t as u32, n));
+                predicted.extend(std::iter::repeat_n(p as u32, n));
+            }
+        }
     }
     Some(Classification::new(names, &labels, &predicted))
 }
@@ -94,5 +103,23 @@ fn curve(method: &str, loaded: &[Loaded], metric: &str) -> Curve {
         training: over(&|e| Some(e.train_loss)),
         validation: over(&|e| e.val.as_ref().map(|v| v.loss)),
         metric: over(&|e| e.val.as_ref().and_then(|v| v.metric(metric))),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// By hand: cat as dog twice in each, however the classes are ordered.
+    #[test]
+    fn confusions_add_up_by_name() {
+        let names = |all: &str| all.split(' ').map(String::from).collect::<Vec<_>>();
+        let one = Classification::new(&names("ant cat dog"), &[0, 1, 1, 2], &[0, 2, 2, 2]);
+        let other = Classification::new(&names("dog ant cat"), &[1, 2, 2, 0], &[1, 0, 0, 0]);
+        let both = added(&names("ant cat dog"), &[&one, &other]).unwrap();
+        assert_eq!(both.confusion, [vec![2, 0, 0], vec![0, 0, 4], vec![0, 0, 2]]);
+        assert!(added(&names("ant cat cow"), &[&one]).is_none());
+        assert!(added(&names("ant cat"), &[&one]).is_none());
     }
 }
