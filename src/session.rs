@@ -71,8 +71,8 @@ impl Session {
             observer.event(Event::Phase("images", None));
             data.verify(&images, recipe.data.skip_bad)?;
         }
-        for note in &data.notes {
-            observer.event(Event::Note(note.clone()));
+        for note in data.notes.iter().cloned().chain(data.overlaps()) {
+            observer.event(Event::Note(note));
         }
         Ok(Self { recipe, base, data, images })
     }
@@ -115,10 +115,17 @@ impl Session {
         self.base.clip.sites().for_task(TaskFacts { classes, examples: self.data.count(Split::Train) })
     }
 
+    /// The adapters that a bundle brings along.
+    fn beneath(&self) -> Result<Vec<PathBuf>> {
+        match &self.recipe.model {
+            ModelConfig::Pretrained(spec) => bundled(spec),
+            _ => Ok(Vec::new()),
+        }
+    }
+
     /// What a bundle brings along goes beneath the recipe's methods.
     fn put_beneath(&self, adapters: &mut Adapters) -> Result<()> {
-        let ModelConfig::Pretrained(spec) = &self.recipe.model else { return Ok(()) };
-        for dir in bundled(spec)? {
+        for dir in self.beneath()? {
             let mut delta = Delta::read(&dir)?;
             if !delta.own.is_empty() {
                 return Err(Error::input(dir.display(), "has weights of a task, which a recipe trains or evaluates by itself")
@@ -302,7 +309,7 @@ pub fn evaluate(mut recipe: Recipe, options: &EvalOptions, device: &Device, obse
         images::adopt(&mut recipe, adapter, observer)?;
     }
     let mut session = Session::open(recipe, device, observer)?;
-    if let Some(adapter) = &options.adapter {
+    for adapter in session.beneath()?.iter().chain(&options.adapter) {
         session.settle(adapter, observer)?;
     }
     session.evaluate(options, observer)

@@ -27,6 +27,7 @@ mod labels;
 pub mod loader;
 mod locate;
 mod metadata;
+mod overlap;
 mod parquet;
 mod paths;
 mod rules;
