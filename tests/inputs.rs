@@ -36,6 +36,11 @@ fn directories_patterns_lists_and_tables_name_images() {
     }
     w.write("captions.csv", "image,caption\ndata/blue/1.png,one\ndata/blue/0.png,two\n");
     assert_eq!(w.json(&["embed", "--model", "base", "--texts", "captions.csv", "--output", "t.npy"])["texts"], 2);
+    // A row without an image is told of.
+    w.write("half.csv", "image,caption\ndata/blue/1.png,one\n,two\n");
+    let out = w.peft(&["embed", "--model", "base", "--images", "half.csv", "--output", "h.npy"]);
+    let told = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(out.status.success() && told.contains("1 rows name no image"), "{told}");
     w.write("shard.parquet", "PAR1");
     assert!(w.fails(&["predict", "--model", "base", "--labels", "a,b", "shard.parquet"], 2).contains("parquet"));
 }
