@@ -56,6 +56,17 @@ pub fn bundle(options: &MergeOptions) -> Result<Done> {
     let expected = probe(&model)?;
     let (tensors, _) = merge::folded(&base, &[], dtype)?;
     let (mut relative_diff, mut notes) = (f64::NAN, model.notes().to_vec());
+    // Whatever cannot be a line is in the adapters themselves.
+    let vocabulary = match vocabulary(&sources, &base)?.in_lines(&base.tokenizer) {
+        Ok((vocabulary, said)) => {
+            notes.extend(said);
+            vocabulary
+        }
+        Err(error) => {
+            notes.push(format!("labels.txt and templates.txt are not written: {}", error.report().message));
+            Vocabulary::default()
+        }
+    };
     merge::write(&base, &tensors, dtype, Layout::Hf, &options.output, &mut notes, |dir: &Path| {
         for (i, source) in sources.iter().enumerate() {
             let part = PathBuf::from("adapters").join(i.to_string());
@@ -64,7 +75,7 @@ pub fn bundle(options: &MergeOptions) -> Result<Done> {
         }
         let bundle = Bundle { version: env!("CARGO_PKG_VERSION").into(), adapters: std::mem::take(&mut parts) };
         files::write_json(&dir.join(BUNDLE), &bundle)?;
-        vocabulary(&sources, &base)?.write(dir, &base.source.to_string(), Some(model.image_options().pixels()))?;
+        vocabulary.write(dir, &base.source.to_string(), Some(model.image_options().pixels()))?;
         relative_diff = check(dir, &expected, dtype)?;
         Ok(())
     })?;

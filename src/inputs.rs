@@ -1,5 +1,6 @@
 //! What stands for images on a command line: files, directories, glob patterns, lists and tables.
 
+use std::cmp::Ordering;
 use std::path::{Path, PathBuf};
 
 use crate::clip::decode::EXTENSIONS;
@@ -34,7 +35,8 @@ impl Inputs {
     /// Adds the images that `argument` stands for.
     ///
     /// A file that is there is taken by its name: an image, a table (csv, tsv, jsonl), a list (txt, list), or `other`. Directories
-    /// are walked through, in the order of their paths; a pattern may hold `**`.
+    /// are walked through, in the natural order of their paths (`img2` before `img10`); a pattern, whose files come in the same order,
+    /// may hold `**`.
     ///
     /// # Errors
     /// When nothing is there, or it cannot be read.
@@ -70,13 +72,17 @@ impl Inputs {
         if found.images.is_empty() && found.bad.is_empty() {
             return Err(Error::input(path.display(), "names no image").hint("a column `image`, `file_name` or `path` names them"));
         }
+        if found.without_image > 0 {
+            self.notes.push(format!("{}: {} rows name no image, and are left out", path.display(), found.without_image));
+        }
         self.images.extend(found.images);
         self.bad.extend(found.bad);
         Ok(())
     }
 
     fn directory(&mut self, path: &Path) -> Result<()> {
-        let (images, broken, left_out) = scan_images(path)?;
+        let (mut images, broken, left_out) = scan_images(path)?;
+        images.sort_by(|a, b| natural(a, b));
         if images.is_empty() && broken.is_empty() {
             let rest = left_out.map(|counts| format!(", but {counts}")).unwrap_or_default();
             return Err(Error::input(path.display(), format!("holds no image{rest}")));
@@ -103,6 +109,7 @@ impl Inputs {
                 false => left_out += 1,
             }
         }
+        self.images[before..].sort_by(|a, b| natural(a, b));
         if self.images.len() == before {
             return Err(
                 Error::input(pattern, "matches no file").hint("`**` goes through directories: 'photos/**/*.jpg', or give the directory")
@@ -113,6 +120,37 @@ impl Inputs {
         }
         Ok(())
     }
+}
+
+/// Paths as people count: name by name, numbers inside of names by their value.
+fn natural(a: &Path, b: &Path) -> Ordering {
+    let names = |path: &Path| path.components().map(|c| c.as_os_str().to_string_lossy().into_owned()).collect::<Vec<_>>();
+    let (left, right) = (names(a), names(b));
+    let pairs = left.iter().zip(&right).map(|(a, b)| natural_names(a, b));
+    pairs.fold(Ordering::Equal, Ordering::then).then(left.len().cmp(&right.len())).then_with(|| a.cmp(b))
+}
+
+fn natural_names(mut a: &str, mut b: &str) -> Ordering {
+    // A run of digits without the zeros in front, or one of anything else, and what follows it.
+    fn run(text: &str) -> (bool, &str, &str) {
+        let digits = text.starts_with(|c: char| c.is_ascii_digit());
+        let end = text.find(|c: char| c.is_ascii_digit() != digits).unwrap_or(text.len());
+        let (run, rest) = text.split_at(end);
+        (digits, if digits { run.trim_start_matches('0') } else { run }, rest)
+    }
+    while !a.is_empty() && !b.is_empty() {
+        let ((number, left, rest_a), (other, right, rest_b)) = (run(a), run(b));
+        let order = match number && other {
+            true => left.len().cmp(&right.len()).then(left.cmp(right)),
+            false => left.cmp(right),
+        };
+        // A name that goes on where the other has a number: what stands there decides.
+        if order != Ordering::Equal {
+            return if number == other { order } else { a.cmp(b) };
+        }
+        (a, b) = (rest_a, rest_b);
+    }
+    a.len().cmp(&b.len())
 }
 
 /// So many faults of images are told at once.
@@ -127,4 +165,24 @@ pub fn unreadable(bad: &[Error]) -> Error {
     }
     let count = if bad.len() >= SHOWN { format!("at least {SHOWN}") } else { bad.len().to_string() };
     Error::input("images", format!("{count} cannot be read:\n{}", lines.join("\n"))).hint("repair or remove them")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_in_names_are_numbers() {
+        let order =
+            ["a/img1.png", "a/img01.png", "a/img2.png", "a/img2b.png", "a/img10.png", "a/img.png", "a1/x.png", "a10/x.png", "b.png"];
+        let mut names: Vec<PathBuf> = order.iter().rev().map(PathBuf::from).collect();
+        names.sort_by(|a, b| natural(a, b));
+        let at = |name: &str| names.iter().position(|n| n == Path::new(name));
+        assert!(at("a/img1.png") < at("a/img2.png") && at("a/img2.png") < at("a/img10.png"), "{names:?}");
+        assert!(at("a/img10.png") < at("a1/x.png") && at("a1/x.png") < at("a10/x.png") && at("a10/x.png") < at("b.png"), "{names:?}");
+        // An order: nothing is before itself, and whatever the first order was, the last is one.
+        let mut again: Vec<PathBuf> = order.iter().map(PathBuf::from).collect();
+        again.sort_by(|a, b| natural(a, b));
+        assert_eq!(names, again);
+    }
 }

@@ -99,6 +99,8 @@ pub fn merge(options: &MergeOptions) -> Result<Merged> {
         own if own.classes.is_empty() => Vocabulary::of(&base.source)?,
         own => own,
     };
+    let (vocabulary, said) = vocabulary.in_lines(&base.tokenizer)?;
+    notes.extend(said);
     let (tensors, changed_tensors) = folded(&base, &adapters, dtype)?;
     let expected = expected(&base, adapters, &tensors)?;
     let mut check = Check::default();

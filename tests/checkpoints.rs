@@ -269,6 +269,90 @@ fn checkpoints_of_training_scripts_are_read() {
     agrees(&w, &[&data("training/openai.pt")], "openai/golden.safetensors");
 }
 
+/// Arguments, paths, numbers of numpy's and objects of a script's own: nothing of them is run, and what is not read is named.
+#[test]
+fn objects_beside_the_weights_do_not_matter() {
+    let w = World::new();
+    for file in ["training/args2.pt", "training/args4.pt"] {
+        let notes = agrees(&w, &[&data(file)], "quick16/golden.safetensors");
+        for part in ["`args` (`argparse.Namespace`", "Unknown`", "`rng`", "`state_dict`"] {
+            assert!(notes.contains(part), "{part}: {notes}");
+        }
+    }
+}
+
+/// As `from_pretrained` reads it, with a head of the training script's beside the model.
+#[test]
+fn a_directory_of_transformers_may_hold_a_training_checkpoint() {
+    let w = World::new();
+    let dir = copy(&w, "hf");
+    let plain = embed(&w, &["hf"]).0;
+    std::fs::remove_file(dir.join("model.safetensors")).unwrap();
+    std::fs::copy(data("training/pytorch_model.bin"), dir.join("pytorch_model.bin")).unwrap();
+    let (found, notes) = embed(&w, &["hf"]);
+    assert!(plain.iter().all(|(name, tensor)| off(tensor, &found[name]) == 0.0));
+    for part in ["pytorch_model.bin", "`model_state_dict`", "argparse.Namespace", "classifier.weight"] {
+        assert!(notes.contains(part), "{part}: {notes}");
+    }
+    // A layer more than the configuration has is a part of the model.
+    let mut more: Vec<_> = tensors(data("hf/model.safetensors")).into_iter().collect();
+    let layer = "vision_model.encoder.layers.0.mlp.fc1.bias";
+    let extra = more.iter().find(|(name, _)| name == layer).unwrap().1.clone();
+    more.push((layer.replace(".0.", ".9."), extra));
+    peft::clip::weights::save(&dir.join("model.safetensors"), &more).unwrap();
+    let message = w.fails(&["embed", "--model", "hf", "--texts", &data("texts.txt"), "--output", "o.npy"], 2);
+    assert!(message.contains("layers.9"), "{message}");
+}
+
+/// `tokenizer_kwargs` say how open_clip's tokeniser cleans texts; `get_clean_fn("canonicalize")` makes the first text the second.
+#[test]
+fn what_open_clips_tokeniser_is_told_is_done_or_refused() {
+    let w = World::new();
+    let dir = copy(&w, "gelu32");
+    let config: serde_json::Value = serde_json::from_slice(&common::read(&dir.join("open_clip_config.json"))).unwrap();
+    let say = |key: &str, value: serde_json::Value| {
+        let mut config = config.clone();
+        config["model_cfg"]["text_cfg"][key] = value;
+        std::fs::write(dir.join("open_clip_config.json"), config.to_string()).unwrap();
+    };
+    w.write("texts.txt", "A photo. of_a  cat.\na photo of a cat\n");
+    let args = ["embed", "--model", "gelu32", "--texts", "texts.txt", "--output", "t.safetensors"];
+    let differ = || {
+        w.json(&args);
+        let rows = tensors(w.path("t.safetensors")).remove("text_embeds").unwrap();
+        off(&rows.get(0).unwrap(), &rows.get(1).unwrap())
+    };
+    for (kwargs, alike) in [
+        (serde_json::json!({}), false),
+        (serde_json::Value::Null, false),
+        (serde_json::json!({ "clean": "lower", "strip_sep_token": false, "reduction_mask": "" }), false),
+        (serde_json::json!({ "clean": "canonicalize" }), true),
+    ] {
+        say("tokenizer_kwargs", kwargs.clone());
+        assert_eq!(differ() < 1e-6, alike, "{kwargs}");
+    }
+    // It stays so in a copy.
+    w.json(&["convert", "gelu32", "--output", "plain"]);
+    let again = ["embed", "--model", "plain", "--texts", "texts.txt", "--output", "t.safetensors"];
+    w.json(&again);
+    let rows = tensors(w.path("t.safetensors")).remove("text_embeds").unwrap();
+    assert!(off(&rows.get(0).unwrap(), &rows.get(1).unwrap()) < 1e-6);
+    for (key, value) in [
+        ("clean", serde_json::json!("whitespace")),
+        ("clean", serde_json::json!("upper")),
+        ("reduction_mask", serde_json::json!("syntax")),
+        ("context_length", serde_json::json!(5)),
+        ("strip_sep_token", serde_json::json!(true)),
+        ("additional_special_tokens", serde_json::json!(["<x>"])),
+    ] {
+        say("tokenizer_kwargs", serde_json::json!({ (key): value }));
+        let message = w.fails(&args, 2);
+        assert!(message.contains("tokenizer_kwargs") && message.contains(&format!("`{key}`")), "{message}");
+    }
+    say("tokenizer_mode", serde_json::json!("clips"));
+    assert!(w.fails(&args, 2).contains("tokenizer_mode"));
+}
+
 #[test]
 fn wrappers_of_names_may_come_in_any_order() {
     let w = World::new();

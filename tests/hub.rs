@@ -268,6 +268,10 @@ fn datasets_come_from_the_hub_and_stay() {
     std::fs::remove_file(repo.join("snapshots").join(COMMIT).join("train-00001-of-00002.parquet")).unwrap();
     let message = hub.fails(&w, &["data", "hub:some/pets"], &OFFLINE, 2);
     assert!(message.contains("1 of the 2 files train-"), "{message}");
+    // A file whose content was cleared away is no file that the set does not have.
+    std::fs::remove_file(test.canonicalize().unwrap()).unwrap();
+    let message = hub.fails(&w, &["data", "hub:some/pets@v1:test-*"], &OFFLINE, 2);
+    assert!(message.contains("test-00000-of-00001.parquet"), "{message}");
 }
 
 #[test]

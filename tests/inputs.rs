@@ -36,6 +36,11 @@ fn directories_patterns_lists_and_tables_name_images() {
     }
     w.write("captions.csv", "image,caption\ndata/blue/1.png,one\ndata/blue/0.png,two\n");
     assert_eq!(w.json(&["embed", "--model", "base", "--texts", "captions.csv", "--output", "t.npy"])["texts"], 2);
+    // A row without an image is told of.
+    w.write("half.csv", "image,caption\ndata/blue/1.png,one\n,two\n");
+    let out = w.peft(&["embed", "--model", "base", "--images", "half.csv", "--output", "h.npy"]);
+    let told = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(out.status.success() && told.contains("1 rows name no image"), "{told}");
     w.write("shard.parquet", "PAR1");
     assert!(w.fails(&["predict", "--model", "base", "--labels", "a,b", "shard.parquet"], 2).contains("parquet"));
 }
@@ -98,4 +103,81 @@ fn rows_are_the_same_in_each_format() {
     w.write("t.txt", "a\n");
     let both = ["embed", "--model", "base", "--images", "data", "--texts", "t.txt", "--output", "b.npy"];
     assert!(w.fails(&both, 2).contains("one matrix"));
+}
+
+/// Each class passes or fails by its own threshold of the run, in text, JSON and CSV, whatever `--top` is, in the order that people
+/// count in.
+#[test]
+fn several_labels_are_those_that_pass_their_thresholds() {
+    const CLASSES: [&str; 4] = ["cold", "dark", "red", "warm"];
+    let w = World::new();
+    let mut rows = "image,labels\n".to_string();
+    for (colour, labels) in [("red", "warm|red"), ("green", "cold"), ("blue", "cold|dark")] {
+        (0..10).for_each(|i| rows += &format!("data/{colour}/{i}.png,{labels}\n"));
+    }
+    w.write("rows.csv", &rows);
+    let recipe = "model: base\nmethod: none\ndata: { table: { path: rows.csv } }\noutput: run\n\
+                  task: { classify: { labels: multi, head: linear, threshold: each } }\ntrain: { steps: 3, lr: 1.0e-2 }\n";
+    w.write("several.yaml", recipe);
+    w.json(&["train", "several.yaml"]);
+    std::fs::create_dir(w.path("new")).unwrap();
+    for i in 1..=12 {
+        std::fs::copy(w.path(&format!("data/{}/{}.png", ["red", "green", "blue"][i % 3], i % 10)), w.path(&format!("new/img{i}.png")))
+            .unwrap();
+    }
+    let predict = ["predict", "--model", "base", "--adapter", "run", "--top", "1"];
+    let ask = |more: &[&str]| w.json(&[&predict[..], more].concat());
+    let all = w.json(&["predict", "--model", "base", "--adapter", "run", "--top", "4", "new"]);
+    let logit = |answer: &Value, class: &str| {
+        let all = answer["predictions"].as_array().unwrap();
+        all.iter().find(|p| p["label"] == class).unwrap()["logit"].as_f64().unwrap()
+    };
+    // Thresholds that some images pass and some do not, each class in its own way.
+    let file = w.path("run/adapter/peft.json");
+    let mut manifest: Value = serde_json::from_slice(&read(&file)).unwrap();
+    assert!(CLASSES.iter().all(|class| manifest["scalars"][format!("logit_threshold/{class}")].is_number()), "{manifest}");
+    let mut thresholds = Vec::new();
+    for (c, class) in CLASSES.iter().enumerate() {
+        let mut logits: Vec<f64> = all.as_array().unwrap().iter().map(|a| logit(a, class)).collect();
+        logits.sort_by(f64::total_cmp);
+        thresholds.push(f64::midpoint(logits[2 * c + 2], logits[2 * c + 3]));
+        manifest["scalars"][format!("logit_threshold/{class}")] = thresholds[c].into();
+    }
+    std::fs::write(&file, manifest.to_string()).unwrap();
+    let passes = |a: &Value| -> Vec<&str> { (0..4).filter(|c| logit(a, CLASSES[*c]) >= thresholds[*c]).map(|c| CLASSES[c]).collect() };
+    let expected: Vec<Vec<&str>> = all.as_array().unwrap().iter().map(passes).collect();
+    assert!(expected.iter().any(|e| e.len() > 1) && expected.iter().any(|e| e.len() < 2), "{expected:?}");
+
+    let names: Vec<String> = (1..=12).map(|i| format!("new/img{i}.png")).collect();
+    for given in ["new", "new/*.png"] {
+        let told = ask(&[given, "--csv", "p.csv"]);
+        assert_eq!(images(&told), names, "{given}");
+        for (answer, expected) in told.as_array().unwrap().iter().zip(&expected) {
+            let mut chosen: Vec<&str> = Vec::new();
+            for p in answer["predictions"].as_array().unwrap().iter().filter(|p| p["chosen"] == true) {
+                chosen.push(p["label"].as_str().unwrap());
+            }
+            chosen.sort_unstable();
+            assert_eq!((&chosen, answer["prediction"].as_str().unwrap()), (expected, expected.join("|").as_str()), "{answer}");
+        }
+        let mut table = csv::Reader::from_path(w.path("p.csv")).unwrap();
+        let rows: Vec<std::collections::HashMap<String, String>> = table.deserialize().map(Result::unwrap).collect();
+        let found: Vec<(&str, &str)> = rows.iter().map(|r| (r["image"].as_str(), r["prediction"].as_str())).collect();
+        let joined: Vec<String> = expected.iter().map(|e| e.join("|")).collect();
+        assert_eq!(found, names.iter().map(String::as_str).zip(joined.iter().map(String::as_str)).collect::<Vec<_>>());
+        let out = w.peft(&[&predict[..], &[given]].concat());
+        let text = String::from_utf8(out.stdout).unwrap();
+        let mut marked: Vec<(String, Vec<String>)> = Vec::new();
+        for line in text.lines() {
+            match (line.starts_with("new/"), line.strip_prefix("* ")) {
+                (true, _) => marked.push((line.to_string(), Vec::new())),
+                (_, Some(rest)) => marked.last_mut().unwrap().1.push(rest.rsplit("  ").next().unwrap().to_string()),
+                _ => {}
+            }
+        }
+        for ((image, mut labels), (name, expected)) in marked.into_iter().zip(names.iter().zip(&expected)) {
+            labels.sort_unstable();
+            assert_eq!((&image, labels.iter().map(String::as_str).collect::<Vec<_>>()), (name, expected.clone()), "{text}");
+        }
+    }
 }

@@ -3,6 +3,7 @@
 
 mod common;
 
+use candle_core::Tensor;
 use common::World;
 use serde_json::{Value, json};
 
@@ -92,6 +93,100 @@ fn a_verdict_follows_the_threshold_that_was_stored() {
     world.json(&["inspect", "run/adapter"]);
     let page = std::fs::read_to_string(world.path("run/report.html")).unwrap();
     assert!(page.contains("does not fit"));
+}
+
+const WORDS: [&str; 6] = ["red", "green", "blue", "a photo of a dog", "seven", "the sky at night"];
+
+/// A base whose logit scale is CLIP's, 100, and whose texts lie as near to its images as those of a trained model.
+fn base_at_scale_100(world: &World) {
+    world.json(&["embed", "--model", "base", "--images", "data", "--normalize", "--output", "i.safetensors"]);
+    let device = candle_core::Device::Cpu;
+    let images = candle_core::safetensors::load(world.path("i.safetensors"), &device).unwrap().remove("image_embeds").unwrap();
+    let mean = (images.mean(0).unwrap() * 3.0).unwrap();
+    let file = world.path("base/model.safetensors");
+    let mut tensors = candle_core::safetensors::load(&file, &device).unwrap();
+    tensors.insert("logit_scale".into(), Tensor::new(100f32.ln(), &device).unwrap());
+    tensors.insert("text_projection.weight".into(), Tensor::eye(16, candle_core::DType::F32, &device).unwrap());
+    tensors.insert("text_model.final_layer_norm.bias".into(), mean);
+    peft::clip::weights::save(&file, &tensors.into_iter().collect::<Vec<_>>()).unwrap();
+}
+
+/// An adapter that changes nothing, trained on pairs of which `fits` says whether they do.
+fn judged(world: &World, fits: &dyn Fn(&str, usize, &str) -> bool) -> Value {
+    let mut rows = String::new();
+    for colour in COLOURS {
+        for (i, text) in (0..10).flat_map(|i| WORDS.map(|word| (i, word))) {
+            let split = ["train", "train", "val", "val", "val", "test"][i.min(5)];
+            let row = json!({ "image": format!("data/{colour}/{i}.png"), "text": text, "fits": fits(colour, i, text), "split": split });
+            rows.push_str(&format!("{row}\n"));
+        }
+    }
+    world.write("pairs.jsonl", &rows);
+    let recipe = "model: base\nmethod: { lora: { rank: 1 } }\ndata: { table: { path: pairs.jsonl } }\ntask: { match: {} }\n\
+                  fusion: { cosine: {} }\ntrain: { steps: 1, batch: 8, lr: 1.0e-9 }\noutput: run\n";
+    world.write("pairs.yaml", recipe);
+    world.json(&["train", "pairs.yaml", "--force"])
+}
+
+/// Every probability above a logit of 17 is 1 in f32; verdicts, figures and the order of mistakes are right nevertheless.
+#[test]
+fn pairs_at_clips_logit_scale_are_told_apart() {
+    let world = World::new();
+    base_at_scale_100(&world);
+    judged(&world, &|_, i, text| (i + text.len()) % 2 == 0);
+    let texts: Vec<&str> = WORDS.iter().flat_map(|word| ["--text", word]).collect();
+    let predict = [&["predict", "--model", "base", "--adapter", "run/adapter"], texts.as_slice(), &["data"]].concat();
+    let logit = |answer: &Value| {
+        let all = answer["predictions"].as_array().unwrap();
+        all.iter().find(|p| p["label"] == "fits").unwrap()["logit"].as_f64().unwrap()
+    };
+    let before = world.json(&predict);
+    let mut logits: Vec<f64> = before.as_array().unwrap().iter().map(logit).filter(|z| *z > 18.0).collect();
+    logits.sort_by(f64::total_cmp);
+    assert!(logits.len() > 40, "{}: too few saturate", logits.len());
+    // The widest gap among those whose probability is 1: what lies above fits.
+    let gap = logits.windows(2).skip(8).take(logits.len() - 16).max_by(|a, b| (a[1] - a[0]).total_cmp(&(b[1] - b[0]))).unwrap();
+    let cut = f64::midpoint(gap[0], gap[1]);
+    let of = |colour: &str, i: usize, text: &str| {
+        let image = format!("data/{colour}/{i}.png");
+        logit(before.as_array().unwrap().iter().find(|a| a["image"] == image.as_str() && a["text"] == text).unwrap())
+    };
+    let report = judged(&world, &|colour, i, text| of(colour, i, text) > cut);
+    for name in ["roc_auc", "average_precision", "accuracy", "f1"] {
+        assert!((metric(&report, name) - 1.0).abs() < 1e-9, "{name}: {report}");
+    }
+    let stored: Value = serde_json::from_slice(&std::fs::read(world.path("run/adapter/peft.json")).unwrap()).unwrap();
+    let threshold = stored["scalars"]["logit_threshold"].as_f64().unwrap();
+    assert!(threshold > 17.0, "{threshold}");
+    // One by one, as JSON and in a table: the same threshold.
+    let answers = world.json(&[&predict[..], &["--csv", "p.csv"]].concat());
+    let told: Vec<(bool, bool)> = answers.as_array().unwrap().iter().map(|a| (a["prediction"] == "fits", logit(a) >= threshold)).collect();
+    assert!(told.iter().all(|(said, is)| said == is) && told.iter().any(|t| t.0) && told.iter().any(|t| !t.0));
+    let column = csv::Reader::from_path(world.path("p.csv")).unwrap().into_deserialize::<std::collections::HashMap<String, String>>();
+    assert_eq!(column.map(|row| row.unwrap()["prediction"] == "fits").collect::<Vec<_>>(), told.iter().map(|t| t.0).collect::<Vec<_>>());
+
+    // Mistakes: the farther on the wrong side, the earlier on the page, though all are certain.
+    let report = judged(&world, &|colour, i, text| (of(colour, i, text) > cut) != (i == 9 || i == 7));
+    assert!(metric(&report, "accuracy") < 1.0);
+    let stored: Value = serde_json::from_slice(&std::fs::read(world.path("run/adapter/peft.json")).unwrap()).unwrap();
+    let threshold = stored["scalars"]["logit_threshold"].as_f64().unwrap();
+    let lines = |name: &str| -> Vec<Value> {
+        std::fs::read_to_string(world.path(name)).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let tested: Vec<Value> = lines("pairs.jsonl").into_iter().filter(|row| row["split"] == "test").collect();
+    let mut wrong: Vec<(f64, String, String)> = Vec::new();
+    for (p, row) in lines("run/predictions.jsonl").iter().zip(&tested).filter(|(p, _)| p["label"] != p["prediction"]) {
+        assert_eq!(p["id"], row["image"]);
+        let text = |v: &Value| v.as_str().unwrap().to_string();
+        wrong.push(((p["logits"][1].as_f64().unwrap() - threshold).abs(), text(&p["id"]), text(&row["text"])));
+    }
+    wrong.sort_by(|a, b| b.0.total_cmp(&a.0));
+    // Several pairs are about one image: each with its own text.
+    let page = std::fs::read_to_string(world.path("run/report.html")).unwrap();
+    let figures = page.split("<p class=\"note\" title=\"").skip(1);
+    let shown: Vec<(&str, &str)> = figures.filter_map(|f| f.split("</p>").next()?.split_once("\">")).collect();
+    let expected: Vec<(&str, &str)> = wrong.iter().take(shown.len()).map(|w| (w.1.as_str(), w.2.as_str())).collect();
+    assert!(shown.len() > 4 && shown == expected, "{shown:?}\n{wrong:?}");
 }
 
 #[test]

@@ -194,6 +194,36 @@ fn images_are_read_as_the_adapter_was_trained() {
     assert_eq!(w.json(&["predict", "--model", "merged", "clear.png"]), named);
 }
 
+/// `labels.txt` and `templates.txt` hold one a line: what is none is written as one that means the same, or refused.
+#[test]
+fn names_and_templates_that_are_no_lines_are_said() {
+    let w = World::new();
+    w.write("recipe.yaml", &w.recipe("lora: { rank: 2 }").replace("epochs: 4", "epochs: 1"));
+    w.json(&["train", "recipe.yaml"]);
+    let manifest: Value = serde_json::from_slice(&std::fs::read(w.path("run/adapter/peft.json")).unwrap()).unwrap();
+    let change = |key: &str, value: Value| {
+        let mut changed = manifest.clone();
+        changed[key] = value;
+        w.write("run/adapter/peft.json", &changed.to_string());
+    };
+    let merge = ["merge", "--model", "base", "--adapter", "run/adapter", "--output", "merged", "--force"];
+    change("templates", serde_json::json!(["a {} thing", "a photo\nof a\r\n{} "]));
+    let merged = w.json(&merge);
+    assert_eq!(std::fs::read_to_string(w.path("merged/templates.txt")).unwrap(), "a {} thing\na photo of a {}\n");
+    assert!(merged["notes"].as_array().unwrap().iter().any(|n| n.as_str().unwrap().contains("templates.txt")), "{merged}");
+    let adapted = w.json(&["predict", "--model", "base", "--adapter", "run/adapter", "data/red/1.png"]);
+    let own = w.json(&["predict", "--model", "merged", "data/red/1.png"]);
+    let near = |i: usize| (&adapted[0]["predictions"][i]["logit"], &own[0]["predictions"][i]["logit"]);
+    for (a, b) in (0..3).map(near) {
+        assert!((a.as_f64().unwrap() - b.as_f64().unwrap()).abs() < 1e-3, "{adapted} {own}");
+    }
+    for class in ["re\nd", " red", ""] {
+        change("classes", serde_json::json!(["blue", "green", class]));
+        w.fails(&merge, 2);
+    }
+    assert_eq!(std::fs::read_to_string(w.path("merged/labels.txt")).unwrap(), "blue\ngreen\nred\n", "what was there stays");
+}
+
 #[test]
 fn a_heads_rows_follow_the_names_of_classes() {
     let w = World::new();

@@ -266,6 +266,46 @@ fn members_with_dots_are_named_with_webdatasets_rule() {
     }
     let nested = tar(&[("v1.2/a.png", &image), ("v1.2/a.txt", b"a"), ("v1.2/._a.png", b"x"), ("__meta__/b.png", b"x")]).open(0).unwrap();
     assert_eq!(counts(&nested).iter().sum::<usize>(), 1, "{:?}", nested.notes);
+    let notes = nested.notes.join("\n");
+    assert!(notes.contains("1 whose names begin with a dot (the first: `v1.2/._a.png`)") && notes.contains("`__meta__/b.png`"), "{notes}");
+}
+
+/// Whatever is no part of an example is counted once, however often the tar is walked through, and with its rule.
+#[test]
+fn members_that_are_not_read_are_counted_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = common::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/sets/codecs/7.png"));
+    let mut out = tar::Builder::new(std::fs::File::create(dir.path().join("x.tar")).unwrap());
+    let mut member = |name: &str, kind: tar::EntryType, bytes: &[u8]| {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_size(bytes.len() as u64);
+        if kind == tar::EntryType::Symlink {
+            header.set_link_name("a.png").unwrap();
+        }
+        out.append_data(&mut header, name, bytes).unwrap();
+    };
+    for key in ["a", "b", "c", "d"] {
+        for (extension, bytes) in [("png", image.as_slice()), ("mask.png", &image), ("npy", b"x"), ("txt", b"text"), ("note.json", b"1")] {
+            member(&format!("{key}.{extension}"), tar::EntryType::Regular, bytes);
+        }
+    }
+    member(".DS_Store", tar::EntryType::Regular, b"x");
+    member("d/._a.png", tar::EntryType::Regular, b"x");
+    member("README", tar::EntryType::Regular, b"x");
+    member("e.png", tar::EntryType::Symlink, b"");
+    member("d", tar::EntryType::Directory, b"");
+    out.into_inner().unwrap();
+    for stream in [None, Some(peft::data::Streaming::Fixed(true))] {
+        let path = Paths::One(dir.path().join("x.tar").display().to_string());
+        let web = WebDatasetConfig { path, stream, ..Default::default() };
+        let notes = DataConfig { webdataset: Some(web), ..Default::default() }.open(0).unwrap().notes;
+        let told: Vec<&String> = notes.iter().filter(|n| n.contains("members of tars are not read")).collect();
+        assert_eq!(told.len(), 1, "{notes:?}");
+        for part in ["12 members", "2 whose names begin", "1 without an extension", "1 that are links", "4 .npy", "4 .png"] {
+            assert!(told[0].contains(part), "{part}: {}", told[0]);
+        }
+    }
 }
 
 /// The same number in both verbs: each text once, whether it is drawn in each epoch, in none, or stands in several rows.

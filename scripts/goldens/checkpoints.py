@@ -6,6 +6,8 @@ Each case holds a checkpoint as users have it, a small tokenizer, and `golden.sa
 lines of `texts.txt` by open_clip's own transform and model, in f32.
 """
 
+import argparse
+import collections
 import json
 import math
 import pathlib
@@ -206,6 +208,27 @@ def training():
         shutil.copy(OUT / "quick16" / name, out / name)
 
 
+class Unknown(dict):
+    """A class of a script's own, as Lightning's `AttributeDict`."""
+
+
+def namespaces():
+    """What scripts save beside weights that no tensor needs: a namespace of arguments, paths, numpy's numbers, objects of their own."""
+    out = OUT / "training"
+    arguments = argparse.Namespace(lr=1e-3, out=pathlib.PurePosixPath("runs/1"), seed=1 << 90, tags={"a", "b"}, nested=argparse.Namespace(x=1))
+    beside = {
+        "epoch": 3, "args": arguments, "hyper_parameters": Unknown(lr=0.1), "best": np.float64(0.5), "size": torch.Size([2, 3]),
+        "device": torch.device("cpu"), "rng": torch.get_rng_state(), "dtype": torch.float32, "log": collections.defaultdict(list, a=[1]),
+    }
+    state = torch.load(OUT / "quick16/open_clip_pytorch_model.bin")
+    for protocol in [2, 4]:
+        torch.save({**beside, "state_dict": state}, out / f"args{protocol}.pt", pickle_protocol=protocol)
+    # A directory of transformers' whose weights are a training checkpoint with a head.
+    state = torch.load(OUT / "hf/pytorch_model.bin")
+    state = {f"module.{name}": value for name, value in state.items()} | {"module.classifier.weight": torch.ones(2, 3)}
+    torch.save({"epoch": 3, "args": arguments, "model_state_dict": state}, out / "pytorch_model.bin")
+
+
 def transformers5():
     """A directory as transformers 5 saves it: `processor_config.json` alone says how images become pixels."""
     out, source = OUT / "transformers5", OUT / "quick16"
@@ -253,7 +276,7 @@ def main():
     Image.fromarray(noise).resize((45, 30), Image.Resampling.BICUBIC).save(OUT / "image.png")
     for case in ["openai", "gelu32", "quick16", "resized", "custom", "hf", "clip_lora"]:
         tokenizer(OUT / case)
-    for make in [openai, gelu32, quick16, resized, custom, transformers_sizes, clip_lora, training, transformers5, crops]:
+    for make in [openai, gelu32, quick16, resized, custom, transformers_sizes, clip_lora, training, namespaces, transformers5, crops]:
         make()
     (OUT / "clip_lora/vocab.json").unlink()
     (OUT / "clip_lora/merges.txt").unlink()

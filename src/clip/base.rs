@@ -101,8 +101,11 @@ impl Base {
     /// # Errors
     /// As [`Base::load`].
     pub fn from_source(source: Source, dtype: DType, device: &Device) -> Result<Self> {
-        let parts = Parts::from_source(source)?;
-        let weights = weights::load(&parts.source, &parts.config)?;
+        let mut parts = Parts::from_source(source)?;
+        let mut weights = weights::load(&parts.source, &parts.config)?;
+        if !weights.notes.is_empty() {
+            parts.source = parts.source.with_notes(std::mem::take(&mut weights.notes));
+        }
         let digest = match parts.source.read(BUNDLE)? {
             None => weights.digest,
             Some(list) => format!("blake3:{}", blake3::hash(&[weights.digest.as_bytes(), &list].concat()).to_hex()),

@@ -246,6 +246,12 @@ impl Source {
         Self::Derived(Arc::new(Derived { name, files: Vec::new(), inner, weights, interpolation, notes }))
     }
 
+    /// The same with more to say about it, under the same name.
+    pub(super) fn with_notes(self, notes: Vec<String>) -> Self {
+        let name = self.to_string();
+        self.noted(&name, notes)
+    }
+
     /// A base in HF layout for the image size that is asked for.
     fn sized(self, spec: &Spec) -> Result<Self> {
         if let Some(arch) = &spec.arch {

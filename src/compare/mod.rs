@@ -227,12 +227,16 @@ fn check_options(options: &CompareOptions) -> Result<()> {
 
 /// Other people's files are never mixed with a comparison.
 fn check_output(dir: &Path) -> Result<()> {
-    let Ok(entries) = std::fs::read_dir(dir) else { return Ok(()) };
+    let entries = match std::fs::read_dir(dir) {
+        Ok(entries) => entries.collect::<std::io::Result<Vec<_>>>().map_err(|e| Error::read(dir, e))?,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(Error::read(dir, e)),
+    };
     let ours = |e: &std::fs::DirEntry| {
         let name = e.file_name().to_string_lossy().into_owned();
         OURS.contains(&name.as_str()) || name.starts_with('.') || e.path().join("recipe.yaml").exists() || e.path().join("lock").exists()
     };
-    match entries.flatten().find(|e| !ours(e)) {
+    match entries.into_iter().find(|e| !ours(e)) {
         Some(e) => {
             Err(Error::input(dir.display(), format!("holds `{}`, which is not part of a comparison", e.file_name().to_string_lossy()))
                 .hint("choose another directory with --output"))

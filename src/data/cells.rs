@@ -9,6 +9,8 @@ use crate::error::{Error, Result};
 #[derive(Debug, Default)]
 pub(crate) struct Cells {
     pub(crate) images: Vec<PathBuf>,
+    /// Rows that name none.
+    pub(crate) without_image: usize,
     /// Every text of every row.
     pub(crate) texts: Vec<String>,
     /// Rows that cannot be read.
@@ -31,8 +33,9 @@ pub(crate) fn cells(path: &Path) -> Result<Cells> {
     let raw = super::TableConfig { label: None, split: None, ..table }.read()?;
     let mut found = Cells { bad: raw.bad, ..Cells::default() };
     for example in raw.examples {
-        if let ImageRef::File(path) = example.image {
-            found.images.push(path);
+        match example.image {
+            ImageRef::File(path) => found.images.push(path),
+            _ => found.without_image += 1,
         }
         found.texts.extend(example.texts);
     }

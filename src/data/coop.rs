@@ -8,7 +8,8 @@ use indexmap::IndexMap;
 use rand_mt::Mt;
 use serde::{Deserialize, Serialize};
 
-use super::folder::{directories, is_image, name};
+use super::folder::{directories, name};
+use super::scan::{Links, advice, counted, entries, scan};
 use super::{ImageRef, Raw, RawExample, Source, Split};
 use crate::error::{Error, Result};
 use crate::files;
@@ -85,13 +86,10 @@ impl CoopConfig {
         if let Some(split) = &self.split {
             return Ok(Layout::Json(self.inside(split)));
         }
-        let entries = std::fs::read_dir(&self.root).map_err(|e| {
-            Error::read(&self.root, e)
-                .hint("data.coop.root is relative to the working directory; CoOp's DATASETS.md says where each dataset is to be had")
+        let inner = entries(&self.root).map_err(|e| {
+            e.hint("data.coop.root is relative to the working directory; CoOp's DATASETS.md says where each dataset is to be had")
         })?;
-        let splits = entries.flatten().map(|e| e.path()).filter(|p| is_split(&name(p)));
-        let mut splits: Vec<PathBuf> = splits.collect();
-        splits.sort();
+        let mut splits: Vec<PathBuf> = inner.into_iter().map(|e| e.path).filter(|p| is_split(&name(p))).collect();
         match splits.len() {
             1 => return Ok(Layout::Json(splits.remove(0))),
             0 if self.root.join("variants.txt").is_file() => return Ok(Layout::Aircraft),
@@ -171,13 +169,16 @@ impl CoopConfig {
     fn read_imagenet(&self) -> Result<Raw> {
         let file = self.root.join("classnames.txt");
         let text = files::read_text(&file, MAX_SPLIT)?;
-        let known: IndexMap<&str, &str> = files::lines(&text).filter_map(|l| l.trim().split_once(' ')).collect();
+        let lines = files::lines(&text).map(str::trim).filter(|l| !l.is_empty());
+        let known: IndexMap<&str, &str> = lines.map(|line| directory_and_name(&file, line)).collect::<Result<_>>()?;
         let images = match &self.images {
             Some(images) => self.inside(images),
             None => Some(self.root.join("images")).filter(|d| d.join("train").is_dir()).unwrap_or_else(|| self.root.clone()),
         };
         let mut raw = Raw::default();
         let mut used: BTreeMap<String, String> = BTreeMap::new();
+        let mut left_out: BTreeMap<String, usize> = BTreeMap::new();
+        let resolved = images.canonicalize().map_err(|e| Error::read(&images, e))?;
         for (dir, split) in [("train", Split::Train), ("val", Split::Test)] {
             let dir = images.join(dir);
             let before = raw.examples.len();
@@ -185,7 +186,10 @@ impl CoopConfig {
                 let key = name(&folder);
                 let class = known.get(key.as_str()).ok_or_else(|| Error::input(file.display(), format!("has no name for {key}")))?;
                 used.insert(key.clone(), (*class).to_string());
-                raw.examples.extend(pictures(&folder)?.into_iter().map(|path| {
+                let found = scan(&folder, Links::Within(&resolved))?;
+                found.left_out.into_iter().for_each(|(extension, n)| *left_out.entry(extension).or_default() += n);
+                raw.bad.extend(found.broken);
+                raw.examples.extend(found.images.into_iter().map(|path| {
                     let id = path.strip_prefix(&images).unwrap_or(&path).display().to_string();
                     example(id, path, key.clone(), split)
                 }));
@@ -194,6 +198,9 @@ impl CoopConfig {
                 return Err(Error::input(dir.display(), "has no images in directories n01440764, n01443537, …")
                     .hint("sort the validation images into one directory a class, as the training images are"));
             }
+        }
+        if !left_out.is_empty() {
+            raw.notes.push(format!("files are not read: {}; {}", counted(&left_out), advice(left_out.keys())));
         }
         (raw.keys, raw.classes) = (Some(used.keys().cloned().collect()), Some(used.into_values().collect()));
         Ok(raw)
@@ -253,11 +260,10 @@ fn example(id: String, path: PathBuf, label: String, split: Split) -> RawExample
     RawExample { id, image: ImageRef::File(path), label: Some(label), split: Some(split), ..Default::default() }
 }
 
-fn pictures(dir: &Path) -> Result<Vec<PathBuf>> {
-    let entries = std::fs::read_dir(dir).map_err(|e| Error::read(dir, e))?;
-    let mut files: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(|p| is_image(p)).collect();
-    files.sort();
-    Ok(files)
+/// A line of `classnames.txt`.
+fn directory_and_name<'a>(file: &Path, line: &'a str) -> Result<(&'a str, &'a str)> {
+    let wrong = || Error::input(file.display(), format!("expected a directory and the name of its class, found `{line}`"));
+    line.split_once(' ').ok_or_else(wrong)
 }
 
 /// Python's `random`, as far as the drawing of shots goes.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::paths::split_named;
-use super::scan::{self, Links, Scan, advice, counted, is_ignored};
+use super::scan::{self, Entry, Links, Scan, advice, counted, entries, is_ignored};
 use super::{ImageRef, Raw, RawExample, Source, Split};
 use crate::error::{Error, Result};
 
@@ -137,13 +137,7 @@ fn splits_in_classes(classes: &[PathBuf]) -> Result<bool> {
 
 /// Whether images lie in a directory, not below it.
 fn holds_images(dir: &Path) -> Result<bool> {
-    for entry in std::fs::read_dir(dir).map_err(|e| Error::read(dir, e))? {
-        let path = entry.map_err(|e| Error::read(dir, e))?.path();
-        if is_image(&path) && !path.is_dir() {
-            return Ok(true);
-        }
-    }
-    Ok(false)
+    Ok(entries(dir)?.iter().any(|e| !e.is_dir && is_image(&e.path)))
 }
 
 /// Whether a directory has an image anywhere in it.
@@ -259,11 +253,7 @@ impl Reading {
 
     /// Counts images that have no class, since they stand beside the classes.
     fn look_beside(&mut self, dir: &Path) -> Result<()> {
-        let mut count = 0;
-        for entry in std::fs::read_dir(dir).map_err(|e| Error::read(dir, e))? {
-            let path = entry.map_err(|e| Error::read(dir, e))?.path();
-            count += usize::from(!path.is_dir() && is_image(&path));
-        }
+        let count = entries(dir)?.iter().filter(|e| !e.is_dir && is_image(&e.path)).count();
         if count > 0 {
             self.beside.push((dir.to_path_buf(), count));
         }
@@ -284,6 +274,12 @@ impl Reading {
                 let split = split.map(|s| format!(" in {s}")).unwrap_or_default();
                 self.notes.push(format!("class `{class}` has no image{split}"));
             }
+        }
+        if let (1, Some(class)) = (known.len(), known.first()) {
+            self.notes.push(format!(
+                "all images are of one class, `{class}`: directories are classes, and to classify takes two. Where a table says what the \
+                 images show, name it in place of the folder: `table: {{ path: FILE, images: DIR }}`"
+            ));
         }
         self.notes.extend(self.told_left_out());
         for (dir, count) in &self.beside {
@@ -339,9 +335,8 @@ pub(super) fn name(path: &Path) -> String {
 /// Subdirectories that no rule passes over, sorted.
 pub(super) fn directories(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut list = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(|e| Error::read(dir, e))? {
-        let path = entry.map_err(|e| Error::read(dir, e))?.path();
-        if path.is_dir() && !is_ignored(&name(&path), true) {
+    for Entry { path, is_dir } in entries(dir)? {
+        if is_dir && !is_ignored(&name(&path), true) {
             if path.file_name().is_some_and(|n| n.to_str().is_none()) {
                 return Err(
                     Error::input(path.display(), "its name is not UTF-8, and would be one with others that are not").hint("rename it")
@@ -350,6 +345,5 @@ pub(super) fn directories(dir: &Path) -> Result<Vec<PathBuf>> {
             list.push(path);
         }
     }
-    list.sort();
     Ok(list)
 }

@@ -3,19 +3,17 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use super::captions::{self, IMAGE, LABEL, TEXT};
+use super::folder::directories;
 use super::metadata;
 use super::paths::{Paths, on_hub, split_named};
+use super::scan::entries;
 use super::{
     CocoConfig, ColumnNames, CoopConfig, DataConfig, Draw, FolderConfig, ImageRef, ParquetConfig, Raw, Source, Split, TableConfig,
-    VqaConfig, VqaFiles, WebDatasetConfig, coco, is_split, table,
+    VqaConfig, VqaFiles, WebDatasetConfig, cells, coco, is_split, table,
 };
 use crate::error::{Error, Result};
 use crate::hub;
-
-/// What columns are called, the default first.
-const IMAGE: [&str; 8] = ["image", "file_name", "path", "image_path", "filename", "filepath", "file", "img"];
-const TEXT: [&str; 5] = ["text", "caption", "description", "title", "prompt"];
-const LABEL: [&str; 6] = ["label", "class", "category", "class_name", "label_name", "target"];
 
 impl DataConfig {
     /// Finds out what lies at `path`: `builtin:NAME`, `hub:owner/dataset`, a table, Parquet files or tars (also a glob or a
@@ -34,12 +32,13 @@ impl DataConfig {
         }
         if place.is_file() {
             return match place.extension().is_some_and(|e| e.eq_ignore_ascii_case("json")) {
-                true => annotations(&[place.to_path_buf()], path),
+                true => annotations(&[place.to_path_buf()])?.ok_or_else(|| {
+                    Error::input(path, "is neither COCO's captions ({\"images\", \"annotations\"}) nor VQA's questions ({\"questions\"})")
+                }),
                 false => Ok(Self { table: Some(guess(place)?), ..Self::default() }),
             };
         }
-        let entries = std::fs::read_dir(place).map_err(|e| Error::read(place, e))?;
-        let files: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(|p| p.is_file()).collect();
+        let files: Vec<PathBuf> = entries(place)?.into_iter().map(|e| e.path).filter(|p| p.is_file()).collect();
         let named = |wanted: &dyn Fn(&str) -> bool| files.iter().any(|f| f.file_name().is_some_and(|n| wanted(&n.to_string_lossy())));
         let root = place.to_path_buf();
         if let Some(found) = metadata::find(place)? {
@@ -50,26 +49,23 @@ impl DataConfig {
             return Ok(Self { coop: Some(coop), ..Self::default() });
         }
         let json: Vec<PathBuf> = files.iter().filter(|f| f.extension().is_some_and(|e| e == "json")).cloned().collect();
-        if let Ok(found) = annotations(&json, path) {
+        if let Some(found) = annotations(&json)? {
             return Ok(found);
         }
+        let tables = tables_of(&files)?;
         let folder = FolderConfig { root };
         let read = folder.read();
-        let mut tables: Vec<PathBuf> = files.iter().filter(|f| is_table(f)).cloned().collect();
-        tables.sort();
         match &read {
             // Images of one directory are what the tables beside it are about.
             Ok(raw) if tables.is_empty() || !is_one_class(raw) => Ok(Self { folder: Some(folder), ..Self::default() }),
-            Err(e) if tables.is_empty() => {
-                let message = format!("holds nothing that can be learnt from ({})", without_place(e));
-                Err(Error::input(path, message).hint(hint_of(e).unwrap_or_else(|| LAYOUTS.into())))
+            Err(e) if tables.is_empty() => apart(path, place)?.map_or_else(|| Err(nothing(path, e)), Ok),
+            _ => {
+                let table = split_tables(path, &tables)?;
+                match read.is_err() || names_images(&table)? {
+                    true => Ok(Self { table: Some(table), ..Self::default() }),
+                    false => Ok(Self { folder: Some(folder), ..Self::default() }),
+                }
             }
-            _ => match split_tables(path, &tables) {
-                Ok(table) if read.is_err() || names_images(&table) => Ok(Self { table: Some(table), ..Self::default() }),
-                Ok(_) => Ok(Self { folder: Some(folder), ..Self::default() }),
-                Err(_) if read.is_ok() => Ok(Self { folder: Some(folder), ..Self::default() }),
-                Err(e) => Err(e),
-            },
         }
     }
 
@@ -105,9 +101,47 @@ fn is_one_class(raw: &Raw) -> bool {
 }
 
 /// Whether the first image that a table names is there.
-fn names_images(table: &TableConfig) -> bool {
-    let first = table.read().ok().and_then(|raw| raw.examples.into_iter().next());
-    matches!(first.map(|e| e.image), Some(ImageRef::File(path)) if path.is_file())
+fn names_images(table: &TableConfig) -> Result<bool> {
+    let first = table.read()?.examples.into_iter().next();
+    Ok(matches!(first.map(|e| e.image), Some(ImageRef::File(path)) if path.is_file()))
+}
+
+/// The tables among files.
+fn tables_of(files: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    let mut tables = Vec::new();
+    for file in files {
+        if cells::is_table(file) || (captions::is_text(file) && captions::form(file)?.is_some()) {
+            tables.push(file.clone());
+        }
+    }
+    Ok(tables)
+}
+
+/// Captions in a directory of their own beside that of their images, as Flickr8k's two archives are unpacked.
+fn apart(path: &str, place: &Path) -> Result<Option<DataConfig>> {
+    let mut tables = Vec::new();
+    for dir in directories(place)? {
+        let texts: Vec<PathBuf> = entries(&dir)?.into_iter().map(|e| e.path).filter(|p| captions::is_text(p) && p.is_file()).collect();
+        tables.extend(tables_of(&texts)?);
+    }
+    if tables.is_empty() {
+        return Ok(None);
+    }
+    let table = split_tables(path, &tables)?;
+    Ok(names_images(&table)?.then(|| DataConfig { table: Some(table), ..DataConfig::default() }))
+}
+
+/// Why nothing can be learnt from a directory. What cannot be read is named as it is.
+fn nothing(path: &str, error: &Error) -> Error {
+    match error {
+        Error::Input(p) if p.place == path => {
+            let hint = p.hint.clone().filter(|_| p.message.contains("class director")).unwrap_or_else(|| LAYOUTS.into());
+            Error::input(path, format!("holds nothing that can be learnt from ({})", p.message)).hint(hint)
+        }
+        Error::Input(p) => Error::Input(p.clone()),
+        Error::Fault(p) => Error::Fault(p.clone()),
+        other => Error::input(path, other),
+    }
 }
 
 /// The one table of a directory, or one for each split by their names.
@@ -131,24 +165,6 @@ fn split_tables(path: &str, tables: &[PathBuf]) -> Result<TableConfig> {
     };
     let other = |split: Split| of.get(&split).map(|p| (*p).clone());
     Ok(TableConfig { val: other(Split::Val), test: other(Split::Test), ..guess(train)? })
-}
-
-fn hint_of(error: &Error) -> Option<String> {
-    match error {
-        Error::Input(p) if p.message.contains("class director") => p.hint.clone(),
-        _ => None,
-    }
-}
-
-fn without_place(error: &Error) -> String {
-    match error {
-        Error::Input(p) => p.message.clone(),
-        other => other.to_string(),
-    }
-}
-
-fn is_table(path: &Path) -> bool {
-    path.extension().is_some_and(|e| ["csv", "tsv", "tab", "jsonl", "ndjson"].contains(&e.to_string_lossy().to_ascii_lowercase().as_str()))
 }
 
 /// Parquet files or tars, by their extension: a file, files that a glob or a range names, a directory, a dataset on the hub.
@@ -176,20 +192,21 @@ fn sharded(path: &str, place: &Path) -> Result<Option<DataConfig>> {
         };
     }
     let pattern = place.is_dir() || place.is_file() || path.contains(['*', '?', '{']);
-    let first = |extension: &str| {
-        Paths::One(path.into()).files("data", &[extension]).ok()?.into_iter().find(|f| ends(&f.to_string_lossy(), &format!(".{extension}")))
+    let first = |extension: &str| -> Result<Option<PathBuf>> {
+        let found = Paths::One(path.into()).found("data", &[extension])?;
+        Ok(found.into_iter().find(|f| ends(&f.to_string_lossy(), &format!(".{extension}"))))
     };
     if !pattern || (place.is_dir() && metadata::find(place)?.is_some()) {
         return Ok(None);
     }
-    if let Some(file) = first("parquet") {
+    if let Some(file) = first("parquet")? {
         return Ok(parquet(&super::parquet::columns(&file)?));
     }
-    Ok(first("tar").and_then(|_| webdataset()))
+    Ok(first("tar")?.and_then(|_| webdataset()))
 }
 
-/// COCO's captions or VQA's questions among JSON files; training and validation where both are there.
-fn annotations(files: &[PathBuf], path: &str) -> Result<DataConfig> {
+/// COCO's captions or VQA's questions among JSON files; training and validation where both are there. Nothing where there are none.
+fn annotations(files: &[PathBuf]) -> Result<Option<DataConfig>> {
     let name = |f: &Path| f.file_name().map(|n| n.to_string_lossy().to_lowercase()).unwrap_or_default();
     let mut kinds = Vec::new();
     for file in files {
@@ -205,20 +222,21 @@ fn annotations(files: &[PathBuf], path: &str) -> Result<DataConfig> {
     };
     if let (Some(path), val) = pair(coco::Kind::Captions) {
         let val = val.filter(|v| *v != path);
-        return Ok(DataConfig { coco: Some(CocoConfig { path, val, test: None, images: None }), ..Default::default() });
+        return Ok(Some(DataConfig { coco: Some(CocoConfig { path, val, test: None, images: None }), ..Default::default() }));
     }
     if let (Some(questions), val) = pair(coco::Kind::Questions) {
-        let answers = |questions: &Path| {
+        let answers = |questions: &Path| -> Result<Option<PathBuf>> {
             let wanted = name(questions).replace("openended_", "").replace("multiplechoice_", "").replace("questions", "annotations");
-            let beside = questions.parent().and_then(|d| std::fs::read_dir(d).ok())?;
-            beside.flatten().map(|e| e.path()).find(|f| name(f) == wanted)
+            let beside = entries(questions.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new(".")))?;
+            Ok(beside.into_iter().map(|e| e.path).find(|f| name(f) == wanted))
         };
-        let val = val.filter(|v| *v != questions).map(|q| VqaFiles { annotations: answers(&q), questions: q, images: None });
-        let annotations = answers(&questions);
-        let vqa = VqaConfig { questions, annotations, images: None, pattern: None, val, test: None };
-        return Ok(DataConfig { vqa: Some(vqa), ..Default::default() });
+        let val =
+            val.filter(|v| *v != questions).map(|q| Ok::<_, Error>(VqaFiles { annotations: answers(&q)?, questions: q, images: None }));
+        let annotations = answers(&questions)?;
+        let vqa = VqaConfig { questions, annotations, images: None, pattern: None, val: val.transpose()?, test: None };
+        return Ok(Some(DataConfig { vqa: Some(vqa), ..Default::default() }));
     }
-    Err(Error::input(path, "is neither COCO's captions ({\"images\", \"annotations\"}) nor VQA's questions ({\"questions\"})"))
+    Ok(None)
 }
 
 /// The column with one of these names, unless it is found by itself, as the first `known` of them are.

@@ -14,6 +14,7 @@ use crate::hub;
 pub mod augment;
 mod bare;
 mod builtin;
+mod captions;
 mod cells;
 mod choose;
 mod coco;
@@ -26,6 +27,7 @@ pub mod images;
 mod labels;
 pub mod loader;
 mod locate;
+mod members;
 mod metadata;
 mod overlap;
 mod parquet;
@@ -74,7 +76,7 @@ pub struct DataConfig {
     /// Images in one directory a class.
     #[serde(default, deserialize_with = "bare::source")]
     pub folder: Option<FolderConfig>,
-    /// A CSV, TSV or JSONL file, or a directory with `metadata.jsonl` or `metadata.csv`.
+    /// A CSV, TSV or JSONL file, a text file of captions, or a directory with `metadata.jsonl` or `metadata.csv`.
     #[serde(default, deserialize_with = "bare::source")]
     pub table: Option<TableConfig>,
     /// Parquet files as Hugging Face `datasets` writes them.

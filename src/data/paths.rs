@@ -1,5 +1,6 @@
 //! Files of a sharded set: a file, a directory, a glob, a brace range, or a list of these.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -84,6 +85,15 @@ impl Paths {
 
     /// The files behind them, in the order of a list, sorted within a directory or a glob; `place` is the recipe's key.
     pub(super) fn files(&self, place: &str, extensions: &[&str]) -> Result<Vec<PathBuf>> {
+        let files = self.found(place, extensions)?;
+        match files.is_empty() {
+            true => Err(Error::input(place, format!("`{self}` names no file ending in {}", extensions.join(", ")))),
+            false => Ok(files),
+        }
+    }
+
+    /// [`Paths::files`], of which there may be none.
+    pub(super) fn found(&self, place: &str, extensions: &[&str]) -> Result<Vec<PathBuf>> {
         let mut files = Vec::new();
         for pattern in self.patterns() {
             if on_hub(pattern).is_some() {
@@ -99,7 +109,6 @@ impl Paths {
             }
         }
         match files.len() {
-            0 => Err(Error::input(place, format!("`{self}` names no file ending in {}", extensions.join(", ")))),
             n if n > MAX_SHARDS => Err(Error::input(place, format!("`{self}` names {n} files, expected at most {MAX_SHARDS}"))),
             _ => Ok(files),
         }
@@ -112,12 +121,25 @@ fn listed(path: &Path, extensions: &[&str], files: &mut Vec<PathBuf>) -> Result<
         files.push(path.to_path_buf());
         return Ok(());
     }
-    let visible = |e: &walkdir::DirEntry| e.depth() == 0 || !e.file_name().to_string_lossy().starts_with(['.', '_']);
+    let is_hidden = |path: &Path| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(['.', '_']));
+    let visible = |e: &walkdir::DirEntry| e.depth() == 0 || !is_hidden(e.path());
+    let wanted = |path: &Path| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
+        extensions.iter().any(|e| name.ends_with(&format!(".{e}")))
+    };
     for entry in walkdir::WalkDir::new(path).follow_links(true).sort_by_file_name().into_iter().filter_entry(visible) {
-        let entry = entry.map_err(|e| Error::input(path.display(), e))?;
-        let name = entry.file_name().to_string_lossy().to_ascii_lowercase();
-        if entry.file_type().is_file() && extensions.iter().any(|e| name.ends_with(&format!(".{e}"))) {
-            files.push(entry.into_path());
+        match entry {
+            Ok(entry) if entry.file_type().is_file() && wanted(entry.path()) => files.push(entry.into_path()),
+            Ok(_) => {}
+            // Links of other names that lead nowhere, or back to what is read anyway, are no files of this kind.
+            Err(e) if e.loop_ancestor().is_some() => {}
+            Err(e) if e.depth() > 0 && e.path().is_some_and(is_hidden) => {}
+            Err(e) if e.io_error().is_some_and(|e| e.kind() == ErrorKind::NotFound) && !e.path().is_some_and(wanted) => {}
+            Err(e) => {
+                let at = e.path().unwrap_or(path).to_path_buf();
+                let cause = e.into_io_error().unwrap_or_else(|| std::io::Error::other("cannot be walked through"));
+                return Err(Error::read(at, cause));
+            }
         }
     }
     Ok(())

@@ -70,6 +70,40 @@ pub(crate) fn scan(dir: &Path, links: Links<'_>) -> Result<Scan> {
     Ok(found)
 }
 
+/// Something in a directory.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    pub(crate) path: PathBuf,
+    pub(crate) is_dir: bool,
+}
+
+/// What lies in a directory, not below it, sorted by path. A link is what it leads to; one that leads nowhere is a file that is not there.
+///
+/// # Errors
+/// When the directory, or what a link in it leads to, cannot be looked at.
+pub(crate) fn entries(dir: &Path) -> Result<Vec<Entry>> {
+    let mut list = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(|e| Error::read(dir, e))? {
+        let entry = entry.map_err(|e| Error::read(dir, e))?;
+        let path = entry.path();
+        let kind = entry.file_type().map_err(|e| Error::read(&path, e))?;
+        let is_dir = kind.is_dir() || (kind.is_symlink() && leads_to_directory(&path)?);
+        list.push(Entry { path, is_dir });
+    }
+    list.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(list)
+}
+
+fn leads_to_directory(link: &Path) -> Result<bool> {
+    match std::fs::metadata(link) {
+        Ok(meta) => Ok(meta.is_dir()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        // Nobody looks for it where a rule passes over it.
+        Err(_) if link.file_name().is_some_and(|n| is_ignored(&n.to_string_lossy(), true)) => Ok(false),
+        Err(e) => Err(Error::read(link, e)),
+    }
+}
+
 /// The images below a directory, sorted; links that lead nowhere; and what was left out, for people.
 pub(crate) fn images(dir: &Path) -> Result<(Vec<PathBuf>, Vec<Error>, Option<String>)> {
     let Scan { images, left_out, broken, .. } = scan(dir, Links::Any)?;
@@ -87,7 +121,7 @@ fn broken(dir: &Path, error: walkdir::Error) -> Result<Option<Error>> {
     let is_link = path.symlink_metadata().is_ok_and(|m| m.is_symlink());
     let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     match error.io_error().map(std::io::Error::kind) {
-        Some(std::io::ErrorKind::NotFound) if is_link && is_ignored(&name, false) => Ok(None),
+        Some(_) if is_link && is_ignored(&name, false) => Ok(None),
         Some(std::io::ErrorKind::NotFound) if is_link => Ok(Some(Error::input(path.display(), "is a link to a file that does not exist"))),
         _ => {
             let cause = error.into_io_error().unwrap_or_else(|| std::io::Error::other("cannot be walked through"));

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::columns::{At, Columns, Row};
+use super::members::LeftOut;
 use super::rules::{Bad, Fault, Mistake, Rules, Seen};
 use super::shared::SharedImages;
 use super::stored::{Address, Store, Stored};
@@ -97,6 +98,10 @@ pub(super) trait Shards: Store {
 pub(super) trait Rows {
     /// The next row without its image. A broken row is an error, and reading goes on behind it where that can be.
     fn next(&mut self) -> Option<Result<Found>>;
+    /// What was passed over on the way to the row that `next` gave last.
+    fn left_out(&self) -> LeftOut {
+        LeftOut::default()
+    }
     /// The image of the row that `next` gave last.
     fn image(&mut self) -> Result<Vec<u8>>;
 }
@@ -293,6 +298,7 @@ impl Reading {
                     Next::End => break,
                 }
             }
+            seen.left_out.join(&rows.left_out());
         }
         Ok(())
     }
@@ -304,6 +310,8 @@ pub(super) struct Gathered {
     rows: Seen,
     /// Cells that cannot be read and perhaps need not be.
     ignored: Bad,
+    /// What belongs to no row, or is not read of one.
+    left_out: LeftOut,
 }
 
 /// Texts of rows that stay in memory have at most so many bytes: Parquet stores a text once, however many rows have it.
@@ -381,7 +389,8 @@ fn walk(reading: &Reading, streaming: Streaming) -> Result<Walk> {
 pub(super) fn list<S: Shards + 'static>(shards: Arc<S>) -> Result<Raw> {
     let mut raw = Raw { classes: shards.classes(), ..Default::default() };
     let (place, mut texts) = (shards.place(), 0);
-    Reading::new(shards).scan(&mut Gathered::default(), &mut |_, row| {
+    let mut seen = Gathered::default();
+    Reading::new(shards).scan(&mut seen, &mut |_, row| {
         match row {
             Ok(example) => {
                 texts += text_bytes(&example);
@@ -395,6 +404,7 @@ pub(super) fn list<S: Shards + 'static>(shards: Arc<S>) -> Result<Raw> {
         }
         Ok(())
     })?;
+    raw.notes.extend(seen.left_out.note());
     Ok(raw)
 }
 
@@ -466,6 +476,7 @@ pub(super) fn open<S: Shards + 'static>(
     notes.extend(walk.bad.note());
     notes.extend(walk.seen.rows.notes(&reading.rules));
     notes.extend(walk.seen.ignored.lines());
+    notes.extend(walk.seen.left_out.note());
     if carved {
         let count = walk.held_out.iter().filter(|e| e.split == Some(Split::Val)).count();
         notes.push(format!("no validation split: {count} of the training examples serve as one (seed {})", fractions.seed));

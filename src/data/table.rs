@@ -8,6 +8,7 @@ use std::rc::Rc;
 
 use serde_json::Value;
 
+use super::captions::{Form, form, is_text, look_near, no_table, numbered_rows};
 use super::columns::{At, Row, shown, with_columns};
 use super::identity::name_in;
 use super::metadata::{self, Tables};
@@ -21,7 +22,8 @@ use crate::{files, json};
 const MAX_LINE: u64 = 16 << 20;
 
 with_columns! {
-    /// One row an example. The format follows the extension: csv, tsv, jsonl.
+    /// One row an example. The format follows the extension: csv, tsv, jsonl; a txt is read where its first line names columns
+    /// (`image,caption`) or is one of Flickr8k's (`photo.jpg#0`, a tab, the caption).
     pub struct TableConfig as "table" {
         /// A table, or a directory in HF imagefolder layout (`metadata.jsonl` or `metadata.csv` in it, or in its
         /// `train`, `val` and `test` directories).
@@ -32,6 +34,10 @@ with_columns! {
         /// A table of its own for testing.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         pub test: Option<PathBuf>,
+        /// Where the paths of images start. When left out they start at the table, or, where no image is there, in a directory near it
+        /// that has them.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub images: Option<PathBuf>,
     }
 }
 
@@ -44,10 +50,13 @@ impl Source for TableConfig {
         let mut raw = Raw::default();
         let tables = self.tables()?;
         for (path, split) in &tables.files {
-            let before = raw.examples.len() + raw.bad.len();
+            let (rows, bad) = (raw.examples.len(), raw.bad.len());
             self.read_table(path, &tables.root, *split, &mut raw)?;
-            if raw.examples.len() + raw.bad.len() == before {
+            if (raw.examples.len(), raw.bad.len()) == (rows, bad) {
                 return Err(Error::input(path.display(), "has no rows"));
+            }
+            if self.images.is_none() && !tables.is_folder {
+                raw.notes.extend(look_near(path, &tables.root, &mut raw.examples[rows..]));
             }
         }
         metadata::place(&tables, &mut raw)?;
@@ -86,7 +95,8 @@ impl TableConfig {
                 let mut example = columns.example(at)?;
                 example.split = split.or(example.split);
                 example.place = Some(place());
-                locate((path, root), line, image, &mut example, at)?;
+                let start = self.images.as_deref().unwrap_or(path.parent().unwrap_or(Path::new(".")));
+                locate((path, root, start), line, image, &mut example, at)?;
                 Ok(example)
             });
             match found {
@@ -97,8 +107,14 @@ impl TableConfig {
     }
 }
 
-/// Where the image is, and what the example is called.
-fn locate((path, root): (&Path, &Path), line: usize, image: Option<Value>, example: &mut RawExample, at: At<'_>) -> Result<()> {
+/// Where the image is, and what the example is called: from the table, what names are told from, and where images' paths start.
+fn locate(
+    (path, root, start): (&Path, &Path, &Path),
+    line: usize,
+    image: Option<Value>,
+    example: &mut RawExample,
+    at: At<'_>,
+) -> Result<()> {
     let cell = match &image {
         Some(Value::String(s)) => Some(s.trim()).filter(|s| !s.is_empty()),
         Some(other) => {
@@ -109,7 +125,7 @@ fn locate((path, root): (&Path, &Path), line: usize, image: Option<Value>, examp
     };
     let (id, by_number) = match cell {
         Some(image) => {
-            let file = path.parent().unwrap_or(Path::new(".")).join(image);
+            let file = start.join(image);
             let name = name_in(root, &file);
             example.image = ImageRef::File(file);
             (name, false)
@@ -165,6 +181,11 @@ fn rows(path: &Path, each: Each<'_>) -> Result<()> {
         "csv" => delimited(path, b',', each),
         "tsv" | "tab" => delimited(path, b'\t', each),
         "jsonl" | "ndjson" => json_lines(path, each),
+        _ if is_text(path) => match form(path)? {
+            Some(Form::Columns) => delimited(path, b',', each),
+            Some(Form::Numbered) => numbered_rows(path, each),
+            None => Err(no_table(path)),
+        },
         other => {
             let found = if other.is_empty() { "no extension" } else { other };
             Err(Error::input(path.display(), format!("expected a .csv, .tsv or .jsonl file, found {found}"))
@@ -208,10 +229,10 @@ fn declared(start: &[u8]) -> Option<(u8, usize)> {
 }
 
 /// What stands between the cells of a header. Where the extension's own mark does not occur, spreadsheets have written another.
-fn mark_of(start: &[u8], usual: u8) -> u8 {
+pub(super) fn mark_of(start: &[u8], usual: u8) -> u8 {
     let line = start.split(|b| [b'\n', b'\r'].contains(b)).next().unwrap_or_default();
     let mut quoted = false;
-    let mut count = [(usual, 0), (b';', 0), (b'\t', 0), (b',', 0)];
+    let mut count = [(usual, 0), (b';', 0), (b'\t', 0), (b',', 0), (b'|', 0)];
     for byte in line {
         quoted ^= *byte == b'"';
         count.iter_mut().filter(|(mark, _)| !quoted && mark == byte).for_each(|(_, n)| *n += 1);

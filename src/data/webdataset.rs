@@ -9,6 +9,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::columns::{Columns, Row, with_columns};
+use super::members::{LeftOut, Member, TEXTS, extensions, key_and_extension, no_image, passed_over};
 use super::parquet::files;
 use super::paths::{Paths, common, splits_of};
 use super::shards::{Found, Place, Rows, Shard, Shards, StreamOptions, Streaming};
@@ -226,71 +227,6 @@ fn member(file: &Shared, [offset, size]: [u64; 2]) -> std::result::Result<Vec<u8
     Ok(bytes)
 }
 
-/// A member of a tar.
-#[derive(Debug)]
-struct Member {
-    key: String,
-    /// All behind the first dot, in lower case.
-    extension: String,
-    offset: u64,
-    size: u64,
-    /// Whether it is a link, which has no content of its own.
-    link: bool,
-}
-
-impl Member {
-    /// Its last extension, by which webdataset's decoders go.
-    fn kind(&self) -> &str {
-        self.extension.rsplit('.').next().unwrap_or_default()
-    }
-}
-
-/// Members that are read besides images.
-const TEXTS: [&str; 3] = ["txt", "cls", "json"];
-
-/// Formats of images that are not read.
-const UNREAD: [&str; 16] =
-    ["heic", "heif", "avif", "jxl", "jp2", "j2k", "ppm", "pgm", "pbm", "pnm", "tga", "svg", "ico", "exr", "hdr", "psd"];
-
-/// Why an example has no image although one of its members looks like one, and what to do about it.
-fn no_image(members: &[Member], wanted: Option<&str>) -> Option<(String, String)> {
-    let looks = |m: &&Member| decode::EXTENSIONS.contains(&m.kind()) || UNREAD.contains(&m.kind());
-    let found = members.iter().find(looks)?;
-    let (key, extension) = (&found.key, &found.extension);
-    Some(match wanted {
-        Some(wanted) => {
-            (format!("has no member `{wanted}`; its members are {}", extensions(members)), "data.webdataset.image names it".into())
-        }
-        None if extension == found.kind() => {
-            (format!("`{key}.{extension}` is an image in a format that is not read"), "convert it to png or jpg".into())
-        }
-        None => (
-            format!(
-                "`{key}.{extension}` is not taken for its image: by webdataset's rule the key ends at the first dot of a name, so that \
-                 this is the member `{extension}` of the example `{key}`"
-            ),
-            format!("write the name without dots before the extension, or set data.webdataset.image: {extension}"),
-        ),
-    })
-}
-
-fn extensions(members: &[Member]) -> String {
-    members.iter().map(|m| m.extension.as_str()).collect::<Vec<_>>().join(", ")
-}
-
-/// The part of a name before the first dot of its last component, and the part behind it, as webdataset's
-/// `base_plus_ext` has it; nothing where there is no dot, or it comes first, as in what macOS adds (`._0001.jpg`), or where
-/// webdataset passes over the member (`__meta__`).
-fn key_and_extension(name: &str) -> Option<(&str, &str)> {
-    let first = name.split('/').next().unwrap_or_default();
-    if first.len() >= 4 && first.starts_with("__") && first.ends_with("__") {
-        return None;
-    }
-    let base = name.rfind('/').map_or(0, |i| i + 1);
-    let dot = name[base..].find('.').filter(|d| *d > 0)? + base;
-    Some((&name[..dot], &name[dot + 1..]))
-}
-
 /// Goes through a tar.
 struct TarRows {
     path: PathBuf,
@@ -303,6 +239,7 @@ struct TarRows {
     image: Option<String>,
     classes: Option<Arc<Vec<String>>>,
     last: Option<[u64; 2]>,
+    left_out: LeftOut,
     done: bool,
 }
 
@@ -311,7 +248,8 @@ impl TarRows {
         let file = Shared::new(disk::open(path)?);
         let len = file.len().map_err(|e| Error::read(path, e))?;
         let path = path.to_path_buf();
-        Ok(Self { path, file, len, at: 0, pending: None, number: 0, image, classes, last: None, done: false })
+        let left_out = LeftOut::default();
+        Ok(Self { path, file, len, at: 0, pending: None, number: 0, image, classes, last: None, left_out, done: false })
     }
 
     /// Looks at the sizes of what stands before a member's own header.
@@ -361,7 +299,12 @@ impl TarRows {
             // Members are padded to blocks.
             self.at = end.next_multiple_of(512);
             let outside = name.starts_with('/') || name.split('/').any(|part| part == "..");
-            let Some((key, extension)) = key_and_extension(&name).filter(|_| (kind.is_file() || link) && !outside) else { continue };
+            let Some((key, extension)) = key_and_extension(&name).filter(|_| (kind.is_file() || link) && !outside) else {
+                if let Some(why) = passed_over(&name, kind) {
+                    self.left_out.add(why, &name);
+                }
+                continue;
+            };
             return Ok(Some(Member { key: key.into(), extension: extension.to_lowercase(), offset, size, link }));
         }
     }
@@ -440,6 +383,11 @@ impl TarRows {
         if image.is_none() && cells.is_empty() {
             return Err(Error::input(row(), format!("`{key}` has neither an image nor a text; its members are {}", extensions(members))));
         }
+        let unread = |m: &&Member| !TEXTS.contains(&m.kind()) && image != Some([m.offset, m.size]);
+        for member in members.iter().filter(unread) {
+            let kind: String = member.kind().chars().take(16).collect();
+            self.left_out.add(&format!(".{kind}"), &format!("{key}.{}", member.extension));
+        }
         self.last = image;
         Ok(Found { number, key: key.clone(), cells, image: image.map_or(Place::None, Place::Part) })
     }
@@ -466,7 +414,10 @@ impl Rows for TarRows {
         }
         let members = match self.group() {
             // What holds nothing but links is no example, as in webdataset.
-            Ok(Some(members)) if members.iter().all(|m| m.link) => return self.next(),
+            Ok(Some(members)) if members.iter().all(|m| m.link) => {
+                members.iter().for_each(|m| self.left_out.add("that are links", &format!("{}.{}", m.key, m.extension)));
+                return self.next();
+            }
             Ok(members) => members?,
             Err(error) => {
                 // Behind a broken header nothing can be found, and the row before it is not complete.
@@ -479,30 +430,13 @@ impl Rows for TarRows {
         Some(found)
     }
 
+    fn left_out(&self) -> LeftOut {
+        self.left_out.clone()
+    }
+
     fn image(&mut self) -> Result<Vec<u8>> {
         let place = || format!("{}: row {}", self.path.display(), self.number.saturating_sub(1));
         let part = self.last.ok_or_else(|| Error::input(place(), "has no image"))?;
         member(&self.file, part).map_err(|e| Error::input(place(), e))
-    }
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-
-    /// `tests/data/sets/keys.json` is what webdataset's `base_plus_ext` gives.
-    #[test]
-    fn keys_end_at_the_first_dot_of_the_last_component() {
-        let golden = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/sets/keys.json"));
-        let golden: Vec<(String, Option<String>, Option<String>)> = serde_json::from_str(golden).unwrap();
-        assert!(golden.len() > 10);
-        for (name, key, extension) in golden {
-            assert_eq!(key_and_extension(&name), key.as_deref().zip(extension.as_deref()), "{name}");
-        }
-        // Unlike webdataset, which takes the directory for the key, what macOS adds is passed over.
-        for name in ["dir/.hidden", "dir/._0001.jpg", "__meta__", "__meta__/a.png"] {
-            assert_eq!(key_and_extension(name), None, "{name}");
-        }
     }
 }

@@ -5,7 +5,8 @@ use std::path::Path;
 
 use super::{Manifest, PixelOptions};
 use crate::clip::source::Source;
-use crate::error::Result;
+use crate::clip::tokenizer::Tokenizer;
+use crate::error::{Error, Result};
 use crate::files;
 
 /// One class name a line, in label order.
@@ -45,7 +46,34 @@ impl Vocabulary {
         own.map_or_else(Self::default, |m| Self { classes: m.classes.clone(), templates: m.templates.clone() })
     }
 
-    /// Writes `labels.txt`, `templates.txt` and a model card into a merged model's directory.
+    /// The same with names and templates that are one line each, and what to say about it. White space inside a template becomes one
+    /// space where the tokeniser reads it alike.
+    ///
+    /// # Errors
+    /// When a class name or a template cannot stand in one line.
+    pub fn in_lines(mut self, tokenizer: &Tokenizer) -> Result<(Self, Vec<String>)> {
+        let plain = |text: &str| text.trim() == text && !text.is_empty() && !text.contains(['\n', '\r']);
+        if let Some(class) = self.classes.iter().find(|class| !plain(class)) {
+            let message = format!("the class name {class:?} is no line of its own, which {LABELS} needs");
+            return Err(
+                Error::input("peft.json", message).hint("correct `classes` of the adapter, or train with a name without line breaks")
+            );
+        }
+        let mut notes = Vec::new();
+        for template in self.templates.iter_mut().filter(|template| !plain(template)) {
+            let line = template.split_whitespace().collect::<Vec<_>>().join(" ");
+            let ids = |template: &str| tokenizer.encode(&template.replace("{}", "x"));
+            if line.is_empty() || ids(&line)? != ids(template)? {
+                let message = format!("the template {template:?} is no line of its own, which {TEMPLATES} needs");
+                return Err(Error::input("peft.json", message).hint("train with `templates` without line breaks, or merge with --bundle"));
+            }
+            notes.push(format!("the template {template:?} stands in {TEMPLATES} as {line:?}; the tokeniser reads both alike"));
+            *template = line;
+        }
+        Ok((self, notes))
+    }
+
+    /// Writes `labels.txt`, `templates.txt` and a model card into a merged model's directory; names and templates are lines.
     ///
     /// # Errors
     /// When the disk refuses.
@@ -53,9 +81,7 @@ impl Vocabulary {
         let lines = |all: &[String]| all.iter().fold(String::new(), |text, line| text + line + "\n");
         if !self.classes.is_empty() {
             files::write_atomic(&dir.join(LABELS), lines(&self.classes).as_bytes())?;
-            // A line break inside a template would make two of it.
-            let one_line: Vec<String> = self.templates.iter().filter(|t| !t.contains(['\n', '\r'])).cloned().collect();
-            files::write_atomic(&dir.join(TEMPLATES), lines(&one_line).as_bytes())?;
+            files::write_atomic(&dir.join(TEMPLATES), lines(&self.templates).as_bytes())?;
         }
         files::write_atomic(&dir.join(CARD), self.card(base, pixels).as_bytes())
     }

@@ -57,9 +57,11 @@ impl Snapshot {
         let commit = self.commit.clone().or_else(|| self.cache.commit(&self.repo.revision))?;
         let root = self.cache.snapshot(&commit);
         let names = self.known(&commit).or_else(|| {
-            let files = walkdir::WalkDir::new(&root).follow_links(true).sort_by_file_name().into_iter().flatten();
-            let names: Vec<String> = files
-                .filter(|e| e.file_type().is_file())
+            // A link whose content is gone is a file all the same: a set that lacks it is not whole.
+            let entries = walkdir::WalkDir::new(&root).sort_by_file_name().into_iter().collect::<std::result::Result<Vec<_>, _>>().ok()?;
+            let names: Vec<String> = entries
+                .into_iter()
+                .filter(|e| !e.path().is_dir())
                 .filter_map(|e| Some(e.path().strip_prefix(&root).ok()?.to_string_lossy().replace('\\', "/")))
                 .collect();
             Some(names).filter(|n| !n.is_empty())

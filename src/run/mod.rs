@@ -321,8 +321,9 @@ fn check_ours(path: &Path) -> Result<()> {
         Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => return Err(Error::write(path, e)),
         Err(e) => return Err(Error::input(path.display(), format!("cannot be a run directory: {e}"))),
     };
-    let foreign = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned());
-    match foreign.into_iter().find(|n| !OURS.contains(&n.as_str()) && !n.starts_with('.')) {
+    let names = entries.map(|e| e.map(|e| e.file_name().to_string_lossy().into_owned())).collect::<std::io::Result<Vec<_>>>();
+    let names = names.map_err(|e| Error::read(path, e))?;
+    match names.into_iter().find(|n| !OURS.contains(&n.as_str()) && !n.starts_with('.')) {
         Some(name) => Err(Error::input(path.display(), format!("holds `{name}`, which is not part of a run"))
             .hint("choose another directory with --output")),
         None => Ok(()),

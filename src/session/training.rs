@@ -153,7 +153,7 @@ impl Session {
         }
         let report = self.report(trainer, run, split, after, bytes, logged.run.path());
         let predictions = report.after.as_ref().map_or(&[][..], |e| &e.predictions);
-        let page = self.page(&report, &logged.run, split, &changes, &unfoldable)?;
+        let page = self.page(&report, &logged.run, split, &trainer.task.scalars(), &changes, &unfoldable)?;
         logged.run.finish(&report, predictions, &page)?;
         Ok(report)
     }

@@ -220,6 +220,29 @@ mod tests {
         assert_eq!((roc_auc(&scores, &[true; 8]), average_precision(&scores, &[false; 8])), (None, None));
     }
 
+    /// `scripts/goldens/matching.py`: scores at CLIP's logit scale, whose probabilities in f32 are 1 and would tie.
+    #[test]
+    fn scores_whose_probabilities_are_equal_rank_as_scikit_learns() {
+        let golden: serde_json::Value = serde_json::from_str(include_str!("../../tests/data/matching.json")).unwrap_or_default();
+        let cases = golden.as_array().map_or(&[][..], Vec::as_slice);
+        assert_eq!(cases.len(), 4);
+        for case in cases {
+            let list = |key: &str| case[key].as_array().cloned().unwrap_or_default();
+            let logits: Vec<f32> = list("logits").iter().filter_map(|z| Some(z.as_f64()? as f32)).collect();
+            let fits: Vec<bool> = list("fits").iter().filter_map(serde_json::Value::as_bool).collect();
+            let number = |key: &str| case[key].as_f64().unwrap_or(f64::NAN);
+            let near = |a: Option<f64>, b: f64| assert!((a.unwrap_or(f64::NAN) - b).abs() < 1e-12, "{a:?} {b}");
+            near(roc_auc(&logits, &fits), number("roc_auc"));
+            near(average_precision(&logits, &fits), number("average_precision"));
+            let threshold = best_threshold(&logits, &fits).unwrap_or(f64::NAN);
+            let chosen: Vec<bool> = logits.iter().map(|z| f64::from(*z) >= threshold).collect();
+            let theirs: Vec<bool> = logits.iter().map(|z| f64::from(*z) >= f64::from(number("threshold") as f32)).collect();
+            assert_eq!(chosen, theirs, "{threshold} {}", number("threshold"));
+            let right = chosen.iter().zip(&fits).filter(|(a, b)| a == b).count();
+            near(Some(right as f64 / fits.len() as f64), number("accuracy"));
+        }
+    }
+
     #[test]
     fn the_largest_come_first() {
         let rows = vec![vec![0.8f32, 0.2], vec![0.8, 0.2]];

@@ -39,6 +39,7 @@ pub use matching::{MatchConfig, Negatives};
 pub use prompts::Pad;
 pub use regress::{HuberConfig, OrdinalConfig, RegressConfig, RegressLoss};
 pub use retrieve::{InfoNceConfig, RetrieveConfig, RetrieveLoss, RetrievePairs, TripletConfig};
+pub(crate) use threshold::KEY as LOGIT_THRESHOLD;
 pub(crate) use vqa::normalise;
 
 macro_rules! tasks {

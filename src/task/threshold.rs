@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 /// Key in `peft.json` of a threshold that is a logit before the temperature. A threshold of a single label follows `/` and the label.
-pub(super) const KEY: &str = "logit_threshold";
+pub(crate) const KEY: &str = "logit_threshold";
 
 /// The key of adapters up to 0.1, whose thresholds were probabilities after the temperature.
 const PROBABILITY: &str = "threshold";

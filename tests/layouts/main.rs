@@ -4,10 +4,12 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use peft::data::{CocoConfig, DataConfig, Dataset, Example, FolderConfig, Paths, Split, TableConfig};
+use peft::data::{CocoConfig, DataConfig, Dataset, Example, FolderConfig, ImageRef, Paths, Split, TableConfig};
 
+mod captions;
 mod folders;
 mod same_image;
+mod unreadable;
 
 /// A directory of files with made-up content; nothing here decodes an image.
 struct Files(tempfile::TempDir);

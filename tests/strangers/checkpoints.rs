@@ -134,8 +134,16 @@ fn values() -> Vec<Case> {
         }));
     }
     cases.push(changed("a tensor less", Refused(NAME), |all| _ = all.remove(NAME)));
-    for odd in ["", "x", "../x", "text_model.encoder.layers.99.mlp.fc1.weight", "a\0b", "\u{202e}thgiew", "text_model..fc1"] {
-        cases.push(changed(format!("a tensor called {odd:?}"), Refused("unexpected"), move |all| {
+    for (odd, expect) in [
+        ("", Fine),
+        ("x", Fine),
+        ("../x", Fine),
+        ("a\0b", Fine),
+        ("\u{202e}thgiew", Fine),
+        ("text_model.encoder.layers.99.mlp.fc1.weight", Refused("unexpected")),
+        ("text_model..fc1", Refused("unexpected")),
+    ] {
+        cases.push(changed(format!("a tensor called {odd:?}"), expect, move |all| {
             all.insert(odd.into(), Tensor::zeros(2, DType::F32, &Device::Cpu).unwrap());
         }));
     }
@@ -201,10 +209,10 @@ fn pickle(name: impl Into<String>, expect: Expect, pickle: Vec<u8>) -> Case {
 pub(crate) fn pickles() -> Vec<Case> {
     let mut cases = functions();
     // Opcodes of Python's pickle that no state dict needs.
-    for op in *b"ILFSVilopgdBC2P" {
+    for op in *b"ILFSVilopgd2P" {
         cases.push(pickle(format!("opcode {}", op as char), Refused("opcode"), vec![0x80, 2, op, b'1', b'\n', b'.']));
     }
-    for op in [0x82, 0x83, 0x84, 0x8b, 0x8e, 0x8f, 0x90, 0x91, 0x92, 0x96, 0x97, 0x98, 0xff] {
+    for op in [0x82, 0x83, 0x84, 0x8b, 0x96, 0x97, 0x98, 0xff] {
         cases.push(pickle(format!("opcode 0x{op:02x}"), Refused("opcode"), vec![0x80, 2, op, 0, 0, 0, 0, b'.']));
     }
     for (offset, shape, strides) in [
@@ -239,42 +247,47 @@ pub(crate) fn pickles() -> Vec<Case> {
     cases
 }
 
+/// A name that only attacks have; one that may stand beside weights, and is no state dict.
+const ATTACK: &str = "would call";
+const FOREIGN: &str = "no state dict";
+
 /// Pickles are programs: what they may call.
 fn functions() -> Vec<Case> {
     let mut cases = Vec::new();
-    for (module, name) in [
-        ("os", "system"),
-        ("posix", "system"),
-        ("nt", "system"),
-        ("subprocess", "Popen"),
-        ("subprocess", "check_output"),
-        ("builtins", "eval"),
-        ("builtins", "exec"),
-        ("builtins", "getattr"),
-        ("__builtin__", "eval"),
-        ("builtins", "__import__"),
-        ("importlib", "import_module"),
-        ("runpy", "run_path"),
-        ("webbrowser", "open"),
-        ("shutil", "rmtree"),
-        ("socket", "socket"),
-        ("pickle", "loads"),
-        ("torch", "load"),
-        ("torch.hub", "load"),
-        ("torch._utils", "_rebuild_qtensor"),
-        ("numpy", "load"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("operator", "attrgetter"),
-        ("collections", "Counter"),
-        ("__torch", "x"),
-        ("torch.storage", "_load_from_bytes"),
-        ("torch._utils._rebuild_tensor_v2", "__globals__"),
-        ("", ""),
+    for (module, name, part) in [
+        ("os", "system", ATTACK),
+        ("posix", "system", ATTACK),
+        ("nt", "system", ATTACK),
+        ("os.path", "join", ATTACK),
+        ("subprocess", "Popen", ATTACK),
+        ("subprocess", "check_output", ATTACK),
+        ("builtins", "eval", ATTACK),
+        ("builtins", "exec", ATTACK),
+        ("__builtin__", "eval", ATTACK),
+        ("builtins", "__import__", ATTACK),
+        ("importlib", "import_module", ATTACK),
+        ("runpy", "run_path", ATTACK),
+        ("webbrowser", "open", ATTACK),
+        ("shutil", "rmtree", ATTACK),
+        ("socket", "socket", ATTACK),
+        ("pickle", "loads", ATTACK),
+        ("torch", "load", FOREIGN),
+        ("torch.hub", "load", FOREIGN),
+        ("builtins", "getattr", FOREIGN),
+        ("torch._utils", "_rebuild_qtensor", FOREIGN),
+        ("numpy", "load", FOREIGN),
+        ("numpy.core.multiarray", "_reconstruct", FOREIGN),
+        ("operator", "attrgetter", FOREIGN),
+        ("collections", "Counter", FOREIGN),
+        ("__torch", "x", FOREIGN),
+        ("torch.storage", "_load_from_bytes", FOREIGN),
+        ("torch._utils._rebuild_tensor_v2", "__globals__", FOREIGN),
+        ("", "", FOREIGN),
     ] {
         let named = format!("c{module}\n{name}\n(X\x02\0\0\0idtR.");
-        cases.push(pickle(format!("GLOBAL {module}.{name}"), Refused("would call"), named.into_bytes()));
+        cases.push(pickle(format!("GLOBAL {module}.{name}"), Refused(part), named.into_bytes()));
         let stacked = [text(module), text(name), b"\x93)R.".to_vec()].concat();
-        cases.push(pickle(format!("STACK_GLOBAL {module}.{name}"), Refused("would call"), stacked));
+        cases.push(pickle(format!("STACK_GLOBAL {module}.{name}"), Refused(part), stacked));
     }
     cases
 }

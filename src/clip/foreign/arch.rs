@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value};
 
+use crate::clip::clean::Cleaning;
 use crate::error::{Error, Result};
 
 /// open_clip's own architectures, as `scripts/open_clip_data.py` wrote them.
@@ -37,6 +38,8 @@ pub(super) struct Arch {
     pub(super) eos: Option<u64>,
     /// A tokeniser that is not CLIP's.
     pub(super) tokenizer: Option<String>,
+    /// What happens to a text first.
+    pub(super) cleaning: Cleaning,
 }
 
 impl Tower {
@@ -49,7 +52,15 @@ impl Arch {
     /// OpenAI's models: heads of 64, quick GELU.
     pub(super) fn openai() -> Self {
         let tower = || Tower { act: "quick_gelu", eps: 1e-5, sizes: Map::new() };
-        Self { name: "OpenAI CLIP".into(), vision: tower(), text: tower(), embed_dim: None, eos: None, tokenizer: None }
+        Self {
+            name: "OpenAI CLIP".into(),
+            vision: tower(),
+            text: tower(),
+            embed_dim: None,
+            eos: None,
+            tokenizer: None,
+            cleaning: Cleaning::Lower,
+        }
     }
 
     /// One of open_clip's architectures, also under OpenAI's names.
@@ -81,15 +92,56 @@ impl Arch {
             Some("eos") => Some(text.get("eos_id").and_then(Value::as_u64).unwrap_or(2)),
             _ => None,
         };
+        let tokenizer = text.get("hf_tokenizer_name").and_then(Value::as_str).filter(|n| !n.is_empty()).map(ToString::to_string);
         Ok(Self {
+            cleaning: cleaning(place, text.get("tokenizer_kwargs"), tokenizer.is_some())?,
             name: name.to_string(),
             vision: tower(place, vision, quick)?,
             text: tower(place, text, quick)?,
             embed_dim: root.get("embed_dim").and_then(Value::as_u64).map(|n| n as usize),
             eos,
-            tokenizer: text.get("hf_tokenizer_name").and_then(Value::as_str).map(ToString::to_string),
+            tokenizer,
         })
     }
+}
+
+/// How open_clip's tokeniser cleans texts, as its `tokenizer_kwargs` say. Its own lowers the case unless told otherwise; of
+/// transformers' tokenisers `foreign` ones do so themselves, or not at all.
+fn cleaning(place: &str, kwargs: Option<&Value>, foreign: bool) -> Result<Cleaning> {
+    let wrong = |key: &str, found: &Value, expected: &str| {
+        Err(Error::input(format!("{place}: text_cfg.tokenizer_kwargs"), format!("`{key}`: only {expected} is supported, found {found}")))
+    };
+    let mut cleaning = if foreign { Cleaning::Whitespace } else { Cleaning::Lower };
+    let empty = Map::new();
+    let all = match kwargs {
+        None | Some(Value::Null) => &empty,
+        Some(Value::Object(all)) => all,
+        Some(other) => {
+            return Err(Error::input(format!("{place}: text_cfg"), format!("`tokenizer_kwargs`: expected an object, found {other}")));
+        }
+    };
+    for (key, value) in all {
+        let named = value.as_str().and_then(Cleaning::named).filter(|c| *c != Cleaning::None);
+        cleaning = match (key.as_str(), named) {
+            // CLIP's own tokeniser here lowers the case in any event.
+            ("clean", Some(found)) if foreign || found != Cleaning::Whitespace => found,
+            ("clean", _) if foreign => return wrong(key, value, "lower, whitespace or canonicalize"),
+            ("clean", _) => return wrong(key, value, "lower or canonicalize (of CLIP's own tokeniser)"),
+            ("strip_sep_token", _) if value == &Value::Bool(false) => cleaning,
+            ("strip_sep_token", _) => return wrong(key, value, "false"),
+            ("reduction_mask" | "language", _) if value.is_null() || value == "" => cleaning,
+            ("reduction_mask" | "language", _) => return wrong(key, value, "null"),
+            ("context_length", _) => {
+                return Err(Error::input(
+                    format!("{place}: text_cfg.tokenizer_kwargs"),
+                    format!("`context_length`: {value} is not supported"),
+                )
+                .hint("text_cfg.context_length says it, to open_clip as well"));
+            }
+            _ => return Err(Error::input(format!("{place}: text_cfg.tokenizer_kwargs"), format!("`{key}`: {value} is not supported"))),
+        };
+    }
+    Ok(cleaning)
 }
 
 /// The refusal of a model that is no CLIP, by what it is.
@@ -158,7 +210,7 @@ const VISION: Keys = Keys {
 
 const TEXT: Keys = Keys {
     fixed: &[
-        ("tokenizer_kwargs", &["null", "{}"]),
+        ("tokenizer_mode", &["null", "\"\""]),
         ("ls_init_value", &["null"]),
         ("embed_cls", &["false"]),
         ("no_causal_mask", &["false"]),
@@ -177,7 +229,7 @@ const TEXT: Keys = Keys {
         "context_length",
         "vocab_size",
         "hf_tokenizer_name",
-        "tokenizer_mode",
+        "tokenizer_kwargs",
         "width",
         "heads",
         "layers",

@@ -48,6 +48,14 @@ pub(crate) fn config(base: &Base) -> Result<(Value, Vec<String>)> {
         // With any name open_clip takes the tokeniser that lies beside this file.
         text.insert("hf_tokenizer_name".into(), base.source.to_string().into());
     }
+    // What open_clip does unless told otherwise; CLIP's own tokeniser lowers the case here in any event.
+    let same = match text.contains_key("hf_tokenizer_name") {
+        true => &[Cleaning::None, Cleaning::Whitespace][..],
+        false => &[Cleaning::None, Cleaning::Lower, Cleaning::Whitespace],
+    };
+    if !same.contains(&base.tokenizer.cleaning()) {
+        text.insert("tokenizer_kwargs".into(), json!({ "clean": base.tokenizer.cleaning().name() }));
+    }
     let mut model = object(json!({ "embed_dim": config.projection_dim, "vision_cfg": vision, "text_cfg": text }));
     if quick {
         model.insert("quick_gelu".into(), true.into());

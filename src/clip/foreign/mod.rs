@@ -102,8 +102,7 @@ impl Foreign {
         let shape = Shape::read(&place, &shapes, &arch, spec)?;
         let preprocess = side.as_ref().and_then(|s| s.get("preprocess_cfg")).cloned().unwrap_or(Value::Null);
         let mut files = vocab::files(dir, &place, shape.vocab_size, arch.tokenizer.as_deref())?;
-        // open_clip's own tokeniser lowers the case; transformers' tokenisers in it do so themselves or not at all.
-        said_cleaning(&mut files, &place, if arch.tokenizer.is_some() { Cleaning::Whitespace } else { Cleaning::Lower })?;
+        said_cleaning(&mut files, &place, arch.cleaning)?;
         for (name, json) in [
             ("config.json", shape.config(&arch)),
             ("preprocessor_config.json", preprocessor(&beside.display().to_string(), &preprocess, shape.image_size)?),

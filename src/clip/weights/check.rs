@@ -56,8 +56,13 @@ pub(super) fn list<T: AsRef<str>>(items: &[T]) -> String {
     text
 }
 
-/// Finds each tensor of `config` under one of its names.
-pub(super) fn choose<'a>(source: &Source, containers: &'a [Container<'a>], config: &ClipConfig) -> Result<Vec<Chosen<'a>>> {
+/// Finds each tensor of `config` under one of its names. Tensors of other modules, which a training script has saved with the model,
+/// are told of; those of the model that the configuration does not have are refused.
+pub(super) fn choose<'a>(
+    source: &Source,
+    containers: &'a [Container<'a>],
+    config: &ClipConfig,
+) -> Result<(Vec<Chosen<'a>>, Option<String>)> {
     let mut problems = Problems::default();
     let mut found: HashMap<String, (&Container<'_>, &Entry)> = HashMap::new();
     for (container, entry) in containers.iter().flat_map(|c| c.entries.iter().map(move |e| (c, e))) {
@@ -85,13 +90,16 @@ pub(super) fn choose<'a>(source: &Source, containers: &'a [Container<'a>], confi
             Err(dtype) => problems.add("of an unsupported type", format!("{name} ({dtype})")),
         }
     }
-    let mut unexpected: Vec<String> = found.into_keys().collect();
+    let (mut unexpected, mut beside): (Vec<String>, Vec<String>) = found.into_keys().partition(|name| names::is_of_model(name));
     unexpected.sort_unstable();
     for name in unexpected {
         problems.add("unexpected", name);
     }
     problems.into_result(source)?;
-    Ok(chosen)
+    beside.sort_unstable();
+    let note = || format!("{source}: {} tensors beside the CLIP model are left out: {}", beside.len(), list(&beside));
+    let note = (!beside.is_empty()).then(note);
+    Ok((chosen, note))
 }
 
 /// The logit scale is a scalar that some save as a vector of one.

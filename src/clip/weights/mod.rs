@@ -41,6 +41,8 @@ pub struct Weights {
     pub dtype: DType,
     /// `blake3:<hex>`, see [`digest`].
     pub digest: String,
+    /// What of the files is left out, as sentences.
+    pub notes: Vec<String>,
 }
 
 /// Where weights may be, in transformers' order of preference.
@@ -57,14 +59,19 @@ pub(crate) const FILES: [&str; 4] =
 /// of another type or not finite; all such tensors are listed in one error.
 pub fn load(source: &Source, config: &ClipConfig) -> Result<Weights> {
     let containers = open(source)?;
-    let chosen = check::choose(source, &containers, config)?;
+    // What a single file holds besides its weights has been told with its outline.
+    let told = source.checkpoint().is_empty();
+    let mut notes: Vec<String> =
+        containers.iter().filter(|_| told).flat_map(|c| c.notes.iter().map(move |note| format!("{}: {note}", c.place))).collect();
+    let (chosen, beside) = check::choose(source, &containers, config)?;
+    notes.extend(beside);
     let read = chosen.par_iter().map(read).collect::<Result<Vec<_>>>()?;
     check::finite(source, chosen.iter().zip(&read).filter(|(_, r)| !r.finite).map(|(c, _)| c.name.as_str()))?;
     let mut parts: Vec<_> = chosen.iter().zip(&read).map(|(c, r)| (c.name.as_str(), &r.tensor, r.hash)).collect();
     let digest = combine(&mut parts)?;
     let dtype = common_dtype(read.iter().map(|r| r.tensor.dtype()));
     let tensors = chosen.into_iter().zip(read).map(|(c, r)| (c.name, r.tensor)).collect();
-    Ok(Weights { tensors, dtype, digest })
+    Ok(Weights { tensors, dtype, digest, notes })
 }
 
 struct Read {

@@ -8,6 +8,12 @@ const PREFIXES: &[&str] =
 /// What a name of the model itself begins with.
 const ROOTS: &[&str] = &["text_model.", "vision_model.", "visual_projection.", "text_projection.", "logit_scale"];
 
+/// Whether a name is one of a CLIP or its kin, in transformers' layout or another.
+pub(super) fn is_of_model(name: &str) -> bool {
+    const OTHERS: [&str; 6] = ["visual.", "transformer.", "token_embedding.", "ln_final.", "logit_bias", "text_decoder."];
+    ROOTS.iter().chain(&OTHERS).any(|root| name.contains(root))
+}
+
 /// Constants that older releases saved among the weights.
 const BUFFERS: &[&str] = &["position_ids", "attn_mask", "causal_attention_mask"];
 

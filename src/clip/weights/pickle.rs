@@ -1,8 +1,10 @@
 //! A pickle machine that can rebuild tensors and nothing else.
 //!
 //! A pickle is a program; Python runs whatever it names. This machine knows the opcodes of plain
-//! data and four names of PyTorch; anything else is refused. The classes of a TorchScript archive
-//! (`__torch__.…`) are opaque: their objects are bags of attributes, their code is not looked at.
+//! data and four names of PyTorch. Whatever else is named, such as the `argparse.Namespace` that a training script
+//! saves beside the weights, is a foreign thing: what is made of it, put into it or called on it is the same foreign thing,
+//! and nothing is ever called. Names that only attacks have (`posix.system`) are refused all the same. The classes of a
+//! TorchScript archive (`__torch__.…`) are opaque: their objects are bags of attributes, their code is not looked at.
 //! Values live in arenas, so hostile nesting cannot exhaust the stack. Opcodes of one byte make values of many, and what is
 //! remembered can be used again and again, so numbers of values, dimensions and the bytes of names are bounded.
 
@@ -62,6 +64,8 @@ enum Value {
     Global(Callable),
     Storage(Rc<Storage>),
     Tensor(Rc<Strided>),
+    /// Whatever came of a name that is not known.
+    Foreign(Rc<str>),
 }
 
 #[derive(Debug, Clone)]
@@ -72,6 +76,44 @@ enum Callable {
     StorageType(Rc<str>),
     /// A class or function of TorchScript, which is never called.
     Opaque,
+    /// Anything else, which is never called either.
+    Foreign(Rc<str>),
+}
+
+/// What no checkpoint has a use for: modules, and functions of Python itself.
+const ATTACKS: [&str; 25] = [
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "os",
+    "posix",
+    "nt",
+    "sys",
+    "subprocess",
+    "commands",
+    "pty",
+    "shutil",
+    "socket",
+    "runpy",
+    "importlib",
+    "ctypes",
+    "code",
+    "pdb",
+    "webbrowser",
+    "multiprocessing",
+    "asyncio",
+    "threading",
+    "pip",
+    "tempfile",
+    "requests",
+    "urllib",
+];
+const BUILTINS: [&str; 8] = ["eval", "exec", "execfile", "compile", "open", "input", "breakpoint", "__import__"];
+
+/// Whether a pickle that names this wants to do something.
+fn is_attack(module: &str, name: &str) -> bool {
+    let root = module.split('.').next().unwrap_or_default();
+    ATTACKS.contains(&root) || (matches!(root, "builtins" | "__builtin__" | "__builtins__") && BUILTINS.contains(&name))
 }
 
 /// Tuples deeper than any that PyTorch writes.
@@ -135,7 +177,7 @@ impl Machine<'_> {
             b'(' => self.marks.push(self.stack.len()),
             b'0' => drop(self.pop()?),
             b'}' => self.new_dict(),
-            b']' => self.stack.push(Value::List),
+            b']' | 0x8f => self.stack.push(Value::List),
             b')' => self.tuple(Vec::new())?,
             b't' => {
                 let items = self.since_mark()?;
@@ -149,9 +191,14 @@ impl Machine<'_> {
             b'c' | 0x93 => self.global(op)?,
             b'Q' => self.persistent()?,
             b'R' => self.reduce()?,
-            0x81 => self.new_object()?,
+            0x81 => self.new_object(1)?,
+            0x92 => self.new_object(2)?,
             b'b' => self.build()?,
-            b's' | b'u' | b'a' | b'e' => self.fill(op)?,
+            b's' | b'u' | b'a' | b'e' | 0x90 => self.fill(op)?,
+            0x91 => {
+                self.since_mark()?;
+                self.stack.push(Value::List);
+            }
             _ => self.scalar(op)?,
         }
         Ok(true)
@@ -226,9 +273,10 @@ impl Machine<'_> {
             b'K' => Value::Int(i64::from(self.take::<1>()?[0])),
             b'M' => Value::Int(i64::from(u16::from_le_bytes(self.take()?))),
             b'J' => Value::Int(i64::from(i32::from_le_bytes(self.take()?))),
-            0x8a => Value::Int(self.long()?),
+            0x8a => self.long()?,
             b'G' => Value::Float(f64::from_be_bytes(self.take()?)),
             0x8c | b'U' | b'X' | 0x8d => self.text(op)?,
+            b'C' | b'B' | 0x8e => self.bytes(op)?,
             _ => return Err(format!("it uses opcode 0x{op:02x}, which no saved state dict needs")),
         };
         self.stack.push(value);
@@ -246,16 +294,28 @@ impl Machine<'_> {
         Ok(Value::Text(text.into()))
     }
 
-    fn long(&mut self) -> Outcome<i64> {
+    /// Bytes say nothing of tensors.
+    fn bytes(&mut self, op: u8) -> Outcome<Value> {
+        let len = match op {
+            b'C' => u64::from(self.take::<1>()?[0]),
+            b'B' => u64::from(u32::from_le_bytes(self.take()?)),
+            _ => u64::from_le_bytes(self.take()?),
+        };
+        self.take_slice(len)?;
+        Ok(Value::None)
+    }
+
+    /// Numbers of more than 64 bits, such as states of generators, say nothing of tensors.
+    fn long(&mut self) -> Outcome<Value> {
         let len = self.take::<1>()?[0];
         let bytes = self.take_slice(u64::from(len))?;
         if bytes.len() > 8 {
-            return Err("a number is too large".into());
+            return Ok(Value::None);
         }
         let fill = if bytes.last().is_some_and(|b| b & 0x80 != 0) { 0xff } else { 0 };
         let mut wide = [fill; 8];
         wide[..bytes.len()].copy_from_slice(bytes);
-        Ok(i64::from_le_bytes(wide))
+        Ok(Value::Int(i64::from_le_bytes(wide)))
     }
 
     fn global(&mut self, op: u8) -> Outcome<()> {
@@ -274,7 +334,10 @@ impl Machine<'_> {
             ("collections", "OrderedDict") => Callable::OrderedDict,
             ("torch" | "torch.storage", kind) if kind.ends_with("Storage") => Callable::StorageType(kind.into()),
             (module, _) if module == "__torch__" || module.starts_with("__torch__.") || module == "torch.jit._pickle" => Callable::Opaque,
-            _ => return Err(format!("it would call `{module}.{name}`, which has nothing to do with tensors")),
+            (module, name) if is_attack(module, name) => {
+                return Err(format!("it would call `{module}.{name}`, which has nothing to do with tensors"));
+            }
+            (module, name) => Callable::Foreign(format!("{module}.{name}").into()),
         };
         self.stack.push(Value::Global(callable));
         Ok(())
@@ -304,8 +367,13 @@ impl Machine<'_> {
 
     fn reduce(&mut self) -> Outcome<()> {
         let args = self.pop()?;
-        let (Value::Global(callable), Value::Tuple(args, _)) = (self.pop()?, args) else {
-            return Err("it calls something that is no function".into());
+        let (callable, args) = match (self.pop()?, args) {
+            (Value::Global(Callable::Foreign(name)) | Value::Foreign(name), _) => {
+                self.stack.push(Value::Foreign(name));
+                return Ok(());
+            }
+            (Value::Global(callable), Value::Tuple(args, _)) => (callable, args),
+            _ => return Err("it calls something that is no function".into()),
         };
         match (callable, args.as_slice()) {
             (Callable::OrderedDict, []) => self.new_dict(),
@@ -325,13 +393,16 @@ impl Machine<'_> {
         Ok(())
     }
 
-    fn new_object(&mut self) -> Outcome<()> {
-        self.pop()?;
-        let Value::Global(Callable::Opaque) = self.pop()? else {
-            return Err("it makes an object of something that is no class of a TorchScript archive".into());
-        };
-        self.stack.push(Value::Object(self.objects.len()));
-        self.objects.push(None);
+    fn new_object(&mut self, arguments: usize) -> Outcome<()> {
+        self.pop_many(arguments)?;
+        match self.pop()? {
+            Value::Global(Callable::Foreign(name)) | Value::Foreign(name) => self.stack.push(Value::Foreign(name)),
+            Value::Global(Callable::Opaque) => {
+                self.stack.push(Value::Object(self.objects.len()));
+                self.objects.push(None);
+            }
+            _ => return Err("it makes an object of something that is no class of a TorchScript archive".into()),
+        }
         Ok(())
     }
 
@@ -339,7 +410,7 @@ impl Machine<'_> {
     fn build(&mut self) -> Outcome<()> {
         let state = self.pop()?;
         match (self.stack.last(), state) {
-            (Some(Value::Dict(_)), _) => Ok(()),
+            (Some(Value::Dict(_) | Value::Foreign(_)), _) => Ok(()),
             (Some(Value::Object(at)), Value::Dict(attributes)) => {
                 *self.objects.get_mut(*at).ok_or("an object is missing")? = Some(attributes);
                 Ok(())
@@ -357,7 +428,7 @@ impl Machine<'_> {
             _ => self.since_mark()?,
         };
         match (op, self.stack.last()) {
-            (b'a' | b'e', Some(Value::List)) => Ok(()),
+            (b'a' | b'e' | 0x90, Some(Value::List)) | (_, Some(Value::Foreign(_))) => Ok(()),
             (b's' | b'u', Some(Value::Dict(at))) if items.len() % 2 == 0 => {
                 let dict = self.dicts.get_mut(*at).ok_or("a dict is missing")?;
                 let mut items = items.into_iter();

@@ -118,14 +118,14 @@ fn shards_and_pickles_have_the_digest_of_one_file() {
 fn everything_that_does_not_fit_is_in_one_error() {
     let mut bad = tensors();
     bad.remove("visual_projection.weight");
-    bad.insert("classifier.weight".into(), Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap());
+    bad.insert("vision_model.classifier.weight".into(), Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap());
     bad.insert(TOKENS.into(), Tensor::zeros((3, 8), DType::F32, &Device::Cpu).unwrap());
     bad.insert("text_projection.weight".into(), Tensor::zeros((8, 8), DType::I64, &Device::Cpu).unwrap());
     bad.insert("model.logit_scale".into(), Tensor::zeros((), DType::F32, &Device::Cpu).unwrap());
     let message = round_trip(bad).unwrap_err().to_string();
     for part in [
         "1 missing: visual_projection.weight",
-        "1 unexpected: classifier.weight",
+        "1 unexpected: vision_model.classifier.weight",
         "token_embedding.weight [3, 8] instead of [20, 8]",
         "not in floating point: text_projection.weight",
         "present twice: logit_scale",

@@ -295,6 +295,34 @@ mod tests {
         assert!(refusal(&archive(&deep, CompressionMethod::Stored)).contains("too deeply"));
     }
 
+    /// What is named and not known is made, filled and called without anything happening, and is no tensor.
+    #[test]
+    fn foreign_objects_beside_weights_are_left_alone() {
+        let inner = pickle(0, &[2, 2], &[2, 1]);
+        let tensor = inner.strip_prefix(b"\x80\x02}X\x01\0\0\0w").unwrap().strip_suffix(b"s.").unwrap();
+        let key = |name: &str| [b"X".to_vec(), (name.len() as u32).to_le_bytes().to_vec(), name.as_bytes().to_vec()].concat();
+        let foreign: [&[u8]; 6] = [
+            b"cargparse\nNamespace\n)\x81}X\x01\0\0\0aK\x01sb",
+            b"cmine\nDict\n)\x81(X\x01\0\0\0aK\x01u",
+            b"cmine\nList\n)\x81(K\x01e",
+            b"cmine\nmake\n(K\x01tR)R",
+            b"cmine\nSet\n)\x81(K\x01\x90",
+            b"cmine\nWith\n)}\x92Nb",
+        ];
+        for value in foreign {
+            let wrapped = [b"\x80\x04}(", &*key("odd"), value, &*key("state_dict"), b"}", &*key("w"), tensor, b"su."].concat();
+            let flat = [b"\x80\x04}(", &*key("odd"), value, &*key("w"), tensor, b"u."].concat();
+            for pickled in [wrapped, flat] {
+                let bytes = archive(&pickled, CompressionMethod::Stored);
+                let container = open("x.pt", Bytes::Memory(Cow::Borrowed(&bytes))).unwrap();
+                assert_eq!(container.entries.iter().map(|e| e.name.as_str()).collect::<Vec<_>>(), ["w"]);
+                assert!(container.notes.iter().any(|n| n.contains("`odd`")), "{:?}", container.notes);
+            }
+        }
+        let alone = archive(b"cmine\nModel\n)\x81}b.", CompressionMethod::Stored);
+        assert!(refusal(&alone).contains("mine.Model"));
+    }
+
     #[test]
     fn other_archives_are_refused() {
         assert!(refusal(b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.").contains("no zip archive"));

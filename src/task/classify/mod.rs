@@ -214,7 +214,7 @@ impl Definition for ClassifyConfig {
         let count = parts.classes.len();
         if count < 2 && !(self.several() && count == 1) {
             return Err(Error::input("task.classify", format!("expected at least two classes, found {count}"))
-                .hint("a classifier chooses; data.table.label, or data.table.labels with `labels: multi`, names the column"));
+                .hint("a classifier chooses: of a folder each directory is a class; data.table.label, or data.table.labels with `labels: multi`, names a table's column"));
         }
         let weights = self.class_weights.of(parts, self.several())?;
         Ok(Box::new(Classify {

@@ -44,12 +44,25 @@ pub(in crate::clip::weights) struct StateDict {
     pub(in crate::clip::weights) notes: Vec<String>,
 }
 
+/// Wrappers in wrappers that are looked through.
+const WRAPPED: usize = 3;
+
+fn is_named_tensor(pair: &(Value, Value)) -> bool {
+    matches!(pair, (Value::Text(_), Value::Tensor(_)))
+}
+
 /// The key of what is more than a number or a text.
 fn left_out(key: &Value, value: &Value) -> Option<String> {
     match (key, value) {
-        (Value::Text(key), Value::Dict(_) | Value::Object(_) | Value::Tensor(_)) => Some(short(key)),
+        (Value::Text(key), Value::Dict(_) | Value::Object(_) | Value::Tensor(_)) => Some(format!("`{}`", short(key))),
+        (Value::Text(key), Value::Foreign(name)) => Some(foreign(key, name)),
         _ => None,
     }
+}
+
+/// A key whose value is made of something that is not known, and of what.
+fn foreign(key: &str, name: &str) -> String {
+    format!("`{}` (`{}`, which is not read)", short(key), short(name))
 }
 
 fn short(key: &str) -> String {
@@ -106,6 +119,7 @@ impl Machine<'_> {
                 self.attributes("", top, 0, &mut budget, &mut found.tensors)?;
                 Ok(found)
             }
+            Value::Foreign(name) => Err(format!("it holds a `{}` and no state dict: save `model.state_dict()` in its place", short(name))),
             _ => Err("it holds no state dict".into()),
         }
     }
@@ -114,20 +128,19 @@ impl Machine<'_> {
         let (mut at, mut found) = (top, StateDict::default());
         for depth in 0.. {
             budget.visit(depth)?;
-            if self.holds_tensors(at) {
-                break;
-            }
+            let own = self.count(at);
             let mut inner = self.candidates(at, budget)?;
-            if inner.is_empty() {
-                break;
-            }
             // The first of those that are equally well known, in the file's order.
             inner.sort_by_key(|(rank, ..)| *rank);
-            let (_, taken, next) = inner[0];
+            let Some(&(rank, taken, next)) = inner.first() else { break };
+            // Tensors beside a wrapper, such as a generator's state, are fewer than those of the weights.
+            if own > 0 && (rank == WRAPPERS.len() || self.reach(next, WRAPPED, budget)? <= own) {
+                break;
+            }
             let others: Vec<String> = self.dicts[at]
                 .iter()
-                .filter_map(|(key, value)| left_out(key, value).filter(|k| *k != short(taken)))
-                .map(|k| format!("`{k}`"))
+                .filter(|(key, _)| !matches!(key, Value::Text(key) if **key == *taken))
+                .filter_map(|(key, value)| left_out(key, value))
                 .collect();
             if !others.is_empty() {
                 found.notes.push(format!("the weights under `{taken}` are used; beside them are {}", others.join(", ")));
@@ -148,6 +161,10 @@ impl Machine<'_> {
                     budget.text(key.len())?;
                     found.notes.push(format!("`{}` stands among the weights and is left out", short(key)));
                 }
+                (Value::Text(key), Value::Foreign(name)) if tensors => {
+                    budget.text(key.len())?;
+                    found.notes.push(format!("{} stands among the weights and is left out", foreign(key, name)));
+                }
                 _ => _ = rebuilt(key, value, budget)?,
             }
         }
@@ -155,7 +172,22 @@ impl Machine<'_> {
     }
 
     fn holds_tensors(&self, at: usize) -> bool {
-        self.dicts.get(at).is_some_and(|dict| dict.iter().any(|(key, value)| matches!((key, value), (Value::Text(_), Value::Tensor(_)))))
+        self.dicts.get(at).is_some_and(|dict| dict.iter().any(is_named_tensor))
+    }
+
+    fn count(&self, at: usize) -> usize {
+        self.dicts.get(at).map_or(0, |dict| dict.iter().filter(|pair| is_named_tensor(pair)).count())
+    }
+
+    /// The most tensors in one dict, of this one and those that it may lead to.
+    fn reach(&self, at: usize, depth: usize, budget: &mut Budget) -> Outcome<usize> {
+        let mut most = self.count(at);
+        if depth > 0 {
+            for (_, _, inner) in self.candidates(at, budget)? {
+                most = most.max(self.reach(inner, depth - 1, budget)?);
+            }
+        }
+        Ok(most)
     }
 
     /// The dicts inside a dict that may lead to weights: how well their key is known, the key, the dict.
