@@ -7,6 +7,7 @@ use std::fmt::Formatter;
 use peft_adapters::wording::plain;
 use serde::de::{DeserializeOwned, Error as _, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
+use serde_json::{Map, Value};
 
 /// Values of a configuration, a row or an index; larger vocabularies have half as many. They take at most 80 MiB.
 const MAX_VALUES: usize = 1 << 20;
@@ -28,6 +29,21 @@ pub(crate) fn from_slice<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String>
 /// When it is no such JSON, or has more values than one in six bytes, beyond what [`from_slice`] reads.
 pub(crate) fn from_large_slice<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
     within(bytes, MAX_VALUES.max(bytes.len() / MIN_DENSITY))
+}
+
+/// `{ a: { b: 1 } }` to `a.b = 1`; lists of plain values stay whole, null is no value.
+pub(crate) fn flatten(prefix: &str, value: Value, out: &mut Map<String, Value>) {
+    let under = |key: &str| if prefix.is_empty() { key.to_string() } else { format!("{prefix}.{key}") };
+    match value {
+        Value::Null => {}
+        Value::Object(map) => map.into_iter().for_each(|(k, v)| flatten(&under(&k), v, out)),
+        Value::Array(items) if items.iter().any(Value::is_object) => {
+            items.into_iter().enumerate().for_each(|(i, v)| flatten(&under(&i.to_string()), v, out));
+        }
+        other => {
+            out.insert(prefix.to_string(), other);
+        }
+    }
 }
 
 fn within<T: DeserializeOwned>(bytes: &[u8], most: usize) -> Result<T, String> {

@@ -211,7 +211,7 @@ pub fn pictures(recipe: &Recipe, ids: &[String]) -> Result<Vec<String>> {
     if ids.is_empty() {
         return Ok(Vec::new());
     }
-    let data = recipe.data.open_for(recipe.train.seed, &recipe.task.definition().reads())?;
+    let data = recipe.data.open_for(recipe.train.seed, &recipe.task.definition().needs_of_rows())?;
     let options = recipe.images.options();
     let images = Images::new(Parts::load(recipe.model.spec())?.preprocess, options);
     let one = |id: &String| {

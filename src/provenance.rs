@@ -12,6 +12,8 @@ pub struct Provenance {
     pub classes: String,
     /// The base's weights.
     pub base: String,
+    /// What the base computes with its weights: heads, activations, epsilons.
+    pub architecture: String,
     /// The base's tokeniser.
     pub tokenizer: String,
     /// How images become tensors: the base's preprocessing and the recipe's `images`.
@@ -19,11 +21,12 @@ pub struct Provenance {
 }
 
 impl Provenance {
-    fn parts(&self) -> [(&'static str, &str); 5] {
+    fn parts(&self) -> [(&'static str, &str); 6] {
         [
             ("the data", self.data.as_str()),
             ("the classes", &self.classes),
             ("the base's weights", &self.base),
+            ("what config.json says of the base", &self.architecture),
             ("the tokeniser", &self.tokenizer),
             ("the preprocessing of images", &self.preprocess),
         ]

@@ -168,7 +168,8 @@ impl Roster {
                 "the classes" => told.push(class_difference(&self.classes, &now.classes)),
                 "the base's weights" => told.push("the base has other weights".into()),
                 "the tokeniser" => told.push("the base has another tokeniser".into()),
-                _ => told.push("images are prepared in another way".into()),
+                "the preprocessing of images" => told.push("images are prepared in another way".into()),
+                _ => told.push("the base has another config.json: heads, activations or epsilons".into()),
             }
         }
         Ok(told)

@@ -7,6 +7,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::json;
 use crate::recipe::Recipe;
 use crate::run;
 
@@ -155,21 +156,6 @@ fn flat(path: &Path) -> Result<Map<String, Value>> {
         map.remove("output");
     }
     let mut out = Map::new();
-    flatten("", value, &mut out);
+    json::flatten("", value, &mut out);
     Ok(out)
-}
-
-/// `{ a: { b: 1 } }` to `a.b = 1`; lists of plain values stay whole, null is no value.
-fn flatten(prefix: &str, value: Value, out: &mut Map<String, Value>) {
-    let under = |key: &str| if prefix.is_empty() { key.to_string() } else { format!("{prefix}.{key}") };
-    match value {
-        Value::Null => {}
-        Value::Object(map) => map.into_iter().for_each(|(k, v)| flatten(&under(&k), v, out)),
-        Value::Array(items) if items.iter().any(Value::is_object) => {
-            items.into_iter().enumerate().for_each(|(i, v)| flatten(&under(&i.to_string()), v, out));
-        }
-        other => {
-            out.insert(prefix.to_string(), other);
-        }
-    }
 }

@@ -26,7 +26,9 @@ mod check;
 mod images;
 mod made_of;
 mod page;
+mod same_task;
 mod training;
+mod unused;
 
 use training::tell;
 pub use training::train;
@@ -56,8 +58,8 @@ impl Session {
     /// When a file is missing or malformed.
     pub fn open(mut recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Result<Self> {
         images::adopt_beneath(&mut recipe, observer)?;
-        let mut data =
-            fetched(observer, |progress| recipe.data.local(progress))?.open_for(recipe.train.seed, &recipe.task.definition().reads())?;
+        let mut data = fetched(observer, |progress| recipe.data.local(progress))?
+            .open_for(recipe.train.seed, &recipe.task.definition().needs_of_rows())?;
         let base = load(&recipe, device, observer)?;
         let options = recipe.images.options();
         let images = Arc::new(Images::new(base.preprocess.clone(), options));
@@ -86,6 +88,7 @@ impl Session {
         if session.data.count(Split::Train) == 0 {
             return Err(Error::input("data", "the training split is empty").hint("`peft data` says what each split has"));
         }
+        session.tell_unused(observer)?;
         Ok(session)
     }
 
@@ -100,6 +103,9 @@ impl Session {
         self.put_beneath(&mut adapters)?;
         let mut init = recipe.train.init_adapter.as_ref().map(|dir| Delta::read(&delta::locate(dir)?)).transpose()?;
         if let Some(init) = &mut init {
+            if !init.own.is_empty() {
+                self.check_task(init)?;
+            }
             init.bring_in_order(&adapters.view, adapters.beneath, &self.data.classes)?;
         }
         let task = self.task(&mut adapters, init.as_ref())?;
@@ -163,7 +169,9 @@ impl Session {
         let mut task = definition.build(&parts, &mut adapters.params)?;
         // A temperature or threshold was chosen for the adapter's own classes.
         let own = |m: &&Manifest| definition.templates().is_empty() || same_classes(&m.classes, &self.data.classes);
-        if let Some(manifest) = manifest.filter(own) {
+        if let Some(manifest) = manifest.filter(own)
+            && self.is_for_this_task(manifest)?
+        {
             task.set_scalars(&manifest.scalars);
         }
         for split in [Split::Train, Split::Val, Split::Test] {
@@ -331,6 +339,7 @@ impl Session {
         let mut adapters = match &mut delta {
             None => Adapters::plan(&[], sites, 0, device)?,
             Some(delta) => {
+                self.check_task(delta)?;
                 for note in delta.check_base(&self.base, options.allow_base_mismatch)? {
                     observer.event(Event::Note(note));
                 }

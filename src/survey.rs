@@ -180,7 +180,7 @@ pub fn survey(subject: &Subject, observer: &mut dyn Observer) -> Result<(Survey,
     // Every image is looked at, and compared with the others.
     let config = DataConfig { skip_bad: true, ..source.listed() };
     let mut data = match &subject.task {
-        Some(task) => config.open_for(subject.seed, &task.definition().reads())?,
+        Some(task) => config.open_for(subject.seed, &task.definition().needs_of_rows())?,
         None => config.open(subject.seed)?,
     };
     if !source.has_own_splits() {

@@ -35,7 +35,7 @@ const TABLE: [(&str, &[&str]); 50] = [
     ("comparison", &["figures", "report"]),
     ("page", &["change", "comparison", "error", "figures", "report", "train"]),
     ("fetch", &["error", "hub", "train"]),
-    ("run", &["error", "events", "files", "provenance", "recipe", "report", "roster", "train"]),
+    ("run", &["error", "events", "files", "json", "provenance", "recipe", "report", "roster", "train"]),
     ("estimate", &["alloc", "clip", "delta", "train"]),
     ("combine", &["clip", "delta", "error"]),
     ("merge", &["clip", "delta", "error", "files", "json"]),
@@ -50,10 +50,13 @@ const TABLE: [(&str, &[&str]); 50] = [
     ("inspect", &["clip", "delta", "error", "files", "hub", "recipe", "run", "sign"]),
     ("survey", &["clip", "data", "error", "fetch", "recipe", "task", "train"]),
     ("sheet", &["clip", "data", "error", "files"]),
-    ("runs", &["error", "recipe", "report", "run"]),
+    ("runs", &["error", "json", "recipe", "report", "run"]),
     ("draft", &["clip", "data", "error", "recipe"]),
     ("doctor", &["device", "files", "train"]),
-    ("compare", &["comparison", "data", "error", "figures", "files", "page", "provenance", "recipe", "report", "run", "task", "train"]),
+    (
+        "compare",
+        &["comparison", "data", "delta", "error", "figures", "files", "page", "provenance", "recipe", "report", "run", "task", "train"],
+    ),
     (
         "measure",
         &[

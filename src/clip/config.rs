@@ -74,6 +74,19 @@ pub struct ClipConfig {
     pub logit_scale_init_value: f64,
 }
 
+impl ClipConfig {
+    /// blake3 of what the shapes of the weights do not show and results depend on.
+    #[must_use]
+    pub fn digest(&self) -> String {
+        let (t, v) = (&self.text, &self.vision);
+        let towers = [
+            json!([t.num_attention_heads, t.layer_norm_eps, t.hidden_act]),
+            json!([v.num_attention_heads, v.layer_norm_eps, v.hidden_act, v.image_size, v.patch_size]),
+        ];
+        format!("blake3:{}", blake3::hash(json!(towers).to_string().as_bytes()).to_hex())
+    }
+}
+
 /// One JSON object with the place it came from.
 struct Section<'a> {
     place: String,

@@ -1,9 +1,12 @@
-//! Examples of validation and test that are in training as well.
+//! What validation and test share with training and should not, and what they ask that training does not have.
 
 use std::collections::HashMap;
 
 use super::example::content_of;
 use super::{Dataset, Example, ImageRef, Split};
+
+/// Classes that are named; the others are counted.
+const SHOWN: usize = 5;
 
 /// What makes two examples the same to who is tested: the image's bytes; without images the texts.
 fn seen(e: &Example) -> Option<(bool, u64)> {
@@ -21,6 +24,27 @@ impl Dataset {
     pub fn overlaps(&self) -> Vec<String> {
         let trained: HashMap<(bool, u64), &str> = self.train.iter().filter_map(|e| Some((seen(e)?, e.id.as_str()))).collect();
         [Split::Val, Split::Test].into_iter().filter_map(|split| self.overlap(split, &trained)).collect()
+    }
+
+    /// A note where examples are tested whose class nobody trains.
+    #[must_use]
+    pub fn untrained(&self) -> Option<String> {
+        if self.stream.is_some() {
+            return None;
+        }
+        let count = |list: &[Example]| {
+            let mut counts = vec![0usize; self.classes.len()];
+            list.iter().flat_map(Example::all_labels).for_each(|l| counts[*l as usize] += 1);
+            counts
+        };
+        let (trained, tested) = (count(&self.train), count(&self.test));
+        let lacking: Vec<String> = (0..self.classes.len())
+            .filter(|class| trained[*class] == 0 && tested[*class] > 0)
+            .map(|class| format!("`{}` ({})", self.classes[class], tested[class]))
+            .collect();
+        let more = if lacking.len() > SHOWN { format!(" and {} more", lacking.len() - SHOWN) } else { String::new() };
+        let shown = lacking[..lacking.len().min(SHOWN)].join(", ");
+        (!lacking.is_empty()).then(|| format!("{} classes have test examples and no training example: {shown}{more}", lacking.len()))
     }
 
     fn overlap(&self, split: Split, trained: &HashMap<(bool, u64), &str>) -> Option<String> {

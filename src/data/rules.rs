@@ -6,9 +6,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{ImageRef, RawExample, Split};
 use crate::error::Error;
 
-/// What a row may say, the image apart.
+/// What a row may say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Field {
+    /// What it shows.
+    Image,
     /// Texts that belong to it.
     Text,
     /// What is asked about it.
@@ -30,11 +32,13 @@ pub enum Field {
 }
 
 impl Field {
-    const ALL: [Self; 8] = [Self::Text, Self::Question, Self::Label, Self::Labels, Self::Answer, Self::Choices, Self::Value, Self::Fits];
+    const ALL: [Self; 9] =
+        [Self::Image, Self::Text, Self::Question, Self::Label, Self::Labels, Self::Answer, Self::Choices, Self::Value, Self::Fits];
 
     /// What a row without it lacks.
     fn called(self) -> &'static str {
         match self {
+            Self::Image => "image",
             Self::Text => "text",
             Self::Question => "question",
             Self::Label => "label",
@@ -50,6 +54,7 @@ impl Field {
     /// Whether an example has it. One class is a list of one.
     fn is_in(self, e: &RawExample) -> bool {
         match self {
+            Self::Image => e.image != ImageRef::Missing,
             Self::Text => !e.texts.is_empty(),
             Self::Question => e.question.is_some(),
             Self::Label => e.label.is_some(),
@@ -117,7 +122,7 @@ pub(super) struct Seen {
     /// Whether every label is a whole number.
     numbers: bool,
     /// Rows that have each of [`Field::ALL`].
-    has: [usize; 8],
+    has: [usize; 9],
     /// Whether a row has two labels or more.
     several: bool,
     /// Whether a row has a list of labels.
@@ -161,7 +166,8 @@ impl Seen {
     pub(super) fn rules(&self, reads: Option<&Reads>) -> Rules {
         let minus_is_none = self.minus_is_none();
         let all = |field: Field| self.has[Field::ALL.iter().position(|f| *f == field).unwrap_or(0)];
-        let some = |field: &Field| all(*field) > 0 && (all(*field) < self.rows || minus_is_none);
+        // A task that looks at images has nothing to look at without any.
+        let some = |field: &Field| (all(*field) > 0 || *field == Field::Image) && (all(*field) < self.rows || minus_is_none);
         Rules {
             reads: reads.cloned(),
             numbered: NUMBERED.iter().all(|(word, _)| self.words.contains(*word)) && self.words.len() == NUMBERED.len(),

@@ -104,16 +104,23 @@ impl Delta {
         if manifest.base.digest.is_empty() {
             return Ok(vec![format!("{place}: {} names no base, so it cannot be checked", file::MANIFEST)]);
         }
-        if manifest.base.digest == base.digest {
+        let other = manifest.base.architecture != base.clip.config().digest() && !manifest.base.architecture.is_empty();
+        if manifest.base.digest == base.digest && !other {
             return Ok(self.other_inputs(manifest, base));
         }
-        let message = format!(
-            "was made for {} ({}), this base is {} ({})",
-            manifest.base.name,
-            short(&manifest.base.digest),
-            base.source,
-            short(&base.digest)
-        );
+        let message = match manifest.base.digest == base.digest {
+            true => format!(
+                "was trained on these weights with another config.json than {} has: heads, activations or epsilons differ",
+                base.source
+            ),
+            false => format!(
+                "was made for {} ({}), this base is {} ({})",
+                manifest.base.name,
+                short(&manifest.base.digest),
+                base.source,
+                short(&base.digest)
+            ),
+        };
         match allow {
             true => Ok(vec![format!("{place}: {message}")]),
             false => Err(Error::input(place, message).hint("name the right base, or pass --allow-base-mismatch")),

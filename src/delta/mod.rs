@@ -183,6 +183,9 @@ pub struct BaseRef {
     pub name: String,
     /// blake3 of its weights.
     pub digest: String,
+    /// blake3 of what its `config.json` says and its weights do not; empty where an older version did not look.
+    #[serde(default)]
+    pub architecture: String,
     /// blake3 of its tokeniser.
     pub tokenizer: String,
     /// blake3 of its preprocessing.
@@ -196,6 +199,7 @@ impl BaseRef {
         Self {
             name: name.to_string(),
             digest: base.digest.clone(),
+            architecture: base.clip.config().digest(),
             tokenizer: base.tokenizer.digest().to_string(),
             preprocess: format!("blake3:{}", blake3::hash(&base.preprocess.digest_bytes()).to_hex()),
         }

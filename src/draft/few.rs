@@ -11,7 +11,7 @@ const PAIRS: usize = 1000;
 
 /// Training images of a class, the mean over classes, where a classification has few of them.
 pub(super) fn shots(data: &Dataset, task: &str) -> Option<f64> {
-    let images = data.train.iter().filter(|e| e.label.is_some() || e.labels.is_some()).count();
+    let images = data.train.iter().flat_map(Example::all_labels).count();
     let mean = images as f64 / data.classes.len().max(1) as f64;
     (task == "classify" && mean < SHOTS as f64).then_some(mean)
 }

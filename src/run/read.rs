@@ -3,10 +3,12 @@
 use std::path::Path;
 
 use peft_adapters::wording::plain;
+use serde_json::{Map, Value};
 
 use super::{FAILURE, METRICS, PREDICTIONS, RECIPE, REPORT};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::json;
 use crate::provenance::Provenance;
 use crate::recipe::Recipe;
 use crate::report::{Prediction, TrainReport};
@@ -26,7 +28,7 @@ pub fn differs(run: &Path, recipe: &Recipe) -> Result<Option<String>> {
     before.map_or(Ok(None), |before| differing(&place, recipe, &before))
 }
 
-/// The first line that differs. What does not matter: where the output lies, what is logged, how often the state is saved, what is
+/// The first key that differs. What does not matter: where the output lies, what is logged, how often the state is saved, what is
 /// compared.
 pub(super) fn differing(place: &Path, recipe: &Recipe, before: &str) -> Result<Option<String>> {
     let mut old = Recipe::parse(&place.display().to_string(), before, &recipe.name, &[])?;
@@ -37,9 +39,15 @@ pub(super) fn differing(place: &Path, recipe: &Recipe, before: &str) -> Result<O
     if old == *recipe {
         return Ok(None);
     }
-    let (old, new) = (old.to_yaml()?, recipe.to_yaml()?);
-    let line = old.lines().zip(new.lines()).find(|(a, b)| a != b);
-    Ok(Some(line.map(|(a, b)| format!(": it had `{}`, now `{}`", a.trim(), b.trim())).unwrap_or_default()))
+    let flat = |recipe: &Recipe| -> Result<Map<String, Value>> {
+        let mut out = Map::new();
+        json::flatten("", serde_json::to_value(recipe).map_err(|e| Error::fault(place.display(), e))?, &mut out);
+        Ok(out)
+    };
+    let (old, new) = (flat(&old)?, flat(recipe)?);
+    let key = old.keys().chain(new.keys()).find(|key| old.get(*key) != new.get(*key));
+    let shown = |value: Option<&Value>| value.map_or("nothing".to_string(), |v| format!("`{v}`"));
+    Ok(Some(key.map(|key| format!(": {key} was {}, is {}", shown(old.get(key)), shown(new.get(key)))).unwrap_or_default()))
 }
 
 /// The steps of a run directory.

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 use peft_adapters::{ClassName, Step};
 
-use super::Session;
+use super::{Session, tell};
 use crate::clip::TextBatch;
 use crate::data::{Dataset, Split};
 use crate::delta::Adapters;
@@ -80,6 +80,7 @@ impl Verdict {
 pub fn check(recipe: Recipe, device: &Device, observer: &mut dyn Observer) -> Result<Checked> {
     let session = Session::to_train(recipe, device, observer)?;
     let (mut adapters, task) = session.plan()?;
+    tell(&adapters, observer);
     let total_parameters = session.total_parameters(&adapters);
     let trainable_parameters = adapters.params.count();
     let micro = session.fitting(&mut adapters, &*task, observer)?;

@@ -19,7 +19,16 @@ impl Session {
         let base = BaseRef::of(&self.base, "");
         let pixels = format!("{} {}", base.preprocess, to_json(&self.recipe.images)?);
         let preprocess = format!("blake3:{}", blake3::hash(pixels.as_bytes()).to_hex());
-        Roster::of(&self.data, Provenance { base: base.digest, tokenizer: base.tokenizer, preprocess, ..Provenance::default() })
+        Roster::of(
+            &self.data,
+            Provenance {
+                base: base.digest,
+                architecture: base.architecture,
+                tokenizer: base.tokenizer,
+                preprocess,
+                ..Provenance::default()
+            },
+        )
     }
 
     /// Refuses to go on with a run that was begun with something else; `made_of` is what its report says, where it is finished.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::clip::tokenizer::Tokenizer;
 use crate::clip::{Clip, ConstantText, Encoded};
-use crate::data::{Dataset, Example, Reads, Split};
+use crate::data::{Dataset, Example, Field, Reads, Split};
 use crate::error::Result;
 use crate::fusion::{FusionConfig, Pass};
 use crate::report::Evaluation;
@@ -111,6 +111,18 @@ pub trait Definition {
 
     /// What is read of an example, so that nothing else of it has to be right.
     fn reads(&self) -> Reads;
+
+    /// [`Definition::reads`] with the image, where images are read.
+    fn needs_of_rows(&self) -> Reads {
+        let mut reads = self.reads();
+        reads.needed.extend(self.reads_images().then_some(Field::Image));
+        reads
+    }
+
+    /// What is set and changes nothing, a line for each.
+    fn unused(&self) -> Vec<String> {
+        Vec::new()
+    }
 
     /// Whether the classes are the task's own and come from the training examples: known answers.
     fn own_classes(&self) -> bool {

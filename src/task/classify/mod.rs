@@ -163,6 +163,19 @@ impl Definition for ClassifyConfig {
         self.templates.iter().try_for_each(|t| prompts::check_template(&format!("{place}.templates"), t))
     }
 
+    fn unused(&self) -> Vec<String> {
+        let default = Self::default();
+        let reads_prompts = self.inputs == Inputs::Image && (self.head == Head::Prompts || self.head_init == HeadInit::Text);
+        let set = [
+            ("templates", self.templates != default.templates && !reads_prompts, "there are no class prompts"),
+            ("head_init", self.head_init != default.head_init && self.head == Head::Prompts, "there is no linear head"),
+            ("head", self.head != default.head && self.inputs != Inputs::Image, "texts always have a head over the fusion"),
+            ("threshold", self.threshold != default.threshold && !self.several(), "one label needs no threshold"),
+        ];
+        let told = set.iter().filter(|(_, idle, _)| *idle);
+        told.map(|(key, _, why)| format!("task.classify.{key} changes nothing here: {why}")).collect()
+    }
+
     fn has_own_weights(&self) -> bool {
         self.head == Head::Linear || self.inputs != Inputs::Image || self.several()
     }

@@ -1,0 +1,189 @@
+//! What is told of a set before it is trained on, and of an adapter whose task is another one.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::World;
+
+/// What stands on stderr of a command that succeeds.
+fn said(w: &World, args: &[&str]) -> String {
+    let out = w.peft(args);
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(out.status.success(), "{args:?}: {said}");
+    said
+}
+
+/// A table of the world's images with a caption each, in three splits.
+fn captions(w: &World, extra: &str) {
+    let row = |class: &str, i: usize| {
+        let split = ["train", "train", "train", "val", "test"][i % 5];
+        format!("data/{class}/{i}.png,a {class} thing {i},{class},{split}\n")
+    };
+    let rows: String = ["red", "green", "blue"].iter().flat_map(|c| (0..10).map(|i| row(c, i)).collect::<Vec<_>>()).collect();
+    w.write("set.csv", &format!("image,text,label,split\n{rows}{extra}"));
+}
+
+fn of_table(w: &World, task: &str) -> String {
+    let folder = "folder: { root: data }";
+    let templates = "task:\n  classify: { templates: [\"a {} thing\"] }";
+    w.recipe("lora: { rank: 2 }").replace(folder, "table: set.csv").replace(templates, &format!("task:\n  {task}"))
+}
+
+/// A head, thresholds and fusions are for one task: another one would pass them over, or take them for something else.
+#[test]
+fn weights_of_a_task_are_refused_where_the_recipe_has_another() {
+    let w = World::new();
+    captions(&w, "");
+    for (name, task) in [
+        ("prompts", "classify: { templates: [\"a {} thing\"] }"),
+        ("linear", "classify: { head: linear }"),
+        ("texts", "classify: { inputs: text }"),
+        ("retrieve", "retrieve: {}"),
+        ("match", "match: { negatives: { random: { count: 1 } } }"),
+    ] {
+        w.write(&format!("{name}.yaml"), &of_table(&w, task).replace("output: run", &format!("output: {name}")));
+    }
+    for name in ["prompts", "linear", "texts", "match"] {
+        w.json(&["train", &format!("{name}.yaml"), "--set", "train.epochs=1"]);
+    }
+    for (recipe, adapter, named) in [
+        ("prompts", "linear", "head"),
+        ("linear", "prompts", "head"),
+        ("texts", "linear", "inputs"),
+        ("linear", "texts", "inputs"),
+        ("prompts", "match", "task: match"),
+        ("retrieve", "texts", "task: classify"),
+    ] {
+        let message = w.fails(&["eval", &format!("{recipe}.yaml"), "--adapter", adapter], 2);
+        assert!(message.contains(named) && message.contains("help: "), "{recipe} with {adapter}: {message}");
+    }
+    let message = w.fails(&["train", "texts.yaml", "--output", "again", "--set", "train.init_adapter=linear"], 2);
+    assert!(message.contains("inputs"), "{message}");
+    // Patches of the towers are for any task; so is an adapter's own recipe.
+    w.json(&["eval", "retrieve.yaml", "--adapter", "prompts"]);
+    assert_eq!(w.json(&["eval", "linear.yaml", "--adapter", "linear"]), w.json(&["eval", "linear"]));
+}
+
+#[test]
+fn what_is_tested_and_trained_on_is_told() {
+    let w = World::new();
+    let told = |args: &[&str]| said(&w, args).contains("trained on as well");
+    assert!(!told(&["train", "recipe.yaml", "--check"]));
+    for i in 0..10 {
+        std::fs::copy(w.path(&format!("data/red/{i}.png")), w.path(&format!("data/red/copy-{i}.png"))).unwrap();
+    }
+    // Among ten pairs some are divided, whatever the seed.
+    assert!(told(&["train", "recipe.yaml", "--set", "train.epochs=1"]) && told(&["eval", "run"]));
+    let texts: String = (0..12).map(|i| format!("thing {},{}\n", i % 6, ["x", "y"][i % 2])).collect();
+    w.write("set.csv", &format!("text,label\n{texts}"));
+    w.write(
+        "texts.yaml",
+        &of_table(&w, "classify: { inputs: text }").replace("data:\n", "data:\n  split: { train: 0.5, val: 0.25, test: 0.25 }\n"),
+    );
+    let note = said(&w, &["train", "texts.yaml", "--check"]);
+    assert!(note.contains("test examples have texts that are trained on as well"), "{note}");
+}
+
+/// An adapter in a bundle has seen its examples as any other has.
+#[test]
+fn a_bundle_is_asked_what_it_was_trained_on() {
+    let w = World::new();
+    w.json(&["train", "recipe.yaml", "--set", "train.epochs=1"]);
+    w.json(&["merge", "--model", "base", "--adapter", "run", "--bundle", "--output", "bundle"]);
+    let same = said(&w, &["eval", "recipe.yaml", "--set", "model=bundle"]);
+    assert!(!same.contains("is not known"), "{same}");
+    let other =
+        said(&w, &["eval", "recipe.yaml", "--set", "model=bundle", "--set", "data.split={train: 0.5, val: 0.2, test: 0.3, seed: 5}"]);
+    assert!(other.contains("is not known"), "{other}");
+}
+
+#[test]
+fn rows_without_an_image_are_found_before_training() {
+    let w = World::new();
+    captions(&w, ",a thing without a picture,red,train\n");
+    w.write("set.yaml", &of_table(&w, "classify: { templates: [\"a {} thing\"] }"));
+    for verb in [["train", "set.yaml", "--check"], ["eval", "set.yaml", "--quiet"]] {
+        let message = w.fails(&verb, 2);
+        assert!(message.contains("set.csv:32") && message.contains("no image"), "{message}");
+    }
+    let note = said(&w, &["train", "set.yaml", "--set", "data.skip_bad=true", "--set", "train.epochs=1"]);
+    assert!(note.contains("no image"), "{note}");
+    // Who looks at texts alone does not miss it.
+    w.write("texts.yaml", &of_table(&w, "classify: { inputs: text }"));
+    assert_eq!(w.json(&["train", "texts.yaml", "--check"])["examples"][0], 19);
+}
+
+#[test]
+fn classes_that_are_tested_and_never_trained_are_named() {
+    let w = World::new();
+    let violet = image::RgbImage::from_pixel(20, 16, image::Rgb([140, 0, 200]));
+    violet.save(w.path("violet.png")).unwrap();
+    captions(&w, "violet.png,a thing,violet,test\n");
+    w.write("set.yaml", &of_table(&w, "classify: { templates: [\"a {} thing\"] }"));
+    let note = said(&w, &["train", "set.yaml", "--check"]);
+    assert!(note.contains("`violet` (1)"), "{note}");
+    captions(&w, "");
+    assert!(!said(&w, &["train", "set.yaml", "--check"]).contains("no training example"));
+}
+
+/// Every image has two labels, so that each of three classes has two thirds of the 27 that are left for training.
+#[test]
+fn drafts_count_all_labels_of_an_image() {
+    let w = World::new();
+    let pairs = ["round;red", "red;small", "small;round"];
+    let rows: String = (0..30).map(|i| format!("data/{}/{}.png,{}\n", ["red", "green", "blue"][i % 3], i / 3, pairs[i % 3])).collect();
+    w.write("tags.csv", &format!("image,tags,split\n{}", rows.replace('\n', ",train\n")));
+    let drafted = w.json(&["new", "tags.yaml", "--data", "tags.csv", "--label", "tags", "--separator", ";", "--model", "base"]);
+    let notes = drafted["draft"]["notes"].to_string();
+    assert!(!notes.contains("no training example") && notes.contains("18 training images a class"), "{notes}");
+}
+
+#[test]
+fn words_of_a_recipe_that_change_nothing_are_named() {
+    let w = World::new();
+    let check = |method: &str, set: &str| {
+        w.write("odd.yaml", &w.recipe(method));
+        said(&w, &["train", "odd.yaml", "--check", "--set", set])
+    };
+    let none = "train.seed=4";
+    assert!(!check("lora: { targets: [q_proj, fc1], exclude: [visual_projection] }", none).contains("note"));
+    let note = check("lora: { targets: [q_proj, zz], exclude: [yy], rank_pattern: { xx: 3 } }", none);
+    assert!(["`zz`", "`yy`", "`xx`"].iter().all(|name| note.contains(name)) && !note.contains("`q_proj`"), "{note}");
+    let note = check("lora: { rank: 2 }", "task={classify: {head: linear, templates: [\"the {}\"]}}");
+    assert!(note.contains("task.classify.templates"), "{note}");
+    let note = check("lora: { rank: 2 }", "task={classify: {head: linear, head_init: text, templates: [\"the {}\"]}}");
+    assert!(!note.contains("task.classify"), "{note}");
+    let note = check("lora: { rank: 2 }", "task={classify: {head_init: text}}");
+    assert!(note.contains("task.classify.head_init"), "{note}");
+}
+
+/// The weights are the same; how many heads divide them, only `config.json` says.
+#[test]
+fn a_base_with_another_configuration_is_another_base() {
+    let w = World::new();
+    w.json(&["train", "recipe.yaml", "--set", "train.epochs=1"]);
+    let before = w.json(&["eval", "run"]);
+    let config = std::fs::read_to_string(w.path("base/config.json")).unwrap();
+    w.write("base/config.json", &config.replace("\"num_attention_heads\": 2", "\"num_attention_heads\": 4"));
+    for args in [
+        ["eval", "run", "--split", "test"],
+        ["predict", "--adapter", "run", "data/red/0.png"],
+        ["train", "run/recipe.yaml", "--set", "output=run"],
+    ] {
+        let resumes = args[0] == "train";
+        let args = [args.as_slice(), if resumes { &["--resume"] } else { &[] }].concat();
+        let message = w.fails(&args, 2);
+        assert!(message.contains("config.json"), "{args:?}: {message}");
+    }
+    // What matters to no result makes no other base.
+    w.write("base/config.json", &config.replace("\"projection_dim\": 16,", "\"projection_dim\": 16, \"torch_dtype\": \"float32\","));
+    assert_eq!(w.json(&["eval", "run"]), before);
+}
+
+#[test]
+fn a_changed_recipe_is_told_by_its_key() {
+    let w = World::new();
+    w.json(&["train", "recipe.yaml", "--set", "train.epochs=1"]);
+    let message = w.fails(&["train", "recipe.yaml", "--set", "train.epochs=1", "--set", "data.shots=3", "--resume"], 2);
+    assert!(message.contains("data.shots was nothing, is `3`"), "{message}");
+}
