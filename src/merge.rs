@@ -102,7 +102,7 @@ pub fn merge(options: &MergeOptions) -> Result<Merged> {
     let (vocabulary, said) = vocabulary.in_lines(&base.tokenizer)?;
     notes.extend(said);
     let (tensors, changed_tensors) = folded(&base, &adapters, dtype)?;
-    let expected = expected(&base, adapters, &tensors)?;
+    let expected = expected(&base, adapters)?;
     let mut check = Check::default();
     write(&base, &tensors, dtype, options.layout, &options.output, &mut notes, |dir| {
         check = verify(dir, &expected, dtype, &options.output)?;
@@ -265,14 +265,15 @@ pub(crate) fn folded(base: &Base, adapters: &[Weighted], dtype: DType) -> Result
 }
 
 /// The logits that the merged model should give: those of base and adapters, unmerged. A weighted
-/// adapter has no unmerged form; there the folded tensors are taken before they are written.
-fn expected(base: &Base, adapters: Vec<Weighted>, tensors: &[(String, Tensor)]) -> Result<Tensor> {
+/// adapter has no unmerged form; there the folded tensors are taken before they are rounded and written.
+fn expected(base: &Base, adapters: Vec<Weighted>) -> Result<Tensor> {
     if adapters.iter().all(|(_, w)| *w == 1.0) {
         let mut all = Patches::none();
         adapters.into_iter().for_each(|(p, _)| all.extend(p));
         return probe(&base.clip, &base.tokenizer, &all);
     }
-    let clip = Clip::new(base.clip.config(), tensors.iter().cloned().collect(), DType::F32, &Device::Cpu)?;
+    let (tensors, _) = folded(base, &adapters, DType::F32)?;
+    let clip = Clip::new(base.clip.config(), tensors.into_iter().collect(), DType::F32, &Device::Cpu)?;
     probe(&clip, &base.tokenizer, &Patches::none())
 }
 

@@ -178,11 +178,6 @@ impl Roster {
     fn data_differences(&self, now: &Self, data: &Dataset) -> Result<Vec<String>> {
         let ids = |roster: &Self| roster.all().map(|(_, e)| e.id).collect::<HashSet<_>>();
         let (before, after) = (ids(self), ids(now));
-        let count = |what: usize, is: &str, are: &str| match what {
-            0 => None,
-            1 => Some(format!("1 example {is}")),
-            n => Some(format!("{n} examples {are}")),
-        };
         let mut told: Vec<String> = [
             count(after.difference(&before).count(), "is new", "are new"),
             count(before.difference(&after).count(), "is gone", "are gone"),
@@ -190,10 +185,7 @@ impl Roster {
         .into_iter()
         .flatten()
         .collect();
-        told.extend(self.changes(data)?.into_iter().filter_map(|(kind, (number, first))| {
-            let what = count(number, &format!("has {kind}"), &format!("have {kind}"))?;
-            Some(format!("{what} ({first})"))
-        }));
+        told.extend(self.changed(data, &SPLITS)?);
         if told.is_empty() {
             let what = if self.splits == now.splits { "rows stand in another order" } else { "rows have come or gone" };
             told.push(what.into());
@@ -201,8 +193,19 @@ impl Roster {
         Ok(told)
     }
 
-    /// How many examples of `data` have kept their id and changed otherwise, by kind, with the first of each.
-    fn changes(&self, data: &Dataset) -> Result<BTreeMap<&'static str, (usize, String)>> {
+    /// A line for each kind of change of examples in these splits of `data` that have kept their id, with the first of the kind.
+    ///
+    /// # Errors
+    /// When a shard cannot be read.
+    pub fn changed(&self, data: &Dataset, splits: &[Split]) -> Result<Vec<String>> {
+        let one = |(kind, (number, first)): (&str, (usize, String))| {
+            let what = count(number, &format!("has {kind}"), &format!("have {kind}"))?;
+            Some(format!("{what} ({first})"))
+        };
+        Ok(self.changes(data, splits)?.into_iter().filter_map(one).collect())
+    }
+
+    fn changes(&self, data: &Dataset, splits: &[Split]) -> Result<BTreeMap<&'static str, (usize, String)>> {
         let mut known: HashMap<i64, Vec<(Split, &Entry)>> = HashMap::new();
         self.all().for_each(|(split, e)| known.entry(e.id).or_default().push((split, e)));
         let names: HashMap<i64, &str> = self.classes.iter().map(|n| (key([n.as_str()]), n.as_str())).collect();
@@ -218,13 +221,21 @@ impl Roster {
             };
             Some((kind, detail))
         };
-        for split in SPLITS {
+        for split in splits.iter().copied() {
             data.digested(split, &|e| one(split, e))?
                 .into_iter()
                 .flatten()
                 .for_each(|(kind, detail)| found.entry(kind).or_insert((0, detail)).0 += 1);
         }
         Ok(found)
+    }
+}
+
+fn count(what: usize, is: &str, are: &str) -> Option<String> {
+    match what {
+        0 => None,
+        1 => Some(format!("1 example {is}")),
+        n => Some(format!("{n} examples {are}")),
     }
 }
 
@@ -327,12 +338,13 @@ impl Roster {
                 groups.entry(group.clone()).and_modify(|s| *s = (*s).min(split)).or_insert(split);
             }
         }
-        let mut seen = HashSet::new();
+        let (mut seen, mut shown) = (HashSet::new(), HashSet::new());
         for ((fresh, example), entry) in all.into_iter().zip(entries) {
             let before = known.split(&entry, fresh, own);
             let group = example.group.as_ref().and_then(|g| groups.get(g)).copied();
             settled.new += usize::from(before.is_none() && !(drawn && fresh == Split::Train));
             seen.insert(entry.id);
+            shown.insert(entry.content);
             let split = match before.or(group) {
                 Some(split) if own => split,
                 Some(split) => split.min(fresh),
@@ -352,10 +364,11 @@ impl Roster {
             let found = stream.digested(data.looked_at, &|example| {
                 let entry = Entry::of(&example, &data.classes);
                 let split = known.split(&entry, Split::Train, own);
-                (entry.id, split, split.filter(|s| *s != Split::Train).map(|_| example))
+                (entry, split, split.filter(|s| *s != Split::Train).map(|_| example))
             })?;
-            for (id, split, example) in found {
-                seen.insert(id);
+            for (entry, split, example) in found {
+                seen.insert(entry.id);
+                shown.insert(entry.content);
                 settled.new += usize::from(split.is_none());
                 settled.moved += usize::from(example.is_some());
                 let list = if split == Some(Split::Val) { &mut data.val } else { &mut data.test };
@@ -363,7 +376,9 @@ impl Roster {
             }
         }
         let listed = |split: &Split| *split != Split::Train || (own || data.stream.is_none()) && !drawn;
-        settled.gone = self.all().filter(|(split, e)| listed(split) && !seen.contains(&e.id)).count();
+        // Under another name an image is there still.
+        let there = |e: &Entry| seen.contains(&e.id) || e.content != 0 && shown.contains(&e.content);
+        settled.gone = self.all().filter(|(split, e)| listed(split) && !there(e)).count();
         Ok(settled)
     }
 

@@ -187,3 +187,53 @@ fn a_changed_recipe_is_told_by_its_key() {
     let message = w.fails(&["train", "recipe.yaml", "--set", "train.epochs=1", "--set", "data.shots=3", "--resume"], 2);
     assert!(message.contains("data.shots was nothing, is `3`"), "{message}");
 }
+
+/// Colours are told apart without a mistake, and the likeliest temperature of that is none at all.
+#[test]
+fn a_few_right_answers_make_nobody_surer() {
+    let w = World::new();
+    w.json(&["train", "recipe.yaml", "--set", "task={classify: {head: linear}}", "--set", "train.epochs=20", "--set", "method=none"]);
+    let report: serde_json::Value = serde_json::from_slice(&common::read(&w.path("run/report.json"))).unwrap();
+    let best = report["best_epoch"].as_u64().unwrap() as usize - 1;
+    assert_eq!(report["epochs"][best]["val"]["metrics"]["accuracy"], 1.0);
+    let manifest: serde_json::Value = serde_json::from_slice(&common::read(&w.path("run/adapter/peft.json"))).unwrap();
+    let temperature = manifest["scalars"]["temperature"].as_f64().unwrap();
+    assert!(temperature >= 1.0, "{temperature}");
+}
+
+/// A sum with weights has no form to compare with but the sum itself, before it is rounded.
+#[test]
+fn a_weighted_merge_says_what_rounding_costs() {
+    let w = World::new();
+    w.json(&["train", "recipe.yaml", "--set", "train.epochs=1"]);
+    let merge = |dtype: &str| w.json(&["merge", "--model", "base", "--adapter", "run=0.7", "--dtype", dtype, "--output", dtype]);
+    let (half, whole) = (merge("f16"), merge("f32"));
+    let logits = |merged: &serde_json::Value| merged["max_abs_diff"].as_f64().unwrap();
+    assert!(logits(&half) > 1e-5 && logits(&whole) < 1e-5, "{half} {whole}");
+}
+
+#[test]
+fn what_has_changed_since_a_run_began_is_told_by_eval() {
+    let w = World::new();
+    captions(&w, "");
+    w.write("set.yaml", &of_table(&w, "classify: { templates: [\"a {} thing\"] }"));
+    w.json(&["train", "set.yaml", "--set", "train.epochs=1"]);
+    assert!(!said(&w, &["eval", "run"]).contains("since the run began"));
+    let table = std::fs::read_to_string(w.path("set.csv")).unwrap();
+    w.write("set.csv", &table.replacen("a red thing 4,red,test", "a red thing 4,green,test", 1));
+    let note = said(&w, &["eval", "run"]);
+    assert!(note.contains("1 example has another label (data/red/4.png: green, was red) since the run began"), "{note}");
+    w.write("set.csv", &table);
+    std::fs::copy(w.path("data/blue/8.png"), w.path("data/red/4.png")).unwrap();
+    let note = said(&w, &["eval", "run"]);
+    assert!(note.contains("1 example has another image (data/red/4.png) since the run began"), "{note}");
+    // An image under another name has neither come nor gone.
+    let w = World::new();
+    w.json(&["train", "recipe.yaml", "--set", "train.epochs=1"]);
+    std::fs::rename(w.path("data/red"), w.path("data/x")).unwrap();
+    std::fs::create_dir(w.path("data/red")).unwrap();
+    (0..10).for_each(|i| std::fs::rename(w.path(&format!("data/x/{i}.png")), w.path(&format!("data/red/other-{i}.png"))).unwrap());
+    std::fs::remove_dir(w.path("data/x")).unwrap();
+    let note = said(&w, &["eval", "run"]);
+    assert!(!note.contains("have come"), "{note}");
+}

@@ -61,6 +61,11 @@ impl Session {
         if own && settled.new + settled.gone > 0 {
             told.push(format!("since the run began, {} examples have come and {} have gone", settled.new, settled.gone));
         }
+        if own {
+            let listed: &[Split] =
+                if self.data.stream.is_some() { &[Split::Val, Split::Test] } else { &[Split::Train, Split::Val, Split::Test] };
+            told.extend(roster.changed(&self.data, listed)?.into_iter().map(|change| format!("{change} since the run began")));
+        }
         if settled.moved > 0 {
             told.push(format!(
                 "{} examples stay in the split that the run had them in, so that none it has seen is tested with",

@@ -109,7 +109,10 @@ impl Judge {
         let logits = logits.to_dtype(DType::F32)?.to_vec2::<f32>()?;
         if !self.several {
             let labels: Vec<u32> = examples.iter().map(|e| e.label.unwrap_or(0)).collect();
-            self.temperature = metrics::temperature(&logits, &labels);
+            let fitted = metrics::temperature(&logits, &labels);
+            // Where all are right, the lower the likelier: that says how few they are, not how sure to be.
+            let all_right = metrics::argmax(&logits) == labels;
+            self.temperature = if all_right { fitted.max(1.0) } else { fitted };
             return Ok(());
         }
         let count = self.classes.len();
