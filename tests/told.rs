@@ -237,3 +237,18 @@ fn what_has_changed_since_a_run_began_is_told_by_eval() {
     let note = said(&w, &["eval", "run"]);
     assert!(!note.contains("have come"), "{note}");
 }
+
+/// A linear head looks at images alone; what sits in the text tower would be trained in vain.
+#[test]
+fn parameters_that_a_task_does_not_compute_with_are_told_of() {
+    let w = World::new();
+    let train = |method: &str, task: &str| {
+        w.write("idle.yaml", &w.recipe(method));
+        said(&w, &["train", "idle.yaml", "--force", "--set", "train.epochs=1", "--set", task])
+    };
+    let linear = "task={classify: {head: linear}}";
+    assert!(train("lora: { rank: 2, towers: text }", linear).contains("in the text tower"));
+    assert!(train("lora: { rank: 2 }", linear).contains("in the text tower"));
+    assert!(!train("lora: { rank: 2, towers: vision }", linear).contains("tower"));
+    assert!(!train("lora: { rank: 2 }", "train.seed=3").contains("tower"));
+}

@@ -27,6 +27,7 @@ mod course;
 mod features;
 mod fit;
 mod health;
+mod idle;
 mod micro;
 pub mod observer;
 mod pace;

@@ -7,6 +7,7 @@ use peft_adapters::{Patches, Step, Tape, rng};
 use rand::seq::SliceRandom;
 
 use super::health::{Health, MOST_IN_A_ROW, OnNonFinite, Verdict};
+use super::idle;
 use super::observer::{Event, Observer, StepRecord};
 use super::{Bank, Run, TrainConfig, Trainer, by_name};
 use crate::clip::{Clip, ConstantText, Encoded, Trunk};
@@ -236,6 +237,9 @@ impl Stepper {
         let factor = run.state.health.factor();
         let Passed { loss, epoch, images, mut sums, ids, lost } = self.passes(trainer, step, factor)?;
         let grads = sums.take();
+        if step == 0 && lost.is_none() {
+            self.warnings.extend(idle::warning(&trainer.adapters.params, &grads));
+        }
         let norm = if lost.is_some() { f64::NAN } else { global_norm(&grads)? };
         let lr = trainer.config.schedule.lr(trainer.config.lr, step, self.total);
         let health = &mut run.state.health;
