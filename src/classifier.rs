@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::clip::model::{class_logits, cosine_logits, unit_rows};
 use crate::clip::weights;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::model::Model;
 
 /// What to write.
@@ -75,6 +76,7 @@ pub fn classifier(model: &Model, options: &ClassifierOptions) -> Result<Written>
         ("logit_scale".to_string(), scale.to_string()),
         ("templates".to_string(), json(scorer.templates())?),
     ]);
+    files::refuse_input("--classifier", out)?;
     weights::save_with(out, &tensors, metadata)?;
     Ok(Written { output: out.clone(), classes: scorer.labels().to_vec(), dim, logit_scale: scale, notes })
 }

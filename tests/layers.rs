@@ -42,7 +42,7 @@ const TABLE: [(&str, &[&str]); 50] = [
     ("extract", &["clip", "delta", "error", "merge"]),
     ("undo", &["clip", "delta", "error", "merge"]),
     ("bundle", &["clip", "delta", "error", "files", "merge", "model"]),
-    ("classifier", &["clip", "error", "model"]),
+    ("classifier", &["clip", "error", "files", "model"]),
     ("model", &["clip", "data", "delta", "error", "fusion", "task"]),
     ("pool", &["error", "files", "model"]),
     ("inputs", &["clip", "data", "error", "files"]),

@@ -252,3 +252,34 @@ fn parameters_that_a_task_does_not_compute_with_are_told_of() {
     assert!(!train("lora: { rank: 2, towers: vision }", linear).contains("tower"));
     assert!(!train("lora: { rank: 2 }", "train.seed=3").contains("tower"));
 }
+
+/// No output that is named takes the place of what the same command reads.
+#[test]
+fn outputs_spare_what_is_read() {
+    let w = World::new();
+    captions(&w, "");
+    w.write("set.yaml", &of_table(&w, "classify: { templates: [\"a {} thing\"] }"));
+    w.json(&["train", "set.yaml", "--set", "train.epochs=1"]);
+    w.write("labels.txt", "red\nblue\n");
+    w.write("texts.txt", "a red thing\n");
+    for (read, args) in [
+        ("data/red/3.png", "eval set.yaml --predictions data/red/3.png"),
+        ("set.csv", "eval set.yaml --predictions set.csv"),
+        ("run/report.json", "eval run --predictions run/report.json"),
+        ("run/examples.safetensors", "eval run --predictions run/examples.safetensors"),
+        ("data/red/3.png", "data set.yaml --sheet data/red/3.png"),
+        ("run/adapter/adapter_model.safetensors", "predict --adapter run --csv run/adapter/adapter_model.safetensors data/red/3.png"),
+        ("labels.txt", "predict --adapter run --labels labels.txt --csv labels.txt data/red/3.png"),
+        ("base/model.safetensors", "embed --model base --texts texts.txt --output base/model.safetensors"),
+        ("run/adapter/adapter_model.safetensors", "embed --adapter run --texts texts.txt --output run/adapter/adapter_model.safetensors"),
+        ("base/model.safetensors", "merge --model base --adapter run --classifier base/model.safetensors"),
+    ] {
+        let before = common::read(&w.path(read));
+        w.fails(&args.split(' ').collect::<Vec<_>>(), 2);
+        assert!(common::read(&w.path(read)) == before, "{args}");
+    }
+    // What is there and is not read may be replaced, also under a link's name.
+    w.json(&["eval", "run", "--predictions", "run/predictions.jsonl"]);
+    w.json(&["embed", "--model", "base", "--texts", "texts.txt", "--output", "e.safetensors"]);
+    w.json(&["embed", "--model", "base", "--texts", "texts.txt", "--output", "e.safetensors"]);
+}

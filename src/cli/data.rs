@@ -8,6 +8,7 @@ use clap::Args;
 use super::{Context, columns, size};
 use crate::clip::preprocess::Background;
 use crate::error::Result;
+use crate::files;
 use crate::sheet;
 use crate::survey::{Copy, Counts, Subject, Survey, survey};
 
@@ -41,6 +42,7 @@ pub(super) fn run(args: &DataArgs, context: &Context) -> Result<()> {
     let (found, data) = survey(&subject, &mut progress)?;
     drop(progress);
     if let Some(file) = &args.sheet {
+        files::refuse_input("--sheet", file)?;
         let rows = sheet::draw(&data, &subject.images, file)?;
         let part = if rows < data.classes.len() { format!(", the first {rows} of {} classes", data.classes.len()) } else { String::new() };
         context.say(&format!("contact sheet in {}{part}", file.display()));

@@ -10,6 +10,7 @@ use super::progress::summary;
 use crate::data::Split;
 use crate::error::{Error, Result};
 use crate::figures::interval;
+use crate::files;
 use crate::recipe::Recipe;
 use crate::run;
 use crate::session::{EvalOptions, evaluate};
@@ -55,6 +56,10 @@ pub(super) fn run(args: EvalArgs, context: &Context) -> Result<()> {
     if args.predictions.as_ref().is_some_and(same) {
         return Err(Error::input("--predictions", "names the recipe itself").hint("choose another file"));
     }
+    let of_run = args.predictions.as_ref().is_some_and(|path| is_run && run::is_own_file(&args.target, path));
+    if of_run {
+        return Err(Error::input("--predictions", "names a file of the run itself").hint("choose another file"));
+    }
     let own = args.target.join("adapter");
     let named = args.adapter.map(|name| context.adapter(&name)).transpose()?;
     let adapter = named.or_else(|| is_run.then_some(own));
@@ -63,6 +68,7 @@ pub(super) fn run(args: EvalArgs, context: &Context) -> Result<()> {
     let found = evaluate(recipe, &options, &context.device, &mut progress)?;
     drop(progress);
     if let Some(path) = &args.predictions {
+        files::refuse_input("--predictions", path)?;
         run::write_predictions(path, &found.predictions)?;
     }
     let mut document =

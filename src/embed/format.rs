@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use super::EmbedOptions;
 use super::part::Part;
 use crate::error::{Error, Result};
-use crate::files::Fresh;
+use crate::files::{self, Fresh};
 
 /// Readers of safetensors refuse longer headers.
 const MAX_HEADER: usize = 100_000_000;
@@ -75,11 +75,13 @@ fn npy(out: &Path, part: &mut Part, dim: usize, names: &[Option<Vec<String>>; 2]
     let (key, list) = if is_images { ("image", &names[0]) } else { ("text", &names[1]) };
     let list = list.as_deref().unwrap_or_default();
     let path = out.with_extension("ids.jsonl");
+    files::refuse_input("--output", &path)?;
     let mut ids = Fresh::new(&path)?;
     for (i, part) in list.chunks(4096).enumerate() {
         let lines: String = part.iter().enumerate().map(|(j, name)| format!("{}\n", json!({ "row": i * 4096 + j, key: name }))).collect();
         ids.write_all(lines.as_bytes()).map_err(|e| Error::write(&path, e))?;
     }
+    files::refuse_input("--output", out)?;
     let mut file = Fresh::new(out)?;
     let mut put = |bytes: &[u8]| file.write_all(bytes).map_err(|e| Error::write(out, e));
     put(&npy_header(list.len(), dim))?;
@@ -105,6 +107,7 @@ fn safetensors(out: &Path, part: &mut Part, dim: usize, names: &[Option<Vec<Stri
     all.extend(tensors);
     let mut header = serde_json::to_vec(&all).map_err(|e| Error::fault(out.display(), e))?;
     header.resize(header.len().next_multiple_of(size_of::<u64>()), b' ');
+    files::refuse_input("--output", out)?;
     let mut file = Fresh::new(out)?;
     let mut put = |bytes: &[u8]| file.write_all(bytes).map_err(|e| Error::write(out, e));
     put(&(header.len() as u64).to_le_bytes())?;

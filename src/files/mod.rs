@@ -13,6 +13,7 @@ mod disk;
 #[cfg(all(test, unix, feature = "cli"))]
 pub(crate) mod fault;
 mod fresh;
+mod inputs;
 mod text;
 
 #[cfg(feature = "hub")]
@@ -20,6 +21,8 @@ pub(crate) use disk::link;
 pub(crate) use disk::{Output, create_dir_all, now, remove, rename, stepped};
 use fresh::FreshDir;
 pub(crate) use fresh::{Fresh, is_temporary, sweep_all};
+pub(crate) use inputs::is_read;
+pub use inputs::refuse_input;
 pub use text::{Lines, lines, read_lines, read_text, text};
 pub(crate) use text::{open_text, unmarked};
 
@@ -52,7 +55,9 @@ pub fn open(path: &Path) -> Result<File> {
         let found = if meta.is_dir() { "is a directory" } else { "is a pipe or a device" };
         return Err(Error::input(path.display(), format!("{found}, expected a file")));
     }
-    File::open(path).map_err(|e| Error::read(path, e))
+    let file = File::open(path).map_err(|e| Error::read(path, e))?;
+    is_read(&file);
+    Ok(file)
 }
 
 /// [`read_text`] of a file that may be missing.

@@ -15,7 +15,7 @@ use crate::train::StepRecord;
 mod read;
 
 use read::{MAX_FILE, differing};
-pub use read::{differs, read_failure, read_made_of, read_predictions, read_recipe, read_report, read_steps};
+pub use read::{differs, is_own_file, read_failure, read_made_of, read_predictions, read_recipe, read_report, read_steps};
 
 const RECIPE: &str = "recipe.yaml";
 const REPORT: &str = "report.json";

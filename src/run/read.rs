@@ -5,7 +5,7 @@ use std::path::Path;
 use peft_adapters::wording::plain;
 use serde_json::{Map, Value};
 
-use super::{FAILURE, METRICS, PREDICTIONS, RECIPE, REPORT};
+use super::{EVENTS, FAILURE, LOCK, METRICS, PAGE, PREDICTIONS, RECIPE, REPORT};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::json;
@@ -48,6 +48,15 @@ pub(super) fn differing(place: &Path, recipe: &Recipe, before: &str) -> Result<O
     let key = old.keys().chain(new.keys()).find(|key| old.get(*key) != new.get(*key));
     let shown = |value: Option<&Value>| value.map_or("nothing".to_string(), |v| format!("`{v}`"));
     Ok(Some(key.map(|key| format!(": {key} was {}, is {}", shown(old.get(key)), shown(new.get(key)))).unwrap_or_default()))
+}
+
+/// Whether a path is one of the files that a run keeps in its directory; its predictions may be made again.
+#[must_use]
+pub fn is_own_file(run: &Path, path: &Path) -> bool {
+    let inside =
+        path.parent().map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir }).and_then(|dir| dir.canonicalize().ok());
+    let own = [RECIPE, REPORT, METRICS, PAGE, EVENTS, LOCK, FAILURE];
+    inside.is_some() && inside == run.canonicalize().ok() && path.file_name().is_some_and(|name| own.iter().any(|own| name == *own))
 }
 
 /// The steps of a run directory.

@@ -39,5 +39,6 @@ pub(super) fn write(path: &Path, answers: &[&Answer]) -> Result<()> {
         out.write_record(&row).map_err(fault)?;
     }
     let bytes = out.into_inner().map_err(|e| Error::fault(path.display(), e.error()))?;
+    files::refuse_input("--csv", path)?;
     files::write_atomic(path, &bytes)
 }

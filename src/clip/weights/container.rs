@@ -10,6 +10,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::alloc;
 use crate::error::{Error, Result};
+use crate::files;
 
 /// Where the bytes of a file come from.
 #[derive(Debug)]
@@ -53,6 +54,7 @@ impl Bytes<'_> {
 /// Opens anew each time, so that threads do not share a position.
 fn at(path: &Path, position: u64) -> std::io::Result<File> {
     let mut file = File::open(path)?;
+    files::is_read(&file);
     file.seek(SeekFrom::Start(position))?;
     Ok(file)
 }
