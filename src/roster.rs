@@ -16,6 +16,8 @@ use crate::provenance::Provenance;
 pub const FILE: &str = "examples.safetensors";
 /// The largest one that is read.
 const MAX_FILE: u64 = 16 << 30;
+/// The tensor of what earlier adapters have seen.
+const BEFORE: &str = "before";
 /// Its metadata.
 const CLASSES: &str = "classes";
 const MADE_OF: &str = "made_of";
@@ -79,6 +81,8 @@ pub struct Roster {
     classes: Vec<String>,
     /// In ascending order, of train, val and test.
     splits: [Vec<Entry>; 3],
+    /// What adapters that the run started from had trained on or chosen by.
+    before: Vec<Entry>,
 }
 
 impl Roster {
@@ -87,7 +91,7 @@ impl Roster {
     /// # Errors
     /// When a shard cannot be read.
     pub fn of(data: &Dataset, made_of: Provenance) -> Result<Self> {
-        let mut roster = Self { made_of, classes: data.classes.clone(), splits: Default::default() };
+        let mut roster = Self { made_of, classes: data.classes.clone(), ..Self::default() };
         let mut hasher = blake3::Hasher::new();
         for (split, entries) in SPLITS.into_iter().zip(&mut roster.splits) {
             *entries = data.digested(split, &|e| Entry::of(e, &data.classes))?;
@@ -108,15 +112,30 @@ impl Roster {
         Ok(roster)
     }
 
+    /// Takes along what the run of an adapter has seen that this run starts from.
+    pub fn inherit(&mut self, init: &Self) {
+        self.before = init.splits[..2].iter().flatten().chain(&init.before).copied().collect();
+        self.before.sort_unstable();
+        self.before.dedup();
+    }
+
+    /// How many of a split's examples have been seen by adapters that the run started from.
+    #[must_use]
+    pub fn seen_before(&self, data: &Dataset, split: Split) -> usize {
+        let contents: HashSet<i64> = self.before.iter().map(|e| e.content).filter(|c| *c != 0).collect();
+        data.split(split).iter().filter(|e| contents.contains(&Entry::of(e, &data.classes).content)).count()
+    }
+
     /// Writes it into a run directory.
     ///
     /// # Errors
     /// When the disk refuses.
     pub fn save(&self, dir: &Path) -> Result<()> {
         let mut tensors = Vec::new();
-        for (split, entries) in SPLITS.into_iter().zip(&self.splits) {
+        let lists = SPLITS.iter().map(ToString::to_string).zip(&self.splits);
+        for (name, entries) in lists.chain((!self.before.is_empty()).then(|| (BEFORE.to_string(), &self.before))) {
             let numbers: Vec<i64> = entries.iter().flat_map(|e| [e.id, e.label, e.rest, e.content]).collect();
-            tensors.push((split.to_string(), Tensor::from_vec(numbers, (entries.len(), 4), &Device::Cpu)?));
+            tensors.push((name, Tensor::from_vec(numbers, (entries.len(), 4), &Device::Cpu)?));
         }
         let json = |value: serde_json::Result<String>| value.map_err(|e| Error::fault(FILE, e));
         let metadata = [(CLASSES, json(serde_json::to_string(&self.classes))?), (MADE_OF, json(serde_json::to_string(&self.made_of))?)];
@@ -136,19 +155,22 @@ impl Roster {
         let (tensors, metadata) = weights::read_safetensors(&place, &files::read(&path, MAX_FILE)?)?;
         let broken = || Error::input(&place, "does not list the examples of a run");
         let mut tensors: HashMap<String, Tensor> = tensors.into_iter().collect();
-        let mut entries = |split: Split| -> Result<Vec<Entry>> {
-            let rows = tensors.remove(&split.to_string()).and_then(|t| t.to_vec2::<i64>().ok()).ok_or_else(broken)?;
+        let before = tensors.remove(BEFORE);
+        let read = |tensor: Option<Tensor>| -> Result<Vec<Entry>> {
+            let rows = tensor.and_then(|t| t.to_vec2::<i64>().ok()).ok_or_else(broken)?;
             let one = |row: &Vec<i64>| match row[..] {
                 [id, label, rest, content] => Ok(Entry { id, label, rest, content }),
                 _ => Err(broken()),
             };
             rows.iter().map(one).collect()
         };
+        let mut entries = |split: Split| read(tensors.remove(&split.to_string()));
         let splits = [entries(Split::Train)?, entries(Split::Val)?, entries(Split::Test)?];
+        let before = if before.is_some() { read(before)? } else { Vec::new() };
         let text = |name: &str| metadata.get(name).ok_or_else(broken);
         let classes = serde_json::from_str(text(CLASSES)?).map_err(|_| broken())?;
         let made_of = serde_json::from_str(text(MADE_OF)?).map_err(|_| broken())?;
-        Ok(Some(Self { made_of, classes, splits }))
+        Ok(Some(Self { made_of, classes, splits, before }))
     }
 
     fn all(&self) -> impl Iterator<Item = (Split, &Entry)> {
@@ -386,7 +408,11 @@ impl Roster {
     #[must_use]
     pub fn seen_in(&self, data: &Dataset, split: Split) -> usize {
         let known = Known::new(self);
-        let before = |e: &&Example| known.split(&Entry::of(e, &data.classes), Split::Train, false).is_some_and(|s| s < split);
-        data.split(split).iter().filter(before).count()
+        let inherited: HashSet<i64> = self.before.iter().map(|e| e.content).filter(|c| *c != 0).collect();
+        let seen = |e: &&Example| {
+            let entry = Entry::of(e, &data.classes);
+            inherited.contains(&entry.content) || known.split(&entry, Split::Train, false).is_some_and(|s| s < split)
+        };
+        data.split(split).iter().filter(seen).count()
     }
 }

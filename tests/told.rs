@@ -283,3 +283,25 @@ fn outputs_spare_what_is_read() {
     w.json(&["embed", "--model", "base", "--texts", "texts.txt", "--output", "e.safetensors"]);
     w.json(&["embed", "--model", "base", "--texts", "texts.txt", "--output", "e.safetensors"]);
 }
+
+/// A run that starts from an adapter that started from another one has seen what both have.
+#[test]
+fn chains_of_adapters_remember_all_that_was_seen() {
+    let w = World::new();
+    let train =
+        |name: &str, more: &[&str]| said(&w, &[&["train", "recipe.yaml", "--set", "train.epochs=1", "--output", name], more].concat());
+    let seen = |said: &str| said.lines().find(|l| l.contains("test examples were seen by")).map(ToString::to_string);
+    let seed = ["--set", "data.split={train: 0.6, val: 0.2, test: 0.2, seed: 5}"];
+    train("a", &["--set", "data.split={train: 0.6, val: 0.2, test: 0.2, seed: 0}"]);
+    let of_a = seen(&train("b", &[seed.as_slice(), &["--set", "train.init_adapter=a"]].concat()));
+    let of_both = seen(&train("c", &[seed.as_slice(), &["--set", "train.init_adapter=b"]].concat()));
+    assert!(of_a.is_some() && of_a == of_both, "{of_a:?} {of_both:?}");
+    assert!(seen(&said(&w, &["eval", "c"])).is_some());
+    assert!(seen(&said(&w, &["eval", "a"])).is_none());
+    // An adapter without its run does not say what it has seen.
+    std::fs::create_dir(w.path("alone")).unwrap();
+    for file in std::fs::read_dir(w.path("a/adapter")).unwrap().map(Result::unwrap) {
+        std::fs::copy(file.path(), w.path("alone").join(file.file_name())).unwrap();
+    }
+    assert!(train("d", &[seed.as_slice(), &["--set", "train.init_adapter=alone"]].concat()).contains("is not known"));
+}

@@ -72,6 +72,13 @@ impl Session {
                 settled.moved
             ));
         }
+        for split in [Split::Val, Split::Test] {
+            let seen = roster.seen_before(&self.data, split);
+            if seen > 0 {
+                let all = self.data.count(split);
+                told.push(format!("{seen} of {all} {split} examples were seen by adapters that the run started from"));
+            }
+        }
         if !told.is_empty() {
             observer.event(Event::Note(told.join("; ")));
         }
@@ -89,10 +96,11 @@ impl Session {
     }
 
     /// Warns where an adapter that training starts from is of another base, or has seen what is to be tested with.
-    pub(super) fn warn_of_init(&self, observer: &mut dyn Observer) -> Result<()> {
+    pub(super) fn warn_of_init(&self, now: &mut Roster, observer: &mut dyn Observer) -> Result<()> {
         let Some(init) = &self.recipe.train.init_adapter else { return Ok(()) };
         let dir = delta::locate(init)?;
-        let base = delta::manifest(&dir)?.map(|m| m.base).filter(|b| !b.digest.is_empty() && b.digest != self.base.digest);
+        let manifest = delta::manifest(&dir)?;
+        let base = manifest.as_ref().map(|m| &m.base).filter(|b| !b.digest.is_empty() && b.digest != self.base.digest);
         if let Some(base) = base {
             let message = format!(
                 "train.init_adapter was made for {} ({}), this base has other weights ({})",
@@ -100,7 +108,14 @@ impl Session {
             );
             observer.event(Event::Warning(message));
         }
-        let Some(roster) = roster_of(&dir)? else { return Ok(()) };
+        let Some(roster) = roster_of(&dir)? else {
+            let made_of = manifest.map(|m| m.made_of).unwrap_or_default();
+            if let Some(unknown) = self.unknown(&made_of)? {
+                observer.event(Event::Warning(format!("train.init_adapter: {unknown}")));
+            }
+            return Ok(());
+        };
+        now.inherit(&roster);
         for split in [Split::Val, Split::Test] {
             let seen = roster.seen_in(&self.data, split);
             if seen > 0 {

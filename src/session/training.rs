@@ -55,7 +55,6 @@ impl Observer for Logged<'_> {
 pub fn train(recipe: Recipe, existing: Existing, device: &Device, observer: &mut dyn Observer) -> Result<(TrainReport, bool)> {
     // What can be wrong with the recipe comes before anything is written.
     let session = Session::to_train(recipe, device, observer)?;
-    session.warn_of_init(observer)?;
     let (mut adapters, task) = session.plan()?;
     tell(&adapters, observer);
     session.discard_replaced(&adapters)?;
@@ -63,7 +62,8 @@ pub fn train(recipe: Recipe, existing: Existing, device: &Device, observer: &mut
     let mut trainer = session.trainer(&mut adapters, task)?;
     trainer.micro = micro;
     trainer.adapters.check_steps(trainer.total_steps())?;
-    let roster = session.roster()?;
+    let mut roster = session.roster()?;
+    session.warn_of_init(&mut roster, observer)?;
     let run = match RunDir::open(&session.recipe, existing)? {
         Opened::Finished(report) => {
             session.check_same(&RunDir::place(&session.recipe), &roster, Some(&report.made_of))?;
