@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use peft_adapters::saved::base_name;
-use peft_adapters::{Sites, TaskFacts, ops};
+use peft_adapters::{MethodConfig, Patch, Sites, TaskFacts, ops};
 use serde_json::json;
 
 use crate::clip::base::Base;
@@ -38,6 +38,9 @@ pub use check::{Checked, Verdict, check};
 /// `peft bench recipes/quickstart.yaml`, 2 cores of Zen 3: a step of 0.8 s and 239 MiB in f32, 8.9 s and 737 MiB in bf16, 5.1 s and 727 MiB in f16.
 const HALF_ON_CPU: &str = "train.dtype is half precision, which a CPU computes several times slower than f32, and in more memory; leave it \
                            out unless the numbers of half precision are what you want to see";
+
+/// Methods whose learnt vectors stand in for a template's words.
+const CONTEXTS: [&str; 3] = ["coop", "cocoop", "maple"];
 
 /// What a recipe names, opened.
 pub struct Session {
@@ -150,6 +153,19 @@ impl Session {
         if adapters.view.per_image() && definition.templates().is_empty() {
             return Err(Error::input("method", "a method that encodes class prompts for each image (cocoop) needs classes")
                 .hint("task: classify, or coop in its place"));
+        }
+        let fits = adapters.view.iter().skip(adapters.beneath).any(Patch::fits);
+        if fits && (adapters.view.per_image() || definition.templates().is_empty() || definition.has_own_weights()) {
+            return Err(Error::input("method", "tip_adapter needs class prompts that are the same for all images")
+                .hint("task: { classify: { head: prompts } }, and no cocoop beside it"));
+        }
+        let contexts: Vec<&str> = adapters.methods.iter().map(MethodConfig::name).filter(|name| CONTEXTS.contains(name)).collect();
+        if contexts.len() > 1 {
+            return Err(Error::input(
+                "method",
+                format!("{} each learn the words around class names, of which there is one set", contexts.join(" and ")),
+            )
+            .hint("keep one of them"));
         }
         let parts = TaskParts {
             clip: &self.base.clip,

@@ -305,3 +305,20 @@ fn chains_of_adapters_remember_all_that_was_seen() {
     }
     assert!(train("d", &[seed.as_slice(), &["--set", "train.init_adapter=alone"]].concat()).contains("is not known"));
 }
+
+#[test]
+fn methods_that_cannot_act_together_are_refused_before_training() {
+    let w = World::new();
+    let refused = |method: &str, task: &str| {
+        w.write("odd.yaml", &w.recipe("lora: {}").replace("{ lora: {} }", method));
+        w.fails(&["train", "odd.yaml", "--check", "--set", task], 2)
+    };
+    let prompts = "task={classify: {templates: [\"a {} thing\"]}}";
+    assert!(refused("{ tip_adapter: {} }", "task={classify: {head: linear}}").contains("tip_adapter"));
+    for pair in ["[{ coop: { n_ctx: 2 } }, { cocoop: { n_ctx: 2 } }]", "[{ coop: { n_ctx: 2 } }, { maple: { n_ctx: 2 } }]"] {
+        let message = refused(pair, prompts);
+        assert!(message.contains("coop and "), "{pair}: {message}");
+    }
+    w.write("both.yaml", &w.recipe("lora: {}").replace("{ lora: {} }", "[{ lora: {} }, { coop: { n_ctx: 2 } }]"));
+    w.json(&["train", "both.yaml", "--check"]);
+}
