@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::columns::Row;
 use super::identity::name_in;
-use super::table::mark_of;
+use super::delimited::mark_of;
 use super::{ImageRef, RawExample, coco};
 use crate::clip::decode;
 use crate::error::{Error, Result};

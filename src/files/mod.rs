@@ -21,7 +21,7 @@ pub(crate) use disk::{Output, create_dir_all, now, remove, rename, stepped};
 use fresh::FreshDir;
 pub(crate) use fresh::{Fresh, is_temporary, sweep_all};
 pub use text::{Lines, lines, read_lines, read_text, text};
-pub(crate) use text::{open_text, unmarked};
+pub(crate) use text::{line_ends, not_utf8, open_text, unmarked};
 
 /// Reads a file of at most `limit` bytes. Pipes and devices, which may never end, are refused.
 ///
