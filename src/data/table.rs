@@ -103,8 +103,7 @@ impl TableConfig {
                 let wrong = example.mistakes.iter().any(|m| m.is_text() || m.is_path());
                 let says = wrong || !example.texts.is_empty() || example.question.is_some();
                 if !bare && example.image == ImageRef::Missing && !says {
-                    let message =
-                        format!("expected a path in the image column, found none, and there is no text either; {}", at.columns());
+                    let message = format!("expected a path in the image column, found none, and there is no text either; {}", at.columns());
                     return Err(Error::input(place(), message).hint("data.table.image and data.table.text name the columns"));
                 }
                 Ok(example)
@@ -118,13 +117,7 @@ impl TableConfig {
 }
 
 /// Where the image is, and what the example is called: from the table, what names are told from, and where images' paths start.
-fn locate(
-    (path, root, start): (&Path, &Path, &Path),
-    line: usize,
-    image: Option<Value>,
-    example: &mut RawExample,
-    at: At<'_>,
-) {
+fn locate((path, root, start): (&Path, &Path, &Path), line: usize, image: Option<Value>, example: &mut RawExample, at: At<'_>) {
     let cell = match &image {
         Some(Value::String(s)) => Some(s.trim()).filter(|s| !s.is_empty()),
         Some(other) => {
