@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 use std::path::{Path, PathBuf};
 
 use crate::clip::decode::EXTENSIONS;
-use crate::data::{cells, is_table, scan_images};
+use crate::data::{image_cells, is_table, scan_images};
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -27,7 +27,7 @@ pub struct Inputs {
     pub images: Vec<PathBuf>,
     /// What was left out, for people.
     pub notes: Vec<String>,
-    /// Rows of tables and links that name no image.
+    /// Rows of tables, lines of lists and links that name no image.
     pub bad: Vec<Error>,
 }
 
@@ -63,20 +63,26 @@ impl Inputs {
     }
 
     fn list(&mut self, path: &Path) -> Result<()> {
-        self.images.extend(files::read_lines(path, MAX_LIST)?.into_iter().map(PathBuf::from));
+        let text = files::read_text(path, MAX_LIST)?;
+        let lines: Vec<&str> = files::lines(&text).map(str::trim).collect();
+        let Some(last) = lines.iter().rposition(|line| !line.is_empty()) else {
+            return Err(Error::input(path.display(), "has no lines"));
+        };
+        // A blank line between others may stand for an image that somebody lacks; behind the last it is nothing.
+        for (i, line) in lines[..=last].iter().enumerate() {
+            match line.is_empty() {
+                true => self.bad.push(Error::input(format!("{}:{}", path.display(), i + 1), "names no image")),
+                false => self.images.push(PathBuf::from(line)),
+            }
+        }
         Ok(())
     }
 
     fn table(&mut self, path: &Path) -> Result<()> {
-        let found = cells(path)?;
-        if found.images.is_empty() && found.bad.is_empty() {
-            return Err(Error::input(path.display(), "names no image").hint("a column `image`, `file_name` or `path` names them"));
-        }
-        if found.without_image > 0 {
-            self.notes.push(format!("{}: {} rows name no image, and are left out", path.display(), found.without_image));
-        }
-        self.images.extend(found.images);
-        self.bad.extend(found.bad);
+        let cells = image_cells(path)?;
+        self.notes.extend(cells.notes);
+        self.images.extend(cells.found);
+        self.bad.extend(cells.bad);
         Ok(())
     }
 

@@ -21,6 +21,7 @@ mod readable;
 mod reading;
 mod scorer;
 mod teller;
+mod together;
 
 pub use readable::Readable;
 use reading::ImageReading;
@@ -29,6 +30,7 @@ use scorer::Classes;
 pub use scorer::{Ranked, Scorer};
 pub use teller::Query;
 use teller::Teller;
+use together::Part;
 
 /// Images that go through the tower at once.
 const BATCH: usize = 32;
@@ -61,6 +63,8 @@ const BATCH: usize = 32;
 pub struct Model {
     base: Arc<Base>,
     adapters: Vec<Adapters>,
+    /// Of those that did not come with a bundle: a head that was trained on a bundle takes the place of the bundle's.
+    parts: Vec<Part>,
     patches: Patches,
     manifest: Option<Manifest>,
     head: Option<[Tensor; 2]>,
@@ -102,6 +106,7 @@ impl Model {
         // They were made for the base alone, which the bundle's digest is not.
         for dir in bundled(base)? {
             self = self.with_adapter_of(&dir, true)?;
+            self.parts.clear();
         }
         Ok(Self { notes, ..self })
     }
@@ -114,6 +119,7 @@ impl Model {
         Self {
             base,
             adapters: Vec::new(),
+            parts: Vec::new(),
             patches: Patches::none(),
             manifest: None,
             head: None,
@@ -160,14 +166,15 @@ impl Model {
         self.notes.extend(self.replaced_task(dir, &delta));
         self.notes.extend(self.images.adopt(dir, delta.manifest.as_ref().and_then(Manifest::pixels)));
         self.notes.extend_from_slice(adapters.params.notes());
-        let mut view = std::mem::take(&mut adapters.view);
-        view.prepare(&Step::eval())?;
-        if view.class_bound() && !delta.classes().is_empty() {
+        adapters.view.prepare(&Step::eval())?;
+        if adapters.view.class_bound() && !delta.classes().is_empty() {
             self.bound = Some(delta.classes().to_vec());
         }
-        self.patches.extend(view);
+        let teller = Teller::of(&delta, &self.base)?;
+        self.join(Part::of(dir, &delta, &adapters, teller.is_some()))?;
+        self.patches.extend(std::mem::take(&mut adapters.view));
         self.adapters.push(adapters);
-        self.teller = Teller::of(&delta, &self.base)?.or(self.teller);
+        self.teller = teller.or(self.teller);
         if self.teller.is_some() {
             self.manifest = delta.manifest.or(self.manifest);
             return Ok(self);

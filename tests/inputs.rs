@@ -36,13 +36,49 @@ fn directories_patterns_lists_and_tables_name_images() {
     }
     w.write("captions.csv", "image,caption\ndata/blue/1.png,one\ndata/blue/0.png,two\n");
     assert_eq!(w.json(&["embed", "--model", "base", "--texts", "captions.csv", "--output", "t.npy"])["texts"], 2);
-    // A row without an image is told of.
-    w.write("half.csv", "image,caption\ndata/blue/1.png,one\n,two\n");
-    let out = w.peft(&["embed", "--model", "base", "--images", "half.csv", "--output", "h.npy"]);
-    let told = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert!(out.status.success() && told.contains("1 rows name no image"), "{told}");
     w.write("shard.parquet", "PAR1");
     assert!(w.fails(&["predict", "--model", "base", "--labels", "a,b", "shard.parquet"], 2).contains("parquet"));
+}
+
+/// A row of a table is a row of the output, so that images and texts of one table stand beside each other; what has none is told of.
+#[test]
+fn rows_of_tables_keep_their_places() {
+    let w = World::new();
+    w.write("e.csv", "image,caption\ndata/blue/1.png,one\n,two\ndata/blue/0.png,\n,\n");
+    w.write("full.csv", "image,caption\ndata/blue/1.png,one\ndata/red/0.png,two\ndata/blue/0.png,\ndata/red/1.png,\n");
+    w.write("lines.txt", "one\ntwo\n\n\n");
+    w.write("gap.txt", "data/blue/1.png\n\ndata/blue/0.png\n\n");
+    w.write("bad.jsonl", "{\"image\":\"data/blue/1.png\",\"text\":\"one\"}\n{\"image\":3,\"text\":4}\n");
+    w.write("five.jsonl", "{\"image\":\"data/blue/1.png\",\"text\":[\"one\",\"two\"]}\n{\"image\":\"data/red/1.png\",\"text\":\"x\"}\n");
+    let embed = ["embed", "--model", "base", "--output", "e.safetensors"];
+    let rows = |name: &str| candle_core::safetensors::load(w.path("e.safetensors"), &Device::Cpu).unwrap()[name].to_vec2::<f32>().unwrap();
+    // Texts: a row each, as lines of a text file have.
+    let done = w.json(&[&embed[..], &["--texts", "lines.txt"]].concat());
+    assert_eq!((&done["texts"], &done["blank"]), (&4.into(), &2.into()));
+    let lines = rows("text_embeds");
+    for table in ["e.csv", "full.csv"] {
+        let done = w.json(&[&embed[..], &["--texts", table]].concat());
+        assert_eq!((&done["texts"], &done["blank"], rows("text_embeds")), (&4.into(), &2.into(), lines.clone()), "{table}");
+    }
+    let done = w.json(&[&embed[..], &["--images", "full.csv", "--texts", "full.csv"]].concat());
+    assert_eq!((&done["images"], &done["texts"], done["skipped"].as_array().unwrap().len()), (&4.into(), &4.into(), 0));
+    // Images: a row without one is wrong, and named.
+    for (given, places) in [("e.csv", vec!["e.csv:3", "e.csv:5"]), ("gap.txt", vec!["gap.txt:2"])] {
+        let message = w.fails(&[&embed[..], &["--images", given, "--texts", "e.csv"]].concat(), 2);
+        assert!(places.iter().all(|p| message.contains(p)) && message.contains("--skip-bad"), "{message}");
+        let done = w.json(&[&embed[..], &["--images", given, "--texts", "e.csv", "--skip-bad"]].concat());
+        let skipped: Vec<&str> = done["skipped"].as_array().unwrap().iter().map(|s| s["error"]["place"].as_str().unwrap()).collect();
+        assert_eq!((&done["images"], skipped), (&2.into(), places), "{given}");
+        let message = w.fails(&["predict", "--model", "base", "--labels", "a,b", given], 2);
+        assert!(message.contains(&format!("{given}:")) && message.contains("--skip-bad"), "{message}");
+    }
+    // Cells of another kind are neither images nor texts.
+    for flag in ["--images", "--texts"] {
+        assert!(w.fails(&[&embed[..], &[flag, "bad.jsonl"]].concat(), 2).contains("bad.jsonl:2"));
+    }
+    let out = w.peft(&[&embed[..], &["--texts", "five.jsonl"]].concat());
+    let told = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(out.status.success() && told.contains("five.jsonl") && rows("text_embeds").len() == 3, "{told}");
 }
 
 #[test]

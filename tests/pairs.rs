@@ -302,3 +302,37 @@ fn weights_of_a_fusion_load_strictly() {
         assert!(message.contains("missing: fusion.image.bias") && message.contains("unexpected: fusion.other"), "{message}");
     }
 }
+
+/// A metric that validation does not define chooses no epoch: the loss does, and says so; one that the recipe names is refused before
+/// anything is trained. Metrics that the tested examples do not define are left out.
+#[test]
+fn metrics_that_are_undefined_choose_nothing() {
+    let world = World::new();
+    let table = |name: &str, columns: &str, cell: &dyn Fn(usize, &str) -> String| {
+        let mut rows = format!("image,split,{columns}\n");
+        for i in 0..10 {
+            let split = ["train", "train", "train", "train", "train", "train", "val", "val", "test", "test"][i];
+            COLOURS.iter().for_each(|colour| rows += &format!("data/{colour}/{i}.png,{split},{}\n", cell(i, split)));
+        }
+        world.write(name, &rows);
+    };
+    table("match.csv", "text,fits", &|i, split| format!("red,{}", u8::from(split != "train" || i % 2 == 0)));
+    table("number.csv", "value", &|i, split| if split == "train" { i.to_string() } else { "0.1".into() });
+    table("several.csv", "labels", &|i, split| if split == "train" { ["warm", "cold"][i % 2].into() } else { String::new() });
+    for (data, task, metric, chosen) in [
+        ("match.csv", "match: { }", "roc_auc", "loss"),
+        ("number.csv", "regress: { }", "pearson", "mae"),
+        ("several.csv", "classify: { labels: multi, head: linear }", "mean_average_precision", "loss"),
+    ] {
+        recipe(&world, &format!("path: {data}"), task, "");
+        let out = world.peft(&["train", "pairs.yaml", "--force", "--json", "--set", "train.epochs=1"]);
+        let told = String::from_utf8_lossy(&out.stderr).into_owned();
+        let report: Value = serde_json::from_slice(&out.stdout).unwrap_or_else(|_| panic!("{data}: {told}"));
+        let whole: Value = serde_json::from_slice(&common::read(&world.path("run/report.json"))).unwrap();
+        assert_eq!((&whole["metric"], report["best_epoch"].as_u64()), (&chosen.into(), Some(1)), "{data}");
+        assert!(report["after"].get(metric).is_none() && told.contains(metric) == (chosen == "loss"), "{data}: {report} {told}");
+        let named = format!("train.early_stopping={{ metric: {metric} }}");
+        let message = world.fails(&["train", "pairs.yaml", "--output", "named", "--force", "--set", "train.epochs=1", "--set", &named], 2);
+        assert!(message.contains(metric) && message.contains("validation"), "{data}: {message}");
+    }
+}

@@ -51,6 +51,8 @@ fn each_line_has_its_adapter_and_labels() {
     // Without labels the adapter's classes are meant, and where it has none the line is named.
     w.write("two.jsonl", "{\"image\": \"data/red/0.png\", \"adapter\": \"a/adapter\"}\n");
     assert_eq!(lines(&w, &["predict", "--model", "base", "--jsonl", "two.jsonl"])[0]["predictions"].as_array().unwrap().len(), 3);
+    // No labels are no answer.
+    assert!(w.fails(&["predict", "--model", "base", "--labels", "a", "data/red/0.png", "--top", "0"], 2).contains("--top"));
     // What is wrong with a line is its answer, and the others are answered.
     let good = "{\"image\": \"data/red/0.png\", \"labels\": [\"a\"], \"id\": 7}\n";
     for (text, line, part) in [
@@ -66,6 +68,56 @@ fn each_line_has_its_adapter_and_labels() {
         assert!(answers[0]["line"] == line && error["kind"] == "input" && error.to_string().contains(part), "{answers:?}");
         assert!(answers[1]["id"] == 7 && answers[1]["predictions"][0]["label"] == "a", "{answers:?}");
     }
+}
+
+/// A line that is too long is answered with an error, as any other that is wrong, and those behind it are answered.
+#[test]
+fn lines_behind_one_that_is_too_long_are_answered() {
+    let w = World::new();
+    let good = "{\"image\": \"data/red/0.png\"}\n";
+    let long = format!("{{\"image\": \"{}\"}}\n", "x".repeat((16 << 20) + 100_000));
+    w.write("long.jsonl", &format!("{good}{long}{good}\n{long}{long}{good}"));
+    let answers = lines(&w, &["predict", "--model", "base", "--labels", "red,blue", "--jsonl", "long.jsonl"]);
+    let told: Vec<Option<i64>> = answers.iter().map(|a| a.get("error").and_then(|_| a["line"].as_i64())).collect();
+    assert_eq!(told, [None, Some(2), None, Some(5), Some(6), None]);
+    let message = answers[1]["error"].to_string();
+    assert!(message.len() < 1000 && message.contains("long.jsonl:2"), "{message}");
+}
+
+/// Adapters of which one would have no part in the answers are refused, in either order; those that act together are not.
+#[test]
+fn adapters_that_cannot_act_together_are_refused() {
+    let w = World::new();
+    let train = |output: &str, sets: &[&str]| {
+        let sets: Vec<&str> = sets.iter().flat_map(|s| ["--set", s]).collect();
+        w.json(&[&["train", "recipe.yaml", "--output", output, "--set", "train.epochs=1"], &sets[..]].concat());
+    };
+    let head = "task={ classify: { head: linear } }";
+    train("lora", &[]);
+    train("head", &["method=none", head]);
+    train("other", &["method=none", head]);
+    train("tip", &["method=tip_adapter"]);
+    train("coop", &["method={ coop: { n_ctx: 2 } }"]);
+    w.write("values.csv", &(0..12).fold("image,value\n".to_string(), |all, i| format!("{all}data/red/{}.png,{i}\n", i % 10)));
+    train("number", &["method=none", "task=regress", "data={ table: { path: values.csv } }"]);
+    let ask =
+        |one: &str, two: &str| w.peft(&["predict", "--model", "base", "--adapter", one, "--adapter", two, "--json", "data/red/0.png"]);
+    for (one, two) in [("head", "tip"), ("head", "other"), ("number", "head"), ("number", "tip")] {
+        for (one, two) in [(one, two), (two, one)] {
+            let out = ask(one, two);
+            let told = String::from_utf8_lossy(&out.stderr).into_owned();
+            assert!(out.status.code() == Some(2) && told.contains(one) && told.contains(two), "{one} {two}: {told}");
+        }
+    }
+    for (one, two) in [("head", "lora"), ("tip", "lora"), ("number", "lora"), ("coop", "lora")] {
+        for (one, two) in [(one, two), (two, one)] {
+            let out = ask(one, two);
+            assert!(out.status.success(), "{one} {two}: {}", String::from_utf8_lossy(&out.stderr));
+        }
+    }
+    // Texts mean nothing to a head on images, which is said.
+    let out = ask("coop", "head");
+    assert!(out.status.success() && String::from_utf8_lossy(&out.stderr).contains("coop"), "{out:?}");
 }
 
 /// Each line is answered before the next is written; closing stdin ends it, closing stdout too.

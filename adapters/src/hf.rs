@@ -137,7 +137,8 @@ impl ScopeFields {
 }
 
 /// HF PEFT notes the class of the model that was adapted: where it is one of CLIP's encoders alone, the other one stays as it is.
-fn towers(object: &Map<String, Value>) -> Towers {
+#[must_use]
+pub fn towers(object: &Map<String, Value>) -> Towers {
     let class = object.get("auto_mapping").and_then(|m| m.get("base_model_class")).and_then(Value::as_str).unwrap_or_default();
     match class {
         c if c.starts_with("CLIPVision") => Towers::Vision,

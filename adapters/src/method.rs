@@ -212,6 +212,11 @@ pub trait Patch: Send + Sync {
         Ok(logits)
     }
 
+    /// Whether [`Patch::logits`] changes any: a trained head has none of these.
+    fn adds_logits(&self) -> bool {
+        false
+    }
+
     /// Whether texts depend on the image they are compared with: every class prompt is then encoded for every image.
     fn per_image(&self) -> bool {
         false

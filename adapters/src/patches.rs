@@ -149,6 +149,12 @@ impl Patches {
         self.iter().try_fold(logits, |l, p| p.logits(l, images))
     }
 
+    /// See [`Patch::adds_logits`].
+    #[must_use]
+    pub fn adds_logits(&self) -> bool {
+        self.iter().any(Patch::adds_logits)
+    }
+
     /// See [`Patch::per_image`].
     #[must_use]
     pub fn per_image(&self) -> bool {

@@ -216,6 +216,10 @@ impl Patch for TipAdapterPatch {
         logits + (self.cache(images, &keys, beta)? * alpha)?.to_dtype(images.dtype())?
     }
 
+    fn adds_logits(&self) -> bool {
+        true
+    }
+
     fn class_bound(&self) -> bool {
         true
     }

@@ -31,7 +31,14 @@ from peft import (
 )
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+)
 
 warnings.simplefilter("ignore")
 OUT = pathlib.Path(__file__).resolve().parents[2] / "tests/data/peft"
@@ -90,10 +97,24 @@ CASES = {
     "text_alone": LoraConfig(r=2, lora_alpha=4, target_modules=["v_proj", "fc2"], layers_to_transform=[0]),
     "names_of_0_4": LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "fc1"], bias="lora_only"),
     "named_default": LoraConfig(r=2, lora_alpha=4, target_modules=["v_proj"], modules_to_save=["text_projection"]),
+    # All biases, and all norms, of the one encoder that there is.
+    "text_biases": LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], bias="all"),
+    "text_bare": LoraConfig(
+        r=2, lora_alpha=4, target_modules=r"encoder\.layers\.\d+\.self_attn\.(q|v)_proj", bias="all",
+        rank_pattern={"encoder.layers.0.self_attn.q_proj": 1},
+    ),
+    "vision_bare": LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "fc1"], modules_to_save=["layer_norm1"]),
 }
 
 # Adapters of one encoder alone; `auto_mapping` holds the class.
-ALONE = {"vision_alone": CLIPVisionModelWithProjection, "text_alone": CLIPTextModelWithProjection}
+ALONE = {
+    "vision_alone": CLIPVisionModelWithProjection,
+    "text_alone": CLIPTextModelWithProjection,
+    "text_biases": CLIPTextModelWithProjection,
+    # Since transformers 5 these two have no `text_model` and `vision_model` in their names.
+    "text_bare": CLIPTextModel,
+    "vision_bare": CLIPVisionModel,
+}
 
 
 def as_0_4(name):
@@ -197,9 +218,11 @@ def features(model, config, rest=None):
     """What `model` lacks is taken from `rest`."""
     pixels, ids = inputs(config)
     vision, text = [model if hasattr(model, part) else rest for part in ("visual_projection", "text_projection")]
+    vision_model = model if isinstance(model, CLIPVisionModel) else vision.vision_model
+    text_model = model if isinstance(model, CLIPTextModel) else text.text_model
     with torch.no_grad():
-        images = vision.visual_projection(vision.vision_model(pixels).pooler_output)
-        texts = text.text_projection(text.text_model(ids).pooler_output)
+        images = vision.visual_projection(vision_model(pixels).pooler_output)
+        texts = text.text_projection(text_model(ids).pooler_output)
     return {"image_features": images.contiguous(), "text_features": texts.contiguous()}
 
 
@@ -223,11 +246,15 @@ def base(name=None):
     whole = CLIPModel.from_pretrained(OUT / "base").eval()
     if name not in ALONE:
         return whole
-    config = whole.config.vision_config if name == "vision_alone" else whole.config.text_config
+    part = "vision" if name.startswith("vision") else "text"
+    config = getattr(whole.config, f"{part}_config")
     config.projection_dim = whole.config.projection_dim
     alone = ALONE[name](config).eval()
     # All of the encoder's tensors come from the whole model.
-    alone.load_state_dict({k: v for k, v in whole.state_dict().items() if k in alone.state_dict()})
+    given = whole.state_dict()
+    if name.endswith("_bare"):
+        given = {k.removeprefix(f"{part}_model."): v for k, v in given.items() if k.startswith(f"{part}_model.")}
+    alone.load_state_dict({k: v for k, v in given.items() if k in alone.state_dict()})
     return alone
 
 

@@ -23,7 +23,7 @@ pub(super) struct EmbedArgs {
     /// file with one path a line; may be repeated
     #[arg(long, value_name = "DIR|GLOB|TABLE|LIST")]
     images: Vec<String>,
-    /// A text file with one text a line, or a table with a column of texts
+    /// A text file with one text a line, or a table with a column of texts; a row for each line or row, blank ones too
     #[arg(long, value_name = "FILE")]
     texts: Option<PathBuf>,
     /// The file to write: .safetensors, or .npy with NAME.ids.jsonl beside it. The same command goes on where a kill ended it
@@ -32,7 +32,7 @@ pub(super) struct EmbedArgs {
     /// Divide each row by its Euclidean norm
     #[arg(long)]
     normalize: bool,
-    /// Leave out images that cannot be read: they have no row
+    /// Leave out images, and rows of tables, that cannot be read: they have no row
     #[arg(long)]
     skip_bad: bool,
 }
@@ -46,6 +46,7 @@ pub(super) fn run(args: EmbedArgs, context: &Context) -> Result<()> {
         );
     }
     let EmbedArgs { images, texts, output, normalize, skip_bad, .. } = args;
+    let both = (!images.is_empty(), texts.is_some());
     let options = EmbedOptions { images, texts, output, normalize, skip_bad };
     let mut progress = context.progress();
     let done = embed(&model, &options, &mut progress).map_err(|e| if skip_bad { e } else { super::skipping(e) })?;
@@ -54,11 +55,12 @@ pub(super) fn run(args: EmbedArgs, context: &Context) -> Result<()> {
         context.say(&format!("warning: {} texts were longer than the model's context and were cut", done.truncated));
     }
     if done.blank > 0 {
-        context.say(&format!("note: {} lines of --texts are blank; their rows are features of the empty text", done.blank));
+        context.say(&format!("note: {} lines or rows of --texts are blank, and are embedded as the empty text", done.blank));
     }
     if let Some(first) = done.skipped.first() {
         let (count, error) = (done.skipped.len(), &first.error);
-        context.say(&format!("note: {count} images cannot be read and have no row; the first: {}: {}", error.place, error.message));
+        let apart = if both == (true, true) { "; images and texts no longer stand row by row" } else { "" };
+        context.say(&format!("note: {count} inputs cannot be read and have no row{apart}; the first: {}: {}", error.place, error.message));
     }
     context.print(&done, || {
         format!("{} images and {} texts, {} numbers each, in {}\n", done.images, done.texts, done.dim, done.output.display())

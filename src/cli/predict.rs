@@ -48,8 +48,8 @@ pub(super) struct PredictArgs {
     #[arg(long, value_name = "A,B|FILE", requires = "questions")]
     choices: Option<String>,
     /// Labels to show for each image
-    #[arg(long, short = 'k', default_value_t = 5, value_name = "K")]
-    top: usize,
+    #[arg(long, short = 'k', default_value_t = 5, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
+    top: u32,
     /// Requests, one JSON object a line: image, and perhaps adapter and labels, so that each line may have another adapter on
     /// the one base; `-` reads stdin. Each is answered at once, in the same order, by a JSON line with the answer or an `error`
     #[arg(long, value_name = "FILE", conflicts_with = "images")]
@@ -68,7 +68,7 @@ pub(super) struct PredictArgs {
 
 pub(super) fn run(args: &PredictArgs, context: &Context) -> Result<()> {
     let labels = args.labels.as_deref().map(labels).transpose()?.unwrap_or_default();
-    let defaults = Defaults { labels, templates: args.templates.clone(), top: Some(args.top) };
+    let defaults = Defaults { labels, templates: args.templates.clone(), top: Some(args.top as usize) };
     if let Some(file) = &args.jsonl {
         let pool = Pool::new(args.model.open(context)?).allow_base_mismatch(args.model.allow_base_mismatch);
         return worker::run(pool, &defaults, file, context);

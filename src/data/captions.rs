@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::columns::Row;
+use super::delimited::mark_of;
 use super::identity::name_in;
-use super::table::mark_of;
 use super::{ImageRef, RawExample, coco};
 use crate::clip::decode;
 use crate::error::{Error, Result};

@@ -20,6 +20,7 @@ mod choose;
 mod coco;
 mod columns;
 mod coop;
+mod delimited;
 mod example;
 mod folder;
 mod identity;
@@ -44,7 +45,7 @@ mod vqa;
 mod webdataset;
 
 pub use augment::AugmentConfig;
-pub(crate) use cells::{cells, is_table};
+pub(crate) use cells::{image_cells, is_table, text_cells};
 pub use choose::ColumnChoice;
 pub use coco::CocoConfig;
 pub use columns::ColumnNames;

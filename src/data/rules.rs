@@ -87,7 +87,19 @@ impl Mistake {
     pub(super) fn is_split(&self) -> bool {
         self.expected == SPLITS
     }
+
+    /// Whether what should have been the path of an image is something else.
+    pub(super) fn is_path(&self) -> bool {
+        self.expected == A_PATH
+    }
+
+    pub(super) fn error(self) -> Error {
+        Error::input(self.place, format!("column `{}`: expected {}, found {}", self.column, self.expected, self.found))
+    }
 }
+
+/// What the image column of a table holds.
+pub(super) const A_PATH: &str = "a path";
 
 /// What a split column holds.
 pub(super) const SPLITS: &str = "train, val or test";

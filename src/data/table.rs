@@ -1,25 +1,23 @@
 //! CSV, TSV and JSONL tables, and HF's imagefolder with `metadata.csv` or `metadata.jsonl`.
 
-use std::cell::Cell;
-use std::collections::HashSet;
-use std::io::{BufRead, Read};
+use std::io::{BufRead, Read as _};
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
 
 use serde_json::Value;
 
 use super::captions::{Form, form, is_text, look_near, no_table, numbered_rows};
 use super::columns::{At, Row, shown, with_columns};
+use super::delimited::delimited;
 use super::identity::name_in;
 use super::metadata::{self, Tables};
 use super::paths::common;
-use super::rules::{Field, Mistake};
+use super::rules::{A_PATH, Field};
 use super::{ImageRef, Raw, RawExample, Source, Split};
 use crate::error::{Error, Result};
 use crate::{files, json};
 
-/// Longer rows of a JSONL file are refused.
-const MAX_LINE: u64 = 16 << 20;
+/// Longer rows are refused.
+pub(super) const MAX_LINE: u64 = 16 << 20;
 
 with_columns! {
     /// One row an example. The format follows the extension: csv, tsv, jsonl; a txt is read where its first line names columns
@@ -47,11 +45,18 @@ impl Source for TableConfig {
     }
 
     fn read(&self) -> Result<Raw> {
+        self.read_rows(false)
+    }
+}
+
+impl TableConfig {
+    /// What the rows say. A row that has neither image nor text is wrong, unless `bare` ones are wanted too.
+    pub(super) fn read_rows(&self, bare: bool) -> Result<Raw> {
         let mut raw = Raw::default();
         let tables = self.tables()?;
         for (path, split) in &tables.files {
             let (rows, bad) = (raw.examples.len(), raw.bad.len());
-            self.read_table(path, &tables.root, *split, &mut raw)?;
+            self.read_table((path, &tables.root), *split, bare, &mut raw)?;
             if (raw.examples.len(), raw.bad.len()) == (rows, bad) {
                 return Err(Error::input(path.display(), "has no rows"));
             }
@@ -62,9 +67,7 @@ impl Source for TableConfig {
         metadata::place(&tables, &mut raw)?;
         Ok(raw)
     }
-}
 
-impl TableConfig {
     /// The table files and the split that their place says.
     fn tables(&self) -> Result<Tables> {
         let own = self.val.is_some() || self.test.is_some();
@@ -83,7 +86,7 @@ impl TableConfig {
         Ok(tables)
     }
 
-    fn read_table(&self, path: &Path, root: &Path, split: Option<Split>, raw: &mut Raw) -> Result<()> {
+    fn read_table(&self, (path, root): (&Path, &Path), split: Option<Split>, bare: bool, raw: &mut Raw) -> Result<()> {
         let columns = self.columns();
         columns.check()?;
         let flat = !is_json(path);
@@ -96,7 +99,13 @@ impl TableConfig {
                 example.split = split.or(example.split);
                 example.place = Some(place());
                 let start = self.images.as_deref().unwrap_or(path.parent().unwrap_or(Path::new(".")));
-                locate((path, root, start), line, image, &mut example, at)?;
+                locate((path, root, start), line, image, &mut example, at);
+                let wrong = example.mistakes.iter().any(|m| m.is_text() || m.is_path());
+                let says = wrong || !example.texts.is_empty() || example.question.is_some();
+                if !bare && example.image == ImageRef::Missing && !says {
+                    let message = format!("expected a path in the image column, found none, and there is no text either; {}", at.columns());
+                    return Err(Error::input(place(), message).hint("data.table.image and data.table.text name the columns"));
+                }
                 Ok(example)
             });
             match found {
@@ -108,18 +117,12 @@ impl TableConfig {
 }
 
 /// Where the image is, and what the example is called: from the table, what names are told from, and where images' paths start.
-fn locate(
-    (path, root, start): (&Path, &Path, &Path),
-    line: usize,
-    image: Option<Value>,
-    example: &mut RawExample,
-    at: At<'_>,
-) -> Result<()> {
+fn locate((path, root, start): (&Path, &Path, &Path), line: usize, image: Option<Value>, example: &mut RawExample, at: At<'_>) {
     let cell = match &image {
         Some(Value::String(s)) => Some(s.trim()).filter(|s| !s.is_empty()),
         Some(other) => {
-            example.mistakes.push(at.mistake(Field::Place, "image", "a path", shown(other)));
-            return Ok(());
+            example.mistakes.push(at.mistake(Field::Place, "image", A_PATH, shown(other)));
+            return;
         }
         None => None,
     };
@@ -130,16 +133,11 @@ fn locate(
             example.image = ImageRef::File(file);
             (name, false)
         }
-        None if example.texts.is_empty() && example.question.is_none() && !example.mistakes.iter().any(Mistake::is_text) => {
-            let message = format!("expected a path in the image column, found none, and there is no text either; {}", at.columns());
-            return Err(Error::input((at.place)(), message).hint("data.table.image and data.table.text name the columns"));
-        }
         None => (format!("{}:{line}", name_in(root, path)), true),
     };
     if example.id.is_empty() {
         (example.id, example.by_number) = (id, by_number);
     }
-    Ok(())
 }
 
 /// The names of a table's columns: its header, or the keys of its first line.
@@ -194,105 +192,8 @@ fn rows(path: &Path, each: Each<'_>) -> Result<()> {
     }
 }
 
-type Each<'a> = &'a mut dyn FnMut(usize, Result<&Row>);
-
-/// Stands behind the last row. Where it is part of a cell, a quote was never closed, and rows went into that cell.
-const END: &str = "\u{1}end of the table\u{1}";
-
-/// Refuses rows that are longer than any row: what an open quote makes of a large table.
-struct Capped<R> {
-    inner: R,
-    /// Bytes since the last row.
-    read: Rc<Cell<u64>>,
-}
-
-impl<R: Read> Read for Capped<R> {
-    fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
-        let count = self.inner.read(out)?;
-        self.read.set(self.read.get() + count as u64);
-        match self.read.get() > MAX_LINE {
-            true => Err(std::io::Error::other(format!("a row has more than {MAX_LINE} bytes; is a quote left open?"))),
-            false => Ok(count),
-        }
-    }
-}
-
-/// What Excel's first line says, `sep=;`, and the line's length; nothing where there is no such line.
-fn declared(start: &[u8]) -> Option<(u8, usize)> {
-    let line = start.split_inclusive(|b| *b == b'\n').next()?;
-    match line.trim_ascii_end() {
-        [b's' | b'S', b'e' | b'E', b'p' | b'P', b'=', mark @ (b',' | b';' | b'|' | b':')] => Some((*mark, line.len())),
-        // A tab is white space at the end of the line.
-        b"sep=" | b"SEP=" | b"Sep=" if line.get(4) == Some(&b'\t') => Some((b'\t', line.len())),
-        _ => None,
-    }
-}
-
-/// What stands between the cells of a header. Where the extension's own mark does not occur, spreadsheets have written another.
-pub(super) fn mark_of(start: &[u8], usual: u8) -> u8 {
-    let line = start.split(|b| [b'\n', b'\r'].contains(b)).next().unwrap_or_default();
-    let mut quoted = false;
-    let mut count = [(usual, 0), (b';', 0), (b'\t', 0), (b',', 0), (b'|', 0)];
-    for byte in line {
-        quoted ^= *byte == b'"';
-        count.iter_mut().filter(|(mark, _)| !quoted && mark == byte).for_each(|(_, n)| *n += 1);
-    }
-    count.into_iter().find(|(_, n)| *n > 0).map_or(usual, |(mark, _)| mark)
-}
-
-fn delimited(path: &Path, usual: u8, each: Each<'_>) -> Result<()> {
-    let mut file = files::open_text(path)?;
-    let start = file.fill_buf().map_err(|e| Error::read(path, e))?;
-    let (delimiter, passed) = declared(start).unwrap_or_else(|| (mark_of(start, usual), 0));
-    file.consume(passed);
-    let above = usize::from(passed > 0);
-    let read = Rc::new(Cell::new(0));
-    let end = format!("\n{END}\n");
-    let rows = Capped { inner: file.chain(end.as_bytes()), read: read.clone() };
-    let mut reader = csv::ReaderBuilder::new().delimiter(delimiter).flexible(true).from_reader(rows);
-    let wrong = |e: csv::Error| {
-        let line = e.position().map(|p| format!(":{}", p.line() as usize + above)).unwrap_or_default();
-        let utf8 = matches!(e.kind(), csv::ErrorKind::Utf8 { .. });
-        let error = Error::input(format!("{}{line}", path.display()), e);
-        if utf8 { error.hint("save the table as UTF-8") } else { error }
-    };
-    let header: Vec<String> = reader.headers().map_err(wrong)?.iter().map(|h| h.trim().to_string()).collect();
-    let at = |line: usize, message: String| Error::input(format!("{}:{line}", path.display()), message);
-    if header.iter().any(|h| h.contains(END)) {
-        return if header.len() == 1 && header[0].len() == END.len() { Ok(()) } else { Err(at(1, UNCLOSED.into())) };
-    }
-    let mut seen = HashSet::new();
-    if let Some(twice) = header.iter().find(|h| !h.is_empty() && !seen.insert(*h)) {
-        return Err(at(1, format!("the column `{twice}` occurs twice")));
-    }
-    for record in reader.records() {
-        read.set(0);
-        let record = match record {
-            Ok(record) => record,
-            Err(e) if matches!(e.kind(), csv::ErrorKind::Io(_)) => return Err(wrong(e)),
-            Err(e) => {
-                each(0, Err(wrong(e)));
-                continue;
-            }
-        };
-        let line = record.position().map_or(0, |p| p.line() as usize + above);
-        if record.iter().any(|c| c.contains(END)) {
-            if record.len() > 1 || record[0].len() > END.len() {
-                each(line, Err(at(line, UNCLOSED.into())));
-            }
-            break;
-        }
-        if record.len() != header.len() {
-            each(line, Err(at(line, format!("expected {} cells as in the header, found {}", header.len(), record.len()))));
-            continue;
-        }
-        let cells = record.iter().map(|c| if c.is_empty() { Value::Null } else { Value::String(c.to_string()) });
-        each(line, Ok(&header.iter().cloned().zip(cells).collect()));
-    }
-    Ok(())
-}
-
-const UNCLOSED: &str = "a quote that opens in this row is never closed, so that all rows behind it are one cell";
+/// Takes a row and its line.
+pub(super) type Each<'a> = &'a mut dyn FnMut(usize, Result<&Row>);
 
 fn json_lines(path: &Path, each: Each<'_>) -> Result<()> {
     let mut reader = files::open_text(path)?;

@@ -4,7 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
-use peft_adapters::{MethodConfig, Params, registry};
+use peft_adapters::targets::Towers;
+use peft_adapters::{MethodConfig, Params, hf, registry};
 use serde_json::Value;
 
 use super::{Adapters, BaseRef, Manifest, clip_lora, file, names};
@@ -37,6 +38,8 @@ pub struct Delta {
     pub own: Vec<(String, Tensor)>,
     /// What the adapter is for; missing in adapters made elsewhere.
     pub manifest: Option<Manifest>,
+    /// The encoder that it was made on, where that was no whole CLIP: of the other one nothing is in the files.
+    alone: Option<Towers>,
 }
 
 impl Delta {
@@ -55,7 +58,7 @@ impl Delta {
             refuse_foreign(dir)?;
             let (config, tensors) = clip_lora::read(dir)?;
             let method = registry::from_adapter_config(&config).map_err(|e| Error::input(dir.display(), e))?;
-            return Ok(Self { dir: dir.to_path_buf(), methods: vec![(method, tensors)], own: Vec::new(), manifest: None });
+            return Ok(Self { dir: dir.to_path_buf(), methods: vec![(method, tensors)], own: Vec::new(), manifest: None, alone: None });
         }
         if !dir.is_dir() {
             return Err(Error::input(dir.display(), "no such adapter directory")
@@ -67,10 +70,14 @@ impl Delta {
         let mut methods = Vec::new();
         let listed = manifest.as_ref().map(|m| m.methods.clone()).unwrap_or_default();
         for part in &listed {
-            methods.push(read_method(&dir.join(&part.dir), Some(&part.digest))?);
+            let (method, tensors, _) = read_method(&dir.join(&part.dir), Some(&part.digest))?;
+            methods.push((method, tensors));
         }
+        let mut alone = None;
         if listed.is_empty() && dir.join(file::CONFIG).exists() {
-            methods.push(read_method(dir, None)?);
+            let (method, tensors, of) = read_method(dir, None)?;
+            methods.push((method, tensors));
+            alone = of;
         }
         let task = dir.join(file::TASK);
         let own = if task.exists() { read_tensors(&task)?.0 } else { Vec::new() };
@@ -79,7 +86,7 @@ impl Delta {
             refuse_foreign(&dir.join(DIFFUSERS))?;
             return Err(Error::input(dir.display(), format!("holds no adapter: there is neither {} nor {}", file::CONFIG, file::TASK)));
         }
-        Ok(Self { dir: dir.to_path_buf(), methods, own, manifest })
+        Ok(Self { dir: dir.to_path_buf(), methods, own, manifest, alone })
     }
 
     /// Checks that every tensor is of floats and finite, without a base to apply it to. Returns how many there are.
@@ -148,7 +155,11 @@ impl Delta {
         let adapters = Adapters::plan_in(params, &methods, clip.sites()).map_err(|e| self.placed(e))?;
         let all: Vec<_> = adapters.params.iter().collect();
         for ((_, tensors), range) in self.methods.iter().zip(&adapters.ranges) {
-            fill(&self.dir.display().to_string(), tensors, &all[range.clone()])?;
+            // `bias: all` and `modules_to_save` name parts of both encoders; those that HF PEFT never saw are the base's.
+            let known: HashSet<&str> = tensors.iter().map(|(name, _)| name.as_str()).collect();
+            let there = |name: &str| known.contains(name) || !self.alone.is_some_and(|alone| names::is_beside(alone, name));
+            let wanted: Vec<_> = all[range.clone()].iter().copied().filter(|p| there(&p.name)).collect();
+            fill(&self.dir.display().to_string(), tensors, &wanted)?;
         }
         Ok(adapters)
     }
@@ -365,20 +376,30 @@ pub fn convert(source: &Path, output: &Path) -> Result<(String, u64)> {
     Ok((method.name().to_string(), files::dir_size(output)))
 }
 
-fn read_method(dir: &Path, digest: Option<&str>) -> Result<(MethodConfig, Named)> {
+fn read_method(dir: &Path, digest: Option<&str>) -> Result<(MethodConfig, Named, Option<Towers>)> {
     let path = dir.join(file::CONFIG);
-    let config: Value = read_json(&path)?.ok_or_else(|| Error::input(path.display(), "no such file"))?;
-    let method = registry::from_adapter_config(&config).map_err(|e| Error::input(path.display(), e))?;
+    let mut config: Value = read_json(&path)?.ok_or_else(|| Error::input(path.display(), "no such file"))?;
+    let read = |config: &Value| registry::from_adapter_config(config).map_err(|e| Error::input(path.display(), e));
+    let mut method = read(&config)?;
     let weights = dir.join(file::weights(method.name()));
-    if !weights.exists() && dir.join(file::PICKLED).exists() {
-        return Ok((method, names::of_today(read_pickled(&dir.join(file::PICKLED))?)));
-    }
-    let (tensors, found) = read_tensors(&weights)?;
-    let tensors = names::of_today(tensors);
-    match digest {
-        Some(expected) if expected != found => {
-            Err(Error::input(weights.display(), format!("expected {expected} as {} says, found {found}", file::MANIFEST)))
+    let tensors = match weights.exists() || !dir.join(file::PICKLED).exists() {
+        true => {
+            let (tensors, found) = read_tensors(&weights)?;
+            if let Some(expected) = digest.filter(|expected| *expected != found) {
+                return Err(Error::input(weights.display(), format!("expected {expected} as {} says, found {found}", file::MANIFEST)));
+            }
+            tensors
         }
-        _ => Ok((method, tensors)),
+        false => read_pickled(&dir.join(file::PICKLED))?,
+    };
+    let mut tensors = names::of_today(tensors);
+    let renamed = names::of_whole(&mut config, &mut tensors).map_err(|e| {
+        Error::input(path.display(), e)
+            .hint("write `\"auto_mapping\": {\"base_model_class\": \"CLIPTextModel\"}` into it, or CLIPVisionModel, whichever was adapted")
+    })?;
+    if renamed {
+        method = read(&config)?;
     }
+    let alone = config.as_object().map(hf::towers).filter(|towers| *towers != Towers::Both);
+    Ok((method, tensors, alone))
 }

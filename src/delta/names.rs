@@ -3,6 +3,8 @@
 use std::collections::HashSet;
 
 use candle_core::Tensor;
+use peft_adapters::targets::Towers;
+use serde_json::{Value, json};
 
 /// Names as HF PEFT 0.21 reads them.
 ///
@@ -31,6 +33,63 @@ const SAVED: &str = ".modules_to_save.";
 
 /// What stands beside a bias that is inside today.
 const UPDATES: [&str; 3] = ["lora_A.weight", "lora_embedding_A", "vera_lambda_b"];
+
+/// Where tensors begin in HF PEFT's files.
+const START: &str = "base_model.model.";
+
+/// What stands at the top of one of CLIP's encoders, where it is a model of its own.
+const TOP: [&str; 5] = ["encoder.", "embeddings.", "final_layer_norm.", "pre_layrnorm.", "post_layernorm."];
+
+/// transformers 5 has `CLIPTextModel` and `CLIPVisionModel` without the step `text_model` or `vision_model` in their names; it comes
+/// back here, in tensors and in what the configuration says of names. Returns whether anything was renamed.
+///
+/// # Errors
+/// When nothing says which encoder is meant.
+pub(super) fn of_whole(config: &mut Value, tensors: &mut [(String, Tensor)]) -> Result<bool, String> {
+    let bare = |name: &str| name.strip_prefix(START).is_some_and(|n| TOP.iter().any(|top| n.starts_with(top)));
+    if !tensors.iter().any(|(name, _)| bare(name)) {
+        return Ok(false);
+    }
+    let class = config["auto_mapping"]["base_model_class"].as_str().unwrap_or_default();
+    let any = |parts: &[&str]| tensors.iter().any(|(name, _)| parts.iter().any(|part| name.contains(part)));
+    let (step, class) = match class {
+        c if c.starts_with("CLIPText") => ("text_model", "CLIPTextModel"),
+        c if c.starts_with("CLIPVision") => ("vision_model", "CLIPVisionModel"),
+        _ if any(&["final_layer_norm.", "token_embedding."]) => ("text_model", "CLIPTextModel"),
+        _ if any(&["pre_layrnorm.", "post_layernorm.", "patch_embedding.", "class_embedding"]) => ("vision_model", "CLIPVisionModel"),
+        _ => return Err("has the names of one of CLIP's encoders alone, and `auto_mapping` does not say of which".into()),
+    };
+    for (name, _) in tensors.iter_mut().filter(|(name, _)| bare(name)) {
+        *name = format!("{START}{step}.{}", &name[START.len()..]);
+    }
+    config["auto_mapping"] = json!({ "base_model_class": class });
+    for key in ["target_modules", "exclude_modules", "feedforward_modules"] {
+        // A regular expression matches whole paths; names match their ends.
+        if let Some(pattern) = config[key].as_str().filter(|p| *p != "all-linear").map(|p| format!("{step}\\.(?:{p})")) {
+            config[key] = pattern.into();
+        }
+    }
+    for key in ["rank_pattern", "alpha_pattern"] {
+        let Some(patterns) = config[key].as_object_mut() else { continue };
+        let whole = |name: &str| match name.strip_prefix('^') {
+            Some(rest) => format!("^{step}\\.{rest}"),
+            None if TOP.iter().any(|top| name.starts_with(top)) => format!("{step}.{name}"),
+            None => name.to_string(),
+        };
+        *patterns = std::mem::take(patterns).into_iter().map(|(name, value)| (whole(&name), value)).collect();
+    }
+    Ok(true)
+}
+
+/// Whether a tensor belongs to the encoder that an adapter of one alone was not made on.
+pub(super) fn is_beside(alone: Towers, name: &str) -> bool {
+    let name = name.strip_prefix(START).unwrap_or(name);
+    match alone {
+        Towers::Text => ["vision_model.", "visual_projection."].iter().any(|part| name.starts_with(part)),
+        Towers::Vision => ["text_model.", "text_projection."].iter().any(|part| name.starts_with(part)),
+        Towers::Both => false,
+    }
+}
 
 fn without_adapter(name: &str) -> String {
     name.strip_suffix(".default").unwrap_or(name).replace(".default.", ".")
@@ -83,6 +142,26 @@ mod tests {
         let thrice = ["m.norm.bias", "m.norm.modules_to_save.bias", "m.norm.original_module.bias", "m.norm.weight"];
         assert_eq!(renamed(&thrice), ["m.norm.bias", "m.norm.weight"]);
         assert_eq!(renamed(&["m.norm.modules_to_save.default.weight"]), ["m.norm.weight"]);
+    }
+
+    /// Where the configuration does not say which encoder the names are of, parts that only one has do.
+    #[test]
+    fn encoders_are_told_by_what_they_have() {
+        let one = |name: &str| (format!("base_model.model.{name}"), Tensor::zeros(1, candle_core::DType::F32, &Device::Cpu).unwrap());
+        let queries = "encoder.layers.0.self_attn.q_proj.lora_A.weight";
+        for (other, class, step) in [
+            ("final_layer_norm.bias", "", "text_model"),
+            ("pre_layrnorm.weight", "", "vision_model"),
+            ("encoder.layers.1.layer_norm1.bias", "CLIPVisionModel", "vision_model"),
+        ] {
+            let (mut config, mut tensors) = (json!({ "auto_mapping": { "base_model_class": class } }), vec![one(queries), one(other)]);
+            assert_eq!(of_whole(&mut config, &mut tensors), Ok(true), "{other}");
+            assert_eq!(tensors[0].0, format!("base_model.model.{step}.{queries}"));
+            assert_eq!(tensors[1].0, format!("base_model.model.{step}.{other}"));
+        }
+        assert!(of_whole(&mut json!({ "auto_mapping": null }), &mut [one(queries)]).is_err());
+        let whole = "text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight";
+        assert_eq!(of_whole(&mut json!({}), &mut [one(whole)]), Ok(false));
     }
 
     #[test]

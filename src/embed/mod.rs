@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use candle_core::Tensor;
 
 use crate::clip::model::unit_rows;
-use crate::data::{cells, is_table};
+use crate::data::{is_table, text_cells};
 use crate::error::{Error, Report, Result};
 use crate::files;
 use crate::inputs::{Inputs, MAX_LIST, Other, SHOWN, unreadable};
@@ -33,7 +33,7 @@ const SYNC: usize = if cfg!(test) { 1 } else { 16 } * CHUNK;
 pub struct EmbedOptions {
     /// Images, directories of them, glob patterns, tables, text files with one path a line.
     pub images: Vec<String>,
-    /// A table, or a text file with one text a line; blank lines are texts too.
+    /// A table, or a text file with one text a line; blank lines, and rows without a text, are texts too.
     pub texts: Option<PathBuf>,
     /// The file to write: `.npy` or `.safetensors`.
     pub output: PathBuf,
@@ -59,13 +59,13 @@ pub struct Embedded {
     pub dim: usize,
     /// Texts that were cut to the model's context.
     pub truncated: usize,
-    /// Lines without a text, whose rows are features of the empty text.
+    /// Lines, or rows of a table, without a text; their rows are features of the empty text.
     pub blank: usize,
-    /// Images that were left out: they have no row.
+    /// What was left out: it has no row.
     pub skipped: Vec<Skipped>,
 }
 
-/// An image without a row.
+/// An image, or a row of a table, without a row.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Skipped {
     /// Its position among the images, from 0; none for a row of a table that names none.
@@ -84,11 +84,11 @@ pub fn embed(model: &Model, options: &EmbedOptions, observer: &mut dyn Observer)
     let format = Format::of(options)?;
     let mut given = Inputs::default();
     options.images.iter().try_for_each(|images| given.add(images, Other::List))?;
+    let texts = options.texts.as_deref().map(|path| read_texts(path, &mut given)).transpose()?;
     given.notes.drain(..).for_each(|note| observer.event(Event::Note(note)));
     if !given.bad.is_empty() && !options.skip_bad {
         return Err(unreadable(&given.bad));
     }
-    let texts = options.texts.as_deref().map(|path| read_texts(path, options.skip_bad, &mut given.bad)).transpose()?;
     let images = (!options.images.is_empty()).then_some(given.images);
     if images.is_none() && texts.is_none() {
         return Err(Error::input("embed", "there is nothing to embed").hint("pass --images, --texts or both"));
@@ -241,18 +241,17 @@ pub fn read_lines(path: &Path) -> Result<Vec<String>> {
     files::read_lines(path, MAX_LIST)
 }
 
-/// The texts of a table, or every line of a text file, so that rows are lines; white space at their ends says nothing.
-fn read_texts(path: &Path, skip_bad: bool, bad: &mut Vec<Error>) -> Result<Vec<String>> {
+/// Every row of a table, or every line of a text file, so that rows are lines; white space at their ends says nothing.
+fn read_texts(path: &Path, given: &mut Inputs) -> Result<Vec<String>> {
     if is_table(path) {
-        let found = cells(path)?;
-        if !found.bad.is_empty() && !skip_bad {
-            return Err(unreadable(&found.bad));
+        let cells = text_cells(path)?;
+        if cells.several > 0 {
+            given.notes.push(format!("{}: {} rows hold several texts, each of which has a row", path.display(), cells.several));
         }
-        bad.extend(found.bad);
-        return match found.texts.is_empty() {
-            true => Err(Error::input(path.display(), "holds no text").hint("a column `text` or `caption` holds them")),
-            false => Ok(found.texts),
-        };
+        // A row that cannot be read is told of once, though images and texts may come from one table.
+        let known: HashSet<String> = given.bad.iter().map(ToString::to_string).collect();
+        given.bad.extend(cells.bad.into_iter().filter(|e| !known.contains(&e.to_string())));
+        return Ok(cells.found);
     }
     let text = files::read_text(path, MAX_LIST)?;
     let lines: Vec<String> = files::lines(&text).map(|l| l.trim_end().to_string()).collect();

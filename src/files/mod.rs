@@ -24,7 +24,7 @@ pub(crate) use fresh::{Fresh, is_temporary, sweep_all};
 pub(crate) use inputs::is_read;
 pub use inputs::refuse_input;
 pub use text::{Lines, lines, read_lines, read_text, text};
-pub(crate) use text::{open_text, unmarked};
+pub(crate) use text::{line_ends, not_utf8, open_text, unmarked};
 
 /// Reads a file of at most `limit` bytes. Pipes and devices, which may never end, are refused.
 ///

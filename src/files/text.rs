@@ -14,6 +14,9 @@ const MARK: &[u8] = b"\xef\xbb\xbf";
 /// So many bytes are looked at to tell UTF-16 without a mark: every second byte of it is zero where the text is Latin.
 const LOOKED: usize = 4096;
 
+/// A line that is too long is passed over in pieces of so many bytes.
+const PIECE: u64 = 1 << 16;
+
 const SAVE: &str = "save it as UTF-8: choose that encoding in the editor or spreadsheet, or run `iconv -f ENCODING -t UTF-8`";
 
 /// The encoding that the first bytes of a file name or show, where it is not UTF-8.
@@ -54,14 +57,20 @@ pub fn text(place: &str, bytes: Vec<u8>) -> Result<String> {
     };
     String::from_utf8(bytes).map_err(|e| {
         let at = e.utf8_error().valid_up_to();
-        let line = 1 + e.as_bytes()[..at].iter().filter(|b| **b == b'\n').count();
-        not_utf8(place, line, at, e.as_bytes()[at])
+        not_utf8(place, 1 + line_ends(&e.as_bytes()[..at]), Some(at), e.as_bytes()[at])
     })
 }
 
-fn not_utf8(place: &str, line: usize, at: usize, byte: u8) -> Error {
-    Error::input(format!("{place}:{line}"), format!("is not UTF-8 text: the byte at {at} is {byte:#04x}, as Latin-1 may have it"))
-        .hint(SAVE)
+/// The byte of a line that is in another encoding; `at` is where it stands in the file.
+pub(crate) fn not_utf8(place: &str, line: usize, at: Option<usize>, byte: u8) -> Error {
+    let at = at.map(|at| format!("at {at} ")).unwrap_or_default();
+    Error::input(format!("{place}:{line}"), format!("is not UTF-8 text: the byte {at}is {byte:#04x}, as Latin-1 may have it")).hint(SAVE)
+}
+
+/// How many lines end in a text, in whichever way.
+pub(crate) fn line_ends(text: &[u8]) -> usize {
+    let feeds = text.iter().filter(|b| **b == b'\n').count();
+    feeds + text.iter().enumerate().filter(|(i, b)| **b == b'\r' && text.get(i + 1) != Some(&b'\n')).count()
 }
 
 /// [`read`] of a [`text`].
@@ -118,25 +127,42 @@ pub struct Lines<R> {
     at: usize,
     /// Whether nothing can be read behind the last line.
     broken: bool,
+    /// Whether the last line was too long, and its rest is still to be passed over.
+    within: bool,
     line: Vec<u8>,
 }
 
 impl<R: BufRead> Lines<R> {
     /// The lines of `inner`, which messages call `place`, each of at most `limit` bytes.
     pub fn new(place: impl Into<String>, inner: R, limit: u64) -> Self {
-        Self { inner, place: place.into(), limit, number: 0, at: 0, broken: false, line: Vec::new() }
+        Self { inner, place: place.into(), limit, number: 0, at: 0, broken: false, within: false, line: Vec::new() }
     }
 
-    /// Whether the last line was the end of what can be read: it was too long, or the stream gave way.
+    /// Whether the last line was the end of what can be read: the stream gave way.
     pub(crate) fn is_broken(&self) -> bool {
         self.broken
+    }
+
+    /// Passes over the rest of a line that was too long.
+    fn pass(&mut self) -> std::io::Result<()> {
+        while self.within {
+            self.line.clear();
+            let count = self.inner.by_ref().take(PIECE).read_until(b'\n', &mut self.line)?;
+            self.within = count > 0 && !self.line.ends_with(b"\n");
+            self.at += count;
+        }
+        Ok(())
     }
 
     /// The next line with its number, from 1, and without its end.
     ///
     /// # Errors
-    /// When it is longer than the limit, not UTF-8, or cannot be read.
+    /// When it is longer than the limit, not UTF-8, or cannot be read; the next call returns the line behind it.
     pub fn next_line(&mut self) -> Result<Option<(usize, &str)>> {
+        self.pass().map_err(|e| {
+            self.broken = true;
+            Error::read(&self.place, e)
+        })?;
         self.line.clear();
         let line = &mut self.line;
         let count = self.inner.by_ref().take(self.limit + 1).read_until(b'\n', line);
@@ -149,7 +175,7 @@ impl<R: BufRead> Lines<R> {
         }
         (self.number, self.at) = (self.number + 1, self.at + count);
         if count as u64 > self.limit {
-            self.broken = true;
+            self.within = !line.ends_with(b"\n");
             return Err(Error::input(format!("{}:{}", self.place, self.number), format!("the line has more than {} bytes", self.limit)));
         }
         let line = if self.number == 1 { unmarked(&self.place, line)? } else { line };
@@ -157,7 +183,7 @@ impl<R: BufRead> Lines<R> {
         let line = line.strip_suffix(b"\r").unwrap_or(line);
         match std::str::from_utf8(line) {
             Ok(line) => Ok(Some((self.number, line))),
-            Err(e) => Err(not_utf8(&self.place, self.number, self.at - count + e.valid_up_to(), line[e.valid_up_to()])),
+            Err(e) => Err(not_utf8(&self.place, self.number, Some(self.at - count + e.valid_up_to()), line[e.valid_up_to()])),
         }
     }
 }

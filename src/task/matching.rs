@@ -394,6 +394,17 @@ impl Task for Match {
         })
     }
 
+    fn undefined(&self, examples: &[Example]) -> Vec<&'static str> {
+        let fits = |e: &Example| e.fits.unwrap_or(true);
+        let others = |i: usize| self.count() > 0 && !examples[i].texts.is_empty() && self.candidates(examples, i).len() > 1;
+        let (some, all) = (examples.iter().any(fits), examples.iter().all(fits) && !(0..examples.len()).any(others));
+        match (some, all) {
+            (false, _) => METRICS[4..].to_vec(),
+            (true, true) => vec!["roc_auc"],
+            (true, false) => Vec::new(),
+        }
+    }
+
     fn calibrates(&self) -> bool {
         true
     }

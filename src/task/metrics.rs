@@ -8,7 +8,7 @@ mod calibration;
 mod regression;
 
 pub use calibration::{binary_calibration_error, binary_temperature, calibration_error, temperature};
-pub use regression::{mae, median, pearson, rmse, spearman};
+pub use regression::{mae, median, pearson, rmse, spearman, varies};
 
 /// Indices of the largest value of each row.
 ///
@@ -35,7 +35,8 @@ pub fn top_k(rows: &[Vec<f32>], labels: &[u32], k: usize) -> f64 {
 /// Recall at 1, 5 and 10, the median rank of the best positive, from 1, and mean average precision as [`average_precision`] has it.
 ///
 /// `relation(query, candidate)` says what counts as found; `None` is not among the candidates. Queries without a positive do not
-/// count. A candidate that scores the same as the best positive does not push it down.
+/// count, and where no query has one there is nothing to say. A candidate that scores the same as the best positive does not push it
+/// down.
 pub fn retrieval(
     prefix: &str,
     scores: &[Vec<f32>],
@@ -44,7 +45,10 @@ pub fn retrieval(
 ) {
     let one = |(query, row): (usize, &Vec<f32>)| ranking(row, |c| relation(query, c));
     let found: Vec<(usize, f64)> = scores.par_iter().enumerate().filter_map(one).collect();
-    let count = found.len().max(1) as f64;
+    if found.is_empty() {
+        return;
+    }
+    let count = found.len() as f64;
     for k in [1, 5, 10] {
         let hits = found.iter().filter(|(rank, _)| *rank <= k).count();
         into.insert(format!("{prefix}recall_at_{k}"), hits as f64 / count);
@@ -63,8 +67,8 @@ fn ranking(row: &[f32], relation: impl Fn(usize) -> Option<bool>) -> Option<(usi
 }
 
 /// Mean average precision at R over queries with R > 0 positives (Musgrave et al. 2020, arXiv 2003.08505, section 3.2):
-/// Σ P(i)·rel(i) / R over the R nearest. Of equal scores the earlier candidate comes first.
-pub fn map_at_r(scores: &[Vec<f32>], relation: impl Fn(usize, usize) -> Option<bool> + Sync) -> f64 {
+/// Σ P(i)·rel(i) / R over the R nearest. Of equal scores the earlier candidate comes first; `None` where no query has a positive.
+pub fn map_at_r(scores: &[Vec<f32>], relation: impl Fn(usize, usize) -> Option<bool> + Sync) -> Option<f64> {
     let one = |(query, row): (usize, &Vec<f32>)| {
         let mut all: Vec<(f32, bool)> = row.iter().enumerate().filter_map(|(c, &v)| Some((v, relation(query, c)?))).collect();
         all.sort_by(|a, b| b.0.total_cmp(&a.0));
@@ -76,19 +80,22 @@ pub fn map_at_r(scores: &[Vec<f32>], relation: impl Fn(usize, usize) -> Option<b
         });
         (r > 0).then(|| gained.sum::<f64>() / r as f64)
     };
-    let found: Vec<f64> = scores.par_iter().enumerate().filter_map(one).collect();
-    found.iter().sum::<f64>() / found.len().max(1) as f64
+    mean_of(&scores.par_iter().enumerate().filter_map(one).collect::<Vec<f64>>())
 }
 
-/// Mean of [`average_precision`] over the classes that something belongs to; 0 where nothing belongs to any.
-pub fn mean_average_precision(rows: &[Vec<f32>], classes: usize, positive: impl Fn(usize, usize) -> bool + Sync) -> f64 {
+/// Nothing of none.
+fn mean_of(values: &[f64]) -> Option<f64> {
+    (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
+}
+
+/// Mean of [`average_precision`] over the classes that something belongs to; `None` where nothing belongs to any.
+pub fn mean_average_precision(rows: &[Vec<f32>], classes: usize, positive: impl Fn(usize, usize) -> bool + Sync) -> Option<f64> {
     let one = |class: usize| {
         let scores: Vec<f32> = rows.iter().map(|row| row[class]).collect();
         let truth: Vec<bool> = (0..rows.len()).map(|i| positive(i, class)).collect();
         average_precision(&scores, &truth)
     };
-    let found: Vec<f64> = (0..classes).into_par_iter().filter_map(one).collect();
-    found.iter().sum::<f64>() / found.len().max(1) as f64
+    mean_of(&(0..classes).into_par_iter().filter_map(one).collect::<Vec<f64>>())
 }
 
 /// Scores in descending order with how many of each kind come up to and with each different score: (score, true
@@ -193,7 +200,11 @@ mod tests {
         near("mean_average_precision", RETRIEVAL[0]);
         near("recall_at_1", RETRIEVAL[1]);
         near("median_rank", RETRIEVAL[2]);
-        assert!((map_at_r(&scores, relation) - RETRIEVAL[3]).abs() < 1e-9);
+        assert!((map_at_r(&scores, relation).unwrap_or(f64::NAN) - RETRIEVAL[3]).abs() < 1e-9);
+        // Where nothing belongs to anything there is nothing to say.
+        let (mut none, alone) = (BTreeMap::new(), |_: usize, _: usize| Some(false));
+        retrieval("", &scores, alone, &mut none);
+        assert!(none.is_empty() && map_at_r(&scores, alone).is_none() && mean_average_precision(&scores, 6, |_, _| false).is_none());
     }
 
     /// Means over the other three; the last by hand: (1/2 + 1/6 + 0) / 3.
@@ -204,7 +215,7 @@ mod tests {
     fn the_mean_is_over_classes_that_occur() {
         let rows = [[0.1f32, 0.9, 0.4], [0.8, 0.1, 0.4], [0.3, 0.3, 0.2], [0.9, 0.2, 0.7]].map(Vec::from);
         let truth = [[true, false, false], [true, false, true], [false, false, true], [true, false, false]];
-        let found = mean_average_precision(&rows, 3, |i, c| truth[i][c]);
+        let found = mean_average_precision(&rows, 3, |i, c| truth[i][c]).unwrap_or(f64::NAN);
         assert!((found - 2.0 / 3.0).abs() < 1e-9, "{found}");
     }
 

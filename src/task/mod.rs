@@ -289,6 +289,11 @@ pub trait Task: Send {
         Ok(())
     }
 
+    /// The metrics that these examples do not define, whatever is predicted: a ranking of pairs that all fit.
+    fn undefined(&self, _examples: &[Example]) -> Vec<&'static str> {
+        Vec::new()
+    }
+
     /// What is wanted of the image tower.
     fn needs(&self) -> Needs {
         Needs::Features

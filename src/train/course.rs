@@ -80,7 +80,7 @@ impl Trainer<'_> {
             let mut val = self.evaluate(Split::Val, observer)?;
             run.lost = !val.loss.is_finite();
             check_finite(&format!("validation after epoch {epoch}"), &val)?;
-            self.judge(run, epoch, &val)?;
+            self.judge(run, epoch, &val, observer)?;
             if let Some(ema) = &mut run.ema {
                 ema.swap_out(&self.adapters.params)?;
             }
@@ -93,13 +93,32 @@ impl Trainer<'_> {
         Ok(())
     }
 
-    /// Keeps the best epoch: higher metric (lower for losses and errors), then lower loss, then the earlier one.
-    fn judge(&self, run: &mut Run, epoch: usize, val: &Evaluation) -> Result<()> {
-        let metric = val.metric(&self.metric).ok_or_else(|| {
-            let known: Vec<&str> = val.metrics.keys().map(String::as_str).chain(["loss"]).collect();
-            Error::input("train.early_stopping.metric", format!("`{}` is not a metric of this task", self.metric))
-                .hint(format!("there are {}", known.join(", ")))
-        })?;
+    /// The number that chooses the best epoch has to be defined on validation. Where the recipe names none, the loss takes the place of
+    /// the task's own.
+    pub(super) fn choose_metric(&mut self, observer: &mut dyn Observer) -> Result<()> {
+        let val = &self.data.val;
+        if val.is_empty() || !self.task.undefined(val).contains(&self.metric.as_str()) {
+            return Ok(());
+        }
+        let why = format!("`{}` is undefined on the {} validation examples, which are all of one kind", self.metric, val.len());
+        if self.config.early_stopping.as_ref().is_some_and(|e| e.metric.is_some()) {
+            return Err(
+                Error::input("train.early_stopping.metric", why).hint("name another, such as loss, or give validation other examples")
+            );
+        }
+        observer.event(Event::Note(format!("{why}; the best epoch is the one with the lowest loss")));
+        self.metric = "loss".into();
+        Ok(())
+    }
+
+    /// Keeps the best epoch: higher metric (lower for losses and errors), then lower loss, then the earlier one. One on which the metric
+    /// is undefined is never the best: all predictions may have been the same.
+    fn judge(&self, run: &mut Run, epoch: usize, val: &Evaluation, observer: &mut dyn Observer) -> Result<()> {
+        let Some(metric) = val.metric(&self.metric) else {
+            observer.event(Event::Note(format!("epoch {epoch}: `{}` is undefined, so that this epoch is not the best", self.metric)));
+            self.go_without(run);
+            return Ok(());
+        };
         let sign = if report::lower_is_better(&self.metric) { -1.0 } else { 1.0 };
         let better = run.state.best.as_ref().is_none_or(|b| {
             let (new, old) = (sign * metric, sign * b.metric);
@@ -110,11 +129,16 @@ impl Trainer<'_> {
             run.best = Some(snapshot(&self.adapters.params)?);
             run.state.without_improvement = 0;
         } else {
-            run.state.without_improvement += 1;
+            self.go_without(run);
         }
+        Ok(())
+    }
+
+    /// A validation without improvement.
+    fn go_without(&self, run: &mut Run) {
+        run.state.without_improvement += 1;
         let patience = self.config.early_stopping.as_ref().map_or(0, |e| e.patience);
         run.state.stopped_early = patience > 0 && run.state.without_improvement >= patience;
-        Ok(())
     }
 
     /// After numbers have ended a run: puts the parameters of the best epoch so far in place and says what it reached on

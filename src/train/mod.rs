@@ -228,6 +228,7 @@ impl<'a> Trainer<'a> {
     /// # Errors
     /// When a step fails, a number is not finite, or a signal came.
     pub fn train(&mut self, run: &mut Run, checkpoints: Option<&Path>, observer: &mut dyn Observer) -> Result<()> {
+        self.choose_metric(observer)?;
         let total = self.total_steps();
         // An adapter that training starts from has its cache already.
         if run.state.step == 0 && self.config.init_adapter.is_none() {

@@ -97,7 +97,7 @@ fn send<R: BufRead>(mut lines: files::Lines<R>, place: &str, sender: &SyncSender
                 (last, Err(e))
             }
         };
-        // A line that is too long is not read to its end, and a stream that cannot be read has none: that was the last.
+        // A stream that cannot be read has no next line.
         let over = matches!(&line.1, Err(e) if lines.is_broken() || e.exit_code() != 2);
         if sender.send(line).is_err() || over {
             return;

@@ -51,7 +51,7 @@ impl Judge {
             true => self.of_several(&logits.to_vec2()?, &labels),
             false => self.of_one(&logits, &labels)?,
         };
-        let metrics = metrics.into_iter().map(|(name, value)| (name.to_string(), value)).collect();
+        let metrics = metrics.into_iter().filter_map(|(name, value)| Some((name.to_string(), value?))).collect();
         let predictions = examples.iter().zip(predictions).map(|(e, p)| Prediction { id: e.id.clone(), ..p }).collect();
         Ok(Evaluation { examples: examples.len(), loss, metrics, predictions, classification: Some(classification) })
     }
@@ -65,13 +65,13 @@ impl Judge {
         let odds: Vec<Vec<f32>> = raw.iter().map(|row| log_odds(row)).collect();
         let classification = Classification::new(&self.classes, &labels, &predicted);
         let metrics = vec![
-            ("accuracy", classification.accuracy()),
-            ("top5_accuracy", metrics::top_k(&raw, &labels, 5)),
-            ("macro_f1", classification.macro_f1()),
+            ("accuracy", Some(classification.accuracy())),
+            ("top5_accuracy", Some(metrics::top_k(&raw, &labels, 5))),
+            ("macro_f1", Some(classification.macro_f1())),
             // Of log-odds: probabilities near 0 and 1 are equal in f32.
             ("mean_average_precision", metrics::mean_average_precision(&odds, self.classes.len(), |i, c| labels[i] == c as u32)),
-            ("calibration_error", metrics::calibration_error(&plain, &labels)),
-            ("calibration_error_fitted", metrics::calibration_error(&fitted, &labels)),
+            ("calibration_error", Some(metrics::calibration_error(&plain, &labels))),
+            ("calibration_error_fitted", Some(metrics::calibration_error(&fitted, &labels))),
         ];
         let scores = fitted.into_iter().zip(raw);
         let names = labels.iter().zip(&predicted).map(|(&label, &p)| (self.name(label), self.name(p)));
@@ -90,13 +90,13 @@ impl Judge {
         let right = truth.iter().zip(&predicted).filter(|(t, p)| t == p).count();
         let f1 = |name: &str| classification.averages.iter().find(|a| a.name == name).map_or(0.0, |a| a.f1);
         let metrics = vec![
-            ("accuracy", right as f64 / truth.len().max(1) as f64),
-            ("micro_f1", f1("micro avg")),
-            ("macro_f1", f1("macro avg")),
+            ("accuracy", Some(right as f64 / truth.len().max(1) as f64)),
+            ("micro_f1", Some(f1("micro avg"))),
+            ("macro_f1", Some(f1("macro avg"))),
             // Of logits: probabilities near 1 are equal in f32.
             ("mean_average_precision", metrics::mean_average_precision(logits, count, |i, c| truth[i][c])),
-            ("calibration_error", metrics::binary_calibration_error(&plain, &all)),
-            ("calibration_error_fitted", metrics::binary_calibration_error(&fitted.concat(), &all)),
+            ("calibration_error", Some(metrics::binary_calibration_error(&plain, &all))),
+            ("calibration_error_fitted", Some(metrics::binary_calibration_error(&fitted.concat(), &all))),
         ];
         let scores = fitted.into_iter().zip(logits.iter().cloned());
         let names = truth.iter().zip(&predicted).map(|(t, p)| (self.names(t), self.names(p)));
@@ -215,7 +215,7 @@ fn log_odds(row: &[f32]) -> Vec<f32> {
     row.iter().enumerate().map(|(c, &z)| (f64::from(z) - beside(c, f64::from(z))) as f32).collect()
 }
 
-type Found = (Vec<(&'static str, f64)>, Classification, Vec<Prediction>);
+type Found = (Vec<(&'static str, Option<f64>)>, Classification, Vec<Prediction>);
 
 /// The example's name is filled in later.
 fn prediction(label: String, prediction: String, (scores, logits): (Vec<f32>, Vec<f32>)) -> Prediction {

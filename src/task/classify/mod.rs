@@ -302,6 +302,13 @@ impl Task for Classify {
         self.judge.evaluate(outputs, examples, &self.criterion)
     }
 
+    fn undefined(&self, examples: &[Example]) -> Vec<&'static str> {
+        match examples.iter().all(|e| e.all_labels().is_empty()) {
+            true => vec!["mean_average_precision"],
+            false => Vec::new(),
+        }
+    }
+
     fn calibrates(&self) -> bool {
         true
     }

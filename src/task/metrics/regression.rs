@@ -12,9 +12,13 @@ pub fn rmse(found: &[f64], right: &[f64]) -> f64 {
     mean(found.iter().zip(right).map(|(a, b)| (a - b) * (a - b))).sqrt()
 }
 
-/// Pearson's correlation; 0 where one side does not vary.
+/// Pearson's correlation; `None` where one side does not vary.
 #[must_use]
-pub fn pearson(a: &[f64], b: &[f64]) -> f64 {
+pub fn pearson(a: &[f64], b: &[f64]) -> Option<f64> {
+    // Of equal values the mean is rounded, and what is left of them would be correlated.
+    if !varies(a) || !varies(b) {
+        return None;
+    }
     let (mean_a, mean_b) = (mean(a.iter().copied()), mean(b.iter().copied()));
     let (mut both, mut of_a, mut of_b) = (0.0, 0.0, 0.0);
     for (x, y) in a.iter().zip(b).map(|(x, y)| (x - mean_a, y - mean_b)) {
@@ -22,12 +26,18 @@ pub fn pearson(a: &[f64], b: &[f64]) -> f64 {
         of_a += x * x;
         of_b += y * y;
     }
-    if of_a == 0.0 || of_b == 0.0 { 0.0 } else { (both / (of_a.sqrt() * of_b.sqrt())).clamp(-1.0, 1.0) }
+    (of_a > 0.0 && of_b > 0.0).then(|| (both / (of_a.sqrt() * of_b.sqrt())).clamp(-1.0, 1.0))
 }
 
-/// Spearman's correlation: Pearson's of ranks, equal values sharing their mean rank; 0 where one side does not vary.
+/// Whether there are different values.
 #[must_use]
-pub fn spearman(a: &[f64], b: &[f64]) -> f64 {
+pub fn varies(values: &[f64]) -> bool {
+    values.iter().any(|v| *v != values[0])
+}
+
+/// Spearman's correlation: Pearson's of ranks, equal values sharing their mean rank; `None` where one side does not vary.
+#[must_use]
+pub fn spearman(a: &[f64], b: &[f64]) -> Option<f64> {
     pearson(&ranks(a), &ranks(b))
 }
 
@@ -70,11 +80,15 @@ mod tests {
     fn numbers_are_scikit_learns_and_scipys() {
         let found = [2.5, 0.0, 2.0, 8.0, 2.0, -1.5, 4.0];
         let right = [3.0, -0.5, 2.0, 7.0, 3.0, 3.0, 4.5];
-        let ours = [mae(&found, &right), rmse(&found, &right), pearson(&found, &right), spearman(&found, &right)];
+        let ours = [Some(mae(&found, &right)), Some(rmse(&found, &right)), pearson(&found, &right), spearman(&found, &right)];
         for (ours, theirs) in ours.into_iter().zip(EXPECTED) {
-            assert!((ours - theirs).abs() < 1e-12, "{ours} {theirs}");
+            assert!((ours.unwrap_or(f64::NAN) - theirs).abs() < 1e-12, "{ours:?} {theirs}");
         }
-        assert_eq!((pearson(&[1.0, 1.0], &[0.0, 1.0]), spearman(&[], &[])), (0.0, 0.0));
+        // scipy gives nan for these; the mean of the last is not 0.1.
+        for constant in [[1.0; 3], [0.1; 3]] {
+            assert_eq!((pearson(&constant, &[0.0, 1.0, 3.0]), spearman(&[0.0, 1.0, 3.0], &constant)), (None, None));
+        }
+        assert_eq!((pearson(&[], &[]), spearman(&[1.0], &[2.0])), (None, None));
         assert_eq!((median(&[3.0, 1.0, 2.0]), median(&[4.0, 1.0, 2.0, 3.0])), (2.0, 2.5));
     }
 

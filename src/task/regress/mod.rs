@@ -42,7 +42,7 @@ impl Default for RegressConfig {
     }
 }
 
-/// What an evaluation gives besides the loss.
+/// What an evaluation gives besides the loss; the last two are missing where values, or predictions, are all the same.
 const METRICS: [&str; 4] = ["mae", "rmse", "pearson", "spearman"];
 
 /// Keys of the training values' mean and standard deviation in `peft.json`.
@@ -177,6 +177,10 @@ impl Task for Regress {
         Ok(())
     }
 
+    fn undefined(&self, examples: &[Example]) -> Vec<&'static str> {
+        if metrics::varies(&values(examples)) { Vec::new() } else { METRICS[2..].to_vec() }
+    }
+
     fn check_query(&self, e: &Example) -> Result<()> {
         match self.inputs.text() && (e.texts.is_empty() || e.texts.iter().any(|t| t.trim().is_empty())) {
             true => Err(lacks("regress", &e.id, "text, or an empty one").hint("data.table.text names the column; --text gives it")),
@@ -208,8 +212,8 @@ impl Task for Regress {
         let (found, right) = (self.numbers(outputs)?, values(examples));
         let loss = self.criterion(&outputs.to_dtype(DType::F32)?, &right)?.to_scalar::<f32>()?;
         let numbers = [
-            metrics::mae(&found, &right),
-            metrics::rmse(&found, &right),
+            Some(metrics::mae(&found, &right)),
+            Some(metrics::rmse(&found, &right)),
             metrics::pearson(&found, &right),
             metrics::spearman(&found, &right),
         ];
@@ -223,7 +227,7 @@ impl Task for Regress {
         Ok(Evaluation {
             examples: examples.len(),
             loss: f64::from(loss),
-            metrics: METRICS.iter().map(ToString::to_string).zip(numbers).collect(),
+            metrics: METRICS.iter().zip(numbers).filter_map(|(name, number)| Some((name.to_string(), number?))).collect(),
             predictions: examples.iter().zip(&found).map(one).collect(),
             classification: None,
         })

@@ -157,6 +157,14 @@ impl Task for Retrieve {
         Ok(())
     }
 
+    fn undefined(&self, examples: &[Example]) -> Vec<&'static str> {
+        let mut seen = HashSet::new();
+        match self.pairs == RetrievePairs::Labels && examples.iter().all(|e| seen.insert(e.label)) {
+            true => OF_IMAGES.to_vec(),
+            false => Vec::new(),
+        }
+    }
+
     fn loss(&mut self, on: &Forward<'_, '_>, images: &Encoded, examples: &[&Example]) -> Result<Tensor> {
         if self.pairs == RetrievePairs::Labels {
             return self.criterion.of(on, &images.features, &images.features, &Kin::of_labels(examples));
@@ -227,7 +235,7 @@ impl Retrieve {
         let relation = |i: usize, j: usize| other(i, j).then(|| examples[i].label == examples[j].label);
         let mut all = BTreeMap::new();
         metrics::retrieval("", &rows, relation, &mut all);
-        all.insert("map_at_r".into(), metrics::map_at_r(&rows, relation));
+        all.extend(metrics::map_at_r(&rows, relation).map(|value| ("map_at_r".to_string(), value)));
         for (i, row) in rows.iter_mut().enumerate() {
             row.iter_mut().enumerate().filter(|(j, _)| !other(i, *j)).for_each(|(_, score)| *score = f32::NEG_INFINITY);
         }
