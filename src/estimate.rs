@@ -213,9 +213,13 @@ fn of(config: &ClipConfig, trained: &[&str], count: usize, train: &TrainConfig, 
             + train.batch as u64 * image * (4 + 4)
             + if kept <= (train.activation_cache.memory_mib as u64) << 20 { kept } else { 0 },
     };
-    let large = towers.iter().any(|t| t.rows * t.tokens * t.dim * width > LARGE);
+    let largest = towers.iter().map(|t| t.rows * t.tokens * t.dim).max().unwrap_or(0);
+    let slack = match load.composed {
+        true => composed::SLACK,
+        false => SLACK[usize::from(largest * width > LARGE)],
+    };
     let own = all.total() - all.base.min(load.mapped);
-    all.other += (own as f64 * SLACK[usize::from(large)]) as u64;
+    all.other += (own as f64 * slack) as u64;
     all
 }
 
@@ -265,6 +269,37 @@ mod tests {
                 Load { texts: 10, tokens, image_tokens: 50, images: 80, constant: true, replaced, mapped: 4 * all as u64, composed: false };
             let ratio = of(&config, &names, count, &train, load).total() as f64 / (f64::from(measured) * f64::from(1 << 20));
             assert!((0.85..1.15).contains(&ratio), "{what}: {ratio:.3} times what was measured");
+        }
+    }
+
+    /// Peaks of `peft bench recipes/quickstart.yaml --steps 1` with `train.dtype=f16`: on ViT-B/32 with the recipe's 20 prompts, and on
+    /// `builtin:tiny`.
+    #[test]
+    fn half_precision_is_estimated_by_what_candle_keeps() {
+        let b32 = r#"{"model_type": "clip", "projection_dim": 512, "text_config": {}, "vision_config": {"patch_size": 32}}"#;
+        let tiny = include_str!("builtin/tiny/config.json");
+        let qkv = ["self_attn.q_proj.lora_A", "self_attn.k_proj.lora_A", "self_attn.v_proj.lora_A"];
+        for (json, count, batch, image_tokens, measured) in [
+            (b32, 737_280, 2, 50, 1759),
+            (b32, 737_280, 8, 50, 2391),
+            (b32, 737_280, 16, 50, 3201),
+            (tiny, 79_872, 1, 65, 183),
+            (tiny, 79_872, 8, 65, 339),
+            (tiny, 79_872, 16, 65, 506),
+            (tiny, 79_872, 32, 65, 719),
+            (tiny, 79_872, 64, 65, 1268),
+        ] {
+            let config = ClipConfig::from_json("config.json", json.as_bytes()).unwrap();
+            let names = everywhere(&qkv);
+            let depth = |n: &&str| {
+                let layers = if n.contains("vision") { config.vision.num_hidden_layers } else { config.text.num_hidden_layers };
+                n.split('.').nth(3).and_then(|i| i.parse::<usize>().ok()).is_some_and(|i| i < layers)
+            };
+            let names: Vec<&str> = names.iter().map(String::as_str).filter(depth).collect();
+            let train = TrainConfig { batch, dtype: Dtype::F16, ..TrainConfig::default() };
+            let load = Load { texts: 20, tokens: 10, image_tokens, images: 400, constant: false, replaced: 0, mapped: 0, composed: true };
+            let ratio = of(&config, &names, count, &train, load).total() as f64 / (f64::from(measured) * f64::from(1 << 20));
+            assert!((0.85..1.15).contains(&ratio), "batch {batch}, {image_tokens} tokens: {ratio:.3} times what was measured");
         }
     }
 }

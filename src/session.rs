@@ -336,6 +336,9 @@ pub fn evaluate(mut recipe: Recipe, options: &EvalOptions, device: &Device, obse
     for adapter in session.beneath()?.iter().chain(&options.adapter) {
         session.settle(adapter, observer)?;
     }
+    if let Some(adapter) = &options.adapter {
+        session.check_task(&Delta::read(adapter)?)?;
+    }
     session.evaluate(options, observer)
 }
 
@@ -355,7 +358,6 @@ impl Session {
         let mut adapters = match &mut delta {
             None => Adapters::plan(&[], sites, 0, device)?,
             Some(delta) => {
-                self.check_task(delta)?;
                 for note in delta.check_base(&self.base, options.allow_base_mismatch)? {
                     observer.event(Event::Note(note));
                 }

@@ -81,7 +81,7 @@ struct Global {
     /// Read only adapters that this key has signed: a .pub file of minisign's or its line; may be repeated
     #[arg(long = "trusted-key", global = true, value_name = "KEY", help_heading = GLOBAL)]
     trusted_keys: Vec<String>,
-    /// Print no progress, notes, advice or tables of classes: only results and errors
+    /// Print no progress, notes, tables or advice: only results and errors
     #[arg(long, short, global = true, help_heading = GLOBAL)]
     quiet: bool,
 }

@@ -10,6 +10,11 @@ use crate::train::TrainConfig;
 /// Bytes of a number in single precision, in which norms and softmax are computed.
 const WIDE: usize = 4;
 
+/// What the allocator holds back, as a share, as measured on `builtin:tiny` and ViT-B/32.
+pub(super) const SLACK: f64 = 0.15;
+/// What blocks of many sizes leave unused of its pages, at most half of them.
+const PAGES: usize = 25 << 20;
+
 /// A part of a block.
 struct Part {
     /// In names of parameters that enter here.
@@ -40,12 +45,13 @@ pub(super) fn bytes(tower: &Tower<'_>, trained: &[&str], train: &TrainConfig, wi
     let start = parts.iter().position(enters).unwrap_or(0);
     let whole = extra + parts.iter().map(|p| p.bytes).sum::<usize>();
     let lowest = extra + parts[start..].iter().map(|p| p.bytes).sum::<usize>();
-    let matrices = held * width * (4 * tower.dim * tower.dim + 2 * tower.dim * tower.mlp);
+    // Gradients of frozen matrices: zeros, the product, and the sum of both, whose room the allocator keeps.
+    let matrices = 3 * held * width * (4 * tower.dim * tower.dim + 2 * tower.dim * tower.mlp);
     let kept = match train.checkpointing {
         true => held * tower.rows * tower.tokens * tower.dim * width + together * whole,
         false => together * (lowest + (held - 1) * whole),
     };
-    working + matrices + kept
+    working + matrices + kept + (kept / 2).min(PAGES)
 }
 
 /// The parts of a block in the order in which they are computed.

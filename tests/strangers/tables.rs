@@ -98,9 +98,9 @@ pub(crate) fn cases() -> Vec<Case> {
     }
     for (name, byte) in [("Latin-1", 0xe9u8), ("Windows-1252", 0x93), ("a lone continuation", 0x80), ("no UTF-8 at all", 0xff)] {
         let text = [ROWS.as_bytes(), b"caf", &[byte], b",cat\n"].concat();
-        cases.push(case(name, Refused("save the table as UTF-8"), "x.csv", text.clone()));
+        cases.push(case(name, Refused("save it as UTF-8"), "x.csv", text.clone()));
         let header = [b"text,label,", &[byte][..], b"\na,b,c\n"].concat();
-        cases.push(case(format!("{name} in the header"), Refused("save the table as UTF-8"), "x.csv", header));
+        cases.push(case(format!("{name} in the header"), Refused("save it as UTF-8"), "x.csv", header));
         let json = [b"{\"text\": \"caf".as_slice(), &[byte], b"\"}\n"].concat();
         cases.push(case(format!("{name} in JSONL"), Refused("x.jsonl:1"), "x.jsonl", json));
     }
