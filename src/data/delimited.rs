@@ -39,8 +39,8 @@ impl<R: Read> Read for Capped<R> {
 /// Windows line end, and passes over blank lines.
 #[derive(Debug)]
 struct Breaks {
-    /// The first byte of each line end, and the one behind it.
-    ends: VecDeque<(u64, u64)>,
+    /// Twice the first byte of each line end, and one more where a second byte belongs to it: an open quote may hold millions.
+    ends: VecDeque<u64>,
     /// Bytes that have passed.
     passed: u64,
     /// Whether the last of them was a carriage return.
@@ -59,8 +59,8 @@ impl Breaks {
         for (at, byte) in (self.passed..).zip(bytes) {
             match (byte, self.ends.back_mut()) {
                 // Of a line end whose first byte was a carriage return.
-                (b'\n', Some((_, end))) if self.after_return && *end == at => *end = at + 1,
-                (b'\n' | b'\r', _) => self.ends.push_back((at, at + 1)),
+                (b'\n', Some(end)) if self.after_return && *end == 2 * (at - 1) => *end += 1,
+                (b'\n' | b'\r', _) => self.ends.push_back(2 * at),
                 _ => {}
             }
             self.after_return = *byte == b'\r';
@@ -70,8 +70,8 @@ impl Breaks {
 
     /// The line in which a row begins that the reader has from byte `at` on.
     fn line(&mut self, mut at: u64) -> usize {
-        while let Some((_, end)) = self.ends.pop_front_if(|(start, _)| *start <= at) {
-            (self.line, at) = (self.line + 1, at.max(end));
+        while let Some(end) = self.ends.pop_front_if(|end| *end / 2 <= at) {
+            (self.line, at) = (self.line + 1, at.max(end / 2 + 1 + end % 2));
         }
         self.line
     }
