@@ -70,7 +70,8 @@ impl Breaks {
 
     /// The line in which a row begins that the reader has from byte `at` on.
     fn line(&mut self, mut at: u64) -> usize {
-        while let Some(end) = self.ends.pop_front_if(|end| *end / 2 <= at) {
+        while let Some(end) = self.ends.front().copied().filter(|end| *end / 2 <= at) {
+            self.ends.pop_front();
             (self.line, at) = (self.line + 1, at.max(end / 2 + 1 + end % 2));
         }
         self.line
