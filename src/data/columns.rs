@@ -348,12 +348,18 @@ impl At<'_> {
     }
 }
 
+/// What a Parquet file calls cells that are points in time. A cell of a class column is an object with one of these.
+pub(super) const TIMES: [&str; 3] = ["dates", "timestamps", "times of day"];
+
 /// A value in a message.
 pub(super) fn shown(value: &Value) -> String {
     const LONGEST: usize = 60;
     let text = match value {
         Value::Array(_) => return "a list".into(),
-        Value::Object(_) => return "an object".into(),
+        Value::Object(o) => match TIMES.iter().find(|kind| o.contains_key(**kind)) {
+            Some(kind) => return format!("{kind}, which have to be written as text to be names"),
+            None => return "an object".into(),
+        },
         Value::String(s) => format!("`{s}`"),
         other => other.to_string(),
     };

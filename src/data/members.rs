@@ -14,6 +14,8 @@ pub(super) struct Member {
     pub(super) size: u64,
     /// Whether it is a link, which has no content of its own.
     pub(super) link: bool,
+    /// How many end marks stand before it: tars may be written one behind the other.
+    pub(super) archive: usize,
 }
 
 impl Member {
@@ -71,7 +73,17 @@ pub(super) fn key_and_extension(name: &str) -> Option<(&str, &str)> {
 
 /// Members that are not read, by the reason: how many, and the first one's name.
 #[derive(Debug, Clone, Default)]
-pub(super) struct LeftOut(BTreeMap<String, (usize, String)>);
+pub(super) struct LeftOut {
+    members: BTreeMap<String, (usize, String)>,
+    /// What is said of whole tars: how many, and the first one's path.
+    tars: BTreeMap<&'static str, (usize, String)>,
+}
+
+/// A tar with members behind its end mark.
+pub(super) const GOES_ON: &str =
+    "tars go on behind an end mark, as those do that were written one behind the other, and are read to their last byte";
+/// A tar that ends where a member does.
+pub(super) const NO_END: &str = "tars have no end mark, so that they may be cut off and members may be missing";
 
 impl LeftOut {
     /// Different reasons that are told apart; there are as many as extensions.
@@ -82,22 +94,33 @@ impl LeftOut {
     }
 
     pub(super) fn join(&mut self, other: &Self) {
-        other.0.iter().for_each(|(why, (count, name))| self.put(why, *count, name));
+        other.members.iter().for_each(|(why, (count, name))| self.put(why, *count, name));
+        other.tars.iter().for_each(|(what, (count, path))| self.say(what, *count, path));
+    }
+
+    /// Says something of a whole tar.
+    pub(super) fn tell(&mut self, what: &'static str, path: &str) {
+        self.say(what, 1, path);
+    }
+
+    fn say(&mut self, what: &'static str, count: usize, path: &str) {
+        self.tars.entry(what).or_insert_with(|| (0, path.to_string())).0 += count;
     }
 
     fn put(&mut self, why: &str, count: usize, name: &str) {
-        let known = self.0.contains_key(why) || self.0.len() < Self::REASONS;
+        let known = self.members.contains_key(why) || self.members.len() < Self::REASONS;
         let short = || name.chars().take(80).collect();
-        self.0.entry(if known { why } else { "of other kinds" }.into()).or_insert_with(|| (0, short())).0 += count;
+        self.members.entry(if known { why } else { "of other kinds" }.into()).or_insert_with(|| (0, short())).0 += count;
     }
 
     /// What was passed over, and by which rule.
-    pub(super) fn note(&self) -> Option<String> {
-        let total: usize = self.0.values().map(|(count, _)| count).sum();
-        let parts: Vec<String> = self.0.iter().map(|(why, (count, first))| format!("{count} {why} (the first: `{first}`)")).collect();
-        (total > 0).then(|| {
+    pub(super) fn notes(&self) -> Vec<String> {
+        let total: usize = self.members.values().map(|(count, _)| count).sum();
+        let parts: Vec<String> = self.members.iter().map(|(why, (count, first))| format!("{count} {why} (the first: `{first}`)")).collect();
+        let members = (total > 0).then(|| {
             format!("{total} members of tars are not read: {}; read are one image, .txt, .cls and .json of each key", parts.join(", "))
-        })
+        });
+        members.into_iter().chain(self.tars.iter().map(|(what, (count, path))| format!("{count} {what} (the first: {path})"))).collect()
     }
 }
 

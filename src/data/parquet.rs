@@ -1,11 +1,12 @@
 //! Parquet files as Hugging Face `datasets` writes them: an image is a struct of bytes and path, class names stand in the
 //! file's metadata, a set is several shards whose names say the split.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::columns::{Columns, with_columns};
-use super::paths::{Paths, common, splits_of};
+use super::paths::{Paths, common, missing, splits_of};
 use super::shards::{Rows, Shard, Shards, StreamOptions, Streaming};
 use super::stored::{Address, Store};
 use super::{DataConfig, Dataset, Raw, Reads, Source, Split, check_classes, shards};
@@ -69,6 +70,9 @@ impl ParquetConfig {
             Some(names) => Some(names.clone()),
             None => names(&files)?,
         };
+        if classes.is_none() {
+            one_kind(&files)?;
+        }
         if let Some(names) = &self.classes {
             check_classes("data.parquet.classes", names)?;
         }
@@ -160,6 +164,22 @@ fn names(files: &[ShardFile]) -> Result<Option<Vec<String>>> {
     Ok(found.map(|(_, names)| names.clone()))
 }
 
+/// Numbers in one file and texts in another are no classes of one set.
+fn one_kind(files: &[ShardFile]) -> Result<()> {
+    let mut first: BTreeMap<&str, (&'static str, &ShardFile)> = BTreeMap::new();
+    for file in files {
+        for (column, kind) in file.label_kinds() {
+            let (other, before) = *first.entry(column).or_insert((kind, file));
+            if other != kind {
+                let message = format!("column `{column}` holds {kind}, in {} {other}", before.path.display());
+                return Err(Error::input(file.path.display(), message)
+                    .hint("write the column with one type in all files; data.parquet.classes names the classes of numbers"));
+            }
+        }
+    }
+    Ok(())
+}
+
 impl Store for ParquetSet {
     fn bytes(&self, at: Address) -> Result<Vec<u8>> {
         let file = self.file(at.shard)?;
@@ -197,6 +217,11 @@ impl Shards for ParquetSet {
 
     fn options(&self) -> StreamOptions {
         self.options
+    }
+
+    fn notes(&self) -> Vec<String> {
+        let empty = self.files.iter().filter(|f| f.is_empty()).map(|f| format!("{} has no rows", f.path.display()));
+        empty.chain(missing(&self.files.iter().map(|f| f.path.clone()).collect::<Vec<_>>())).collect()
     }
 
     fn numbers_rows(&self) -> bool {

@@ -1,5 +1,6 @@
 //! Files of a sharded set: a file, a directory, a glob, a brace range, or a list of these.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -249,6 +250,42 @@ pub(super) fn splits_of(files: &[(PathBuf, Option<Split>)], root: &Path, key: &s
     Ok(splits)
 }
 
+/// The parts of `train-00000-of-00003.parquet`: what stands before the numbers, the number, how many there are, what stands behind.
+fn numbered(name: &str) -> Option<(&str, u64, u64, &str)> {
+    let (head, rest) = name.rsplit_once("-of-")?;
+    let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
+    let (before, number) = head.rsplit_once(['-', '_'])?;
+    Some((before, number.parse().ok()?, rest[..digits].parse().ok()?, &rest[digits..]))
+}
+
+/// Names the shards that are not there though the names of the others count them.
+pub(super) fn missing(files: &[PathBuf]) -> Vec<String> {
+    const SHOWN: usize = 3;
+    let mut sets: BTreeMap<(PathBuf, &str, u64, &str), (BTreeSet<u64>, &str)> = BTreeMap::new();
+    for file in files {
+        let Some(name) = file.file_name().and_then(|n| n.to_str()) else { continue };
+        let Some((before, number, of, behind)) = numbered(name) else { continue };
+        let dir = file.parent().unwrap_or(Path::new("")).to_path_buf();
+        sets.entry((dir, before, of, behind)).or_insert_with(|| (BTreeSet::new(), name)).0.insert(number);
+    }
+    let told = sets.into_iter().filter_map(|((dir, _, of, _), (numbers, first))| {
+        // Some count from 1.
+        let start = u64::from(!numbers.contains(&0) && numbers.contains(&of));
+        let mut gaps = (start..of.saturating_add(start)).filter(|n| !numbers.contains(n)).peekable();
+        gaps.peek()?;
+        let count = of.saturating_sub(numbers.len() as u64);
+        let shown: Vec<String> = gaps.take(SHOWN).map(|n| n.to_string()).collect();
+        let more = if count > SHOWN as u64 { ", …" } else { "" };
+        let name = dir.join(first);
+        Some(format!(
+            "{count} of the {of} shards that `{}` counts are not among the files: {}{more}; their rows are missing",
+            name.display(),
+            shown.join(", ")
+        ))
+    });
+    told.collect()
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -307,6 +344,15 @@ mod tests {
         let message = splits_of(&files, Path::new("d"), "parquet").unwrap_err().to_string();
         assert!(message.contains("unsupervised-0.parquet") && message.contains("data.parquet.path"), "{message}");
         assert_eq!(splits_of(&files[..2], Path::new("d"), "parquet").unwrap(), [Some(Split::Train), Some(Split::Test)]);
+    }
+
+    #[test]
+    fn shards_that_others_count_are_missed() {
+        let told = |names: &[&str]| missing(&names.iter().map(PathBuf::from).collect::<Vec<_>>());
+        let some = told(&["d/train-00000-of-00003.parquet", "d/train-00002-of-00003.parquet", "d/test-00000-of-00001.parquet"]);
+        assert!(some.len() == 1 && some[0].contains("1 of the 3") && some[0].contains(": 1;"), "{some:?}");
+        assert!(told(&["d/a-1-of-2.tar", "d/a-2-of-2.tar", "d/b-000.tar", "d/of.tar", "d/-of-.tar"]).is_empty());
+        assert_eq!(told(&["d/a-1-of-18446744073709551615.tar"]).len(), 1);
     }
 
     #[test]

@@ -88,6 +88,8 @@ pub(super) trait Shards: Store {
     /// Class names in order, where the set fixes them.
     fn classes(&self) -> Option<Vec<String>>;
     fn options(&self) -> StreamOptions;
+    /// What a user should know of the shards as files.
+    fn notes(&self) -> Vec<String>;
     /// Whether keys are numbers of rows, which are others where a row comes in before them.
     fn numbers_rows(&self) -> bool;
     /// A shard from its first row on.
@@ -388,7 +390,7 @@ fn walk(reading: &Reading, streaming: Streaming) -> Result<Walk> {
 /// Every row of a set, undivided.
 pub(super) fn list<S: Shards + 'static>(shards: Arc<S>) -> Result<Raw> {
     let mut raw = Raw { classes: shards.classes(), ..Default::default() };
-    let (place, mut texts) = (shards.place(), 0);
+    let (place, told, mut texts) = (shards.place(), shards.notes(), 0);
     let mut seen = Gathered::default();
     Reading::new(shards).scan(&mut seen, &mut |_, row| {
         match row {
@@ -404,7 +406,8 @@ pub(super) fn list<S: Shards + 'static>(shards: Arc<S>) -> Result<Raw> {
         }
         Ok(())
     })?;
-    raw.notes.extend(seen.left_out.note());
+    raw.notes.extend(seen.left_out.notes());
+    raw.notes.extend(told);
     Ok(raw)
 }
 
@@ -476,7 +479,8 @@ pub(super) fn open<S: Shards + 'static>(
     notes.extend(walk.bad.note());
     notes.extend(walk.seen.rows.notes(&reading.rules));
     notes.extend(walk.seen.ignored.lines());
-    notes.extend(walk.seen.left_out.note());
+    notes.extend(walk.seen.left_out.notes());
+    notes.extend(reading.shards.notes());
     if carved {
         let count = walk.held_out.iter().filter(|e| e.split == Some(Split::Val)).count();
         notes.push(format!("no validation split: {count} of the training examples serve as one (seed {})", fractions.seed));

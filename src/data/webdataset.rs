@@ -9,9 +9,9 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::columns::{Columns, Row, with_columns};
-use super::members::{LeftOut, Member, TEXTS, extensions, key_and_extension, no_image, passed_over};
+use super::members::{GOES_ON, LeftOut, Member, NO_END, TEXTS, extensions, key_and_extension, no_image, passed_over};
 use super::parquet::files;
-use super::paths::{Paths, common, splits_of};
+use super::paths::{Paths, common, missing, splits_of};
 use super::shards::{Found, Place, Rows, Shard, Shards, StreamOptions, Streaming};
 use super::stored::{Address, Shared, Store};
 use super::{DataConfig, Dataset, Raw, Reads, Source, check_classes, shards};
@@ -208,6 +208,10 @@ impl Shards for TarSet {
         self.options
     }
 
+    fn notes(&self) -> Vec<String> {
+        missing(&self.paths)
+    }
+
     fn numbers_rows(&self) -> bool {
         false
     }
@@ -240,6 +244,9 @@ struct TarRows {
     classes: Option<Arc<Vec<String>>>,
     last: Option<[u64; 2]>,
     left_out: LeftOut,
+    /// End marks so far, and whether nothing but zeros is behind the last of them.
+    archive: usize,
+    ended: bool,
     done: bool,
 }
 
@@ -249,7 +256,29 @@ impl TarRows {
         let len = file.len().map_err(|e| Error::read(path, e))?;
         let path = path.to_path_buf();
         let left_out = LeftOut::default();
-        Ok(Self { path, file, len, at: 0, pending: None, number: 0, image, classes, last: None, left_out, done: false })
+        let (archive, ended, done) = (0, false, false);
+        Ok(Self { path, file, len, at: 0, pending: None, number: 0, image, classes, last: None, left_out, archive, ended, done })
+    }
+
+    /// Where what follows the zeros begins, in whole blocks.
+    fn behind_zeros(&self, start: u64) -> Result<u64> {
+        let mut from = self.file.from(start);
+        let (mut at, mut block) = (start, [0; 512 * 64]);
+        loop {
+            let read = from.read(&mut block).map_err(|e| Error::read(&self.path, e))?;
+            match block[..read].iter().position(|b| *b != 0) {
+                Some(byte) => return Ok(start + (at + byte as u64 - start) / 512 * 512),
+                None if read == 0 => return Ok(self.len),
+                None => at += read as u64,
+            }
+        }
+    }
+
+    /// Nothing follows.
+    fn end(&mut self) {
+        if !std::mem::replace(&mut self.ended, true) {
+            self.left_out.tell(NO_END, &self.path.display().to_string());
+        }
     }
 
     /// Looks at the sizes of what stands before a member's own header.
@@ -275,6 +304,7 @@ impl TarRows {
         loop {
             let start = self.at;
             if start >= self.len {
+                self.end();
                 return Ok(None);
             }
             self.check_headers(start)?;
@@ -282,7 +312,15 @@ impl TarRows {
             let broken =
                 |e: std::io::Error| Error::input(format!("{}: byte {start}", self.path.display()), format!("is broken or no tar: {e}"));
             let mut entries = archive.entries_with_seek().map_err(broken)?;
-            let Some(entry) = entries.next().transpose().map_err(broken)? else { return Ok(None) };
+            let Some(entry) = entries.next().transpose().map_err(broken)? else {
+                self.at = self.behind_zeros(start)?;
+                self.ended = self.at >= self.len;
+                self.archive += 1;
+                if !self.ended && self.archive == 1 {
+                    self.left_out.tell(GOES_ON, &self.path.display().to_string());
+                }
+                continue;
+            };
             let kind = entry.header().entry_type();
             let (offset, size) = (start + entry.raw_file_position(), entry.size());
             let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
@@ -305,7 +343,8 @@ impl TarRows {
                 }
                 continue;
             };
-            return Ok(Some(Member { key: key.into(), extension: extension.to_lowercase(), offset, size, link }));
+            let archive = self.archive;
+            return Ok(Some(Member { key: key.into(), extension: extension.to_lowercase(), offset, size, link, archive }));
         }
     }
 
@@ -315,7 +354,7 @@ impl TarRows {
         let mut members = vec![first];
         loop {
             match self.member()? {
-                Some(member) if member.key == members[0].key => members.push(member),
+                Some(member) if (&member.key, member.archive) == (&members[0].key, members[0].archive) => members.push(member),
                 other => {
                     self.pending = other;
                     return Ok(Some(members));
@@ -375,7 +414,13 @@ impl TarRows {
         }
         let wanted = self.image.as_deref();
         let is_image = |m: &&Member| wanted.map_or(decode::EXTENSIONS.contains(&m.extension.as_str()), |w| m.extension == w);
-        let image = members.iter().find(is_image).map(|m| [m.offset, m.size]);
+        let images: Vec<&Member> = members.iter().filter(is_image).collect();
+        if let [_, second, ..] = images.as_slice() {
+            let all = images.iter().map(|m| m.extension.as_str()).collect::<Vec<_>>().join(", ");
+            return Err(Error::input(place(&second.extension), format!("is a second image of its key, which has the images {all}"))
+                .hint(format!("data.webdataset.image says which is read, such as `image: {}`", second.extension)));
+        }
+        let image = images.first().map(|m| [m.offset, m.size]);
         let row = || format!("{}: row {number}", self.path.display());
         if let Some((message, hint)) = no_image(members, wanted).filter(|_| image.is_none()) {
             return Err(Error::input(row(), message).hint(hint));

@@ -9,6 +9,7 @@ use peft::data::{CocoConfig, DataConfig, Dataset, Example, FolderConfig, ImageRe
 mod captions;
 mod folders;
 mod same_image;
+mod shards;
 mod unreadable;
 
 /// A directory of files with made-up content; nothing here decodes an image.

@@ -13,7 +13,7 @@ use parquet::file::reader::{ChunkReader, FileReader, Length, SerializedFileReade
 use parquet::schema::types::{ColumnPath, Type};
 
 use super::pages;
-use super::values::{class_names, features};
+use super::values::{class_names, features, kind};
 use crate::data::columns::Columns;
 use crate::data::stored::Shared;
 use crate::error::{Error, Result};
@@ -35,8 +35,17 @@ pub(super) struct Inner {
     /// The columns that are read with each row: those that say something, without image bytes.
     pub(super) projection: Type,
     pub(super) image: Option<ImageColumn>,
-    /// The columns that hold class numbers: names of their own, and the names of all classes.
-    pub(super) class_columns: Vec<(String, Option<Vec<String>>)>,
+    /// The columns that hold classes.
+    pub(super) class_columns: Vec<ClassColumn>,
+}
+
+/// A column of classes.
+pub(super) struct ClassColumn {
+    pub(super) name: String,
+    /// What the file's metadata call the classes.
+    pub(super) names: Option<Vec<String>>,
+    /// What its cells are; nothing where they are all empty.
+    pub(super) kind: Option<&'static str>,
 }
 
 impl std::fmt::Debug for Inner {
@@ -96,7 +105,18 @@ impl ShardFile {
 
     pub(super) fn classes(&self) -> Option<&Vec<String>> {
         let inner = self.inner.as_ref().ok()?;
-        inner.class_columns.iter().find_map(|(_, names)| names.as_ref())
+        inner.class_columns.iter().find_map(|c| c.names.as_ref())
+    }
+
+    /// What the cells of its label columns are.
+    pub(super) fn label_kinds(&self) -> impl Iterator<Item = (&str, &'static str)> {
+        let columns = self.inner.as_ref().map(|inner| inner.class_columns.as_slice()).unwrap_or_default();
+        columns.iter().filter_map(|c| Some((c.name.as_str(), c.kind?)))
+    }
+
+    /// Whether it has no row at all.
+    pub(super) fn is_empty(&self) -> bool {
+        self.inner.as_ref().is_ok_and(|inner| inner.reader.metadata().row_groups().iter().all(|g| g.num_rows() == 0))
     }
 
     /// Bytes of a row in the row group with the largest ones.
@@ -144,7 +164,8 @@ impl Inner {
         check_codecs(path, &reader)?;
         let wanted = wanted(columns);
         pages::check(path, &file, &reader, &|name| image.as_ref().is_some_and(|i| i.name == name) || wanted.iter().any(|w| w == name))?;
-        let class = |name: &str| (name.to_string(), features.get(name).and_then(class_names));
+        let kind = |name: &str| schema.get_fields().iter().find(|f| f.name() == name).and_then(|f| kind(f));
+        let class = |name: &str| ClassColumn { name: name.into(), names: features.get(name).and_then(class_names), kind: kind(name) };
         let class_columns = columns.class_columns().into_iter().flatten().filter(|name| known.contains(name)).map(class).collect();
         let projection = project(schema, &wanted, image.as_ref()).map_err(|e| broken(path.display(), &e))?;
         Ok(Self { projection, image, class_columns, reader })

@@ -50,7 +50,7 @@ pub(super) fn check(
     reader: &SerializedFileReader<Shared>,
     is_read: &dyn Fn(&str) -> bool,
 ) -> std::result::Result<(), Error> {
-    for column in reader.metadata().row_groups().iter().flat_map(|g| g.columns()) {
+    for column in reader.metadata().row_groups().iter().filter(|g| g.num_rows() > 0).flat_map(|g| g.columns()) {
         let name = column.column_path().parts().first().map_or("", String::as_str);
         if !is_read(name) {
             continue;

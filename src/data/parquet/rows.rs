@@ -9,9 +9,9 @@ use parquet::record::reader::{ReaderIter, TreeBuilder};
 use parquet::schema::types::SchemaDescriptor;
 use serde_json::Value;
 
-use super::file::{Inner, ShardFile, broken, guarded, one};
+use super::file::{ClassColumn, Inner, ShardFile, broken, guarded, one};
 use super::values::{name_classes, object};
-use crate::data::columns::{Row, shown};
+use crate::data::columns::{Row, TIMES, shown};
 use crate::data::shards::{Found, Place, Rows};
 use crate::error::{Error, Result};
 
@@ -83,9 +83,14 @@ impl FileRows {
     }
 
     fn found(&mut self, mut cells: Row, number: u64, row: u64) -> Result<Found> {
-        for (column, own) in &self.inner.class_columns {
-            let Some(names) = self.names.as_deref().or(own.as_ref()) else { continue };
+        for ClassColumn { name: column, names: own, kind } in &self.inner.class_columns {
             let Some(cell) = cells.get_mut(column) else { continue };
+            if let Some(kind) = kind.filter(|kind| TIMES.contains(kind) && !cell.is_null()) {
+                // Its number means nothing to anybody.
+                *cell = Value::Object(Row::from_iter([(kind.to_string(), cell.take())]));
+                continue;
+            }
+            let Some(names) = self.names.as_deref().or(own.as_ref()) else { continue };
             name_classes(cell, names).map_err(|found| {
                 let expected = format!("column `{column}`: expected a class from 0 to {}, found {found}", names.len() as i64 - 1);
                 Error::input(self.place(number), expected)

@@ -1,6 +1,8 @@
 //! Parquet's values as JSON, and the class names of a file's metadata.
 
+use parquet::basic::{ConvertedType, LogicalType, Type as Physical};
 use parquet::record::Field;
+use parquet::schema::types::Type;
 use serde_json::{Map, Number, Value};
 
 use crate::data::columns::Row;
@@ -50,6 +52,32 @@ pub(super) fn features(text: Option<&str>) -> Map<String, Value> {
         Some(Value::Object(features)) => features.clone(),
         _ => Map::new(),
     }
+}
+
+/// What a column's cells are, lists of these included; nothing where all are empty.
+pub(super) fn kind(field: &Type) -> Option<&'static str> {
+    if field.is_group() {
+        return kind(field.get_fields().first()?);
+    }
+    match (field.get_basic_info().logical_type_ref(), field.get_basic_info().converted_type()) {
+        (Some(LogicalType::Unknown), _) => return None,
+        (Some(LogicalType::Date), _) | (_, ConvertedType::DATE) => return Some("dates"),
+        (Some(LogicalType::Timestamp { .. }), _) | (_, ConvertedType::TIMESTAMP_MILLIS | ConvertedType::TIMESTAMP_MICROS) => {
+            return Some("timestamps");
+        }
+        (Some(LogicalType::Time { .. }), _) | (_, ConvertedType::TIME_MILLIS | ConvertedType::TIME_MICROS) => return Some("times of day"),
+        (Some(LogicalType::Float16), _) => return Some("numbers with a fraction"),
+        (Some(LogicalType::Decimal { .. }), _) | (_, ConvertedType::DECIMAL) => return Some("decimal numbers"),
+        _ => {}
+    }
+    Some(match field.get_physical_type() {
+        Physical::BOOLEAN => "truth values",
+        Physical::INT32 | Physical::INT64 => "whole numbers",
+        Physical::FLOAT | Physical::DOUBLE => "numbers with a fraction",
+        // What Spark and Impala write for a timestamp.
+        Physical::INT96 => "timestamps",
+        Physical::BYTE_ARRAY | Physical::FIXED_LEN_BYTE_ARRAY => "texts",
+    })
 }
 
 /// The names of a `ClassLabel`, or of a list of them.
