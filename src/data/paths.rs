@@ -258,10 +258,13 @@ fn numbered(name: &str) -> Option<(&str, u64, u64, &str)> {
     Some((before, number.parse().ok()?, rest[..digits].parse().ok()?, &rest[digits..]))
 }
 
+/// Shards that belong together: their directory, what stands before the number, how many there are, and what stands behind.
+type Set<'n> = (PathBuf, &'n str, u64, &'n str);
+
 /// Names the shards that are not there though the names of the others count them.
 pub(super) fn missing(files: &[PathBuf]) -> Vec<String> {
     const SHOWN: usize = 3;
-    let mut sets: BTreeMap<(PathBuf, &str, u64, &str), (BTreeSet<u64>, &str)> = BTreeMap::new();
+    let mut sets: BTreeMap<Set<'_>, (BTreeSet<u64>, &str)> = BTreeMap::new();
     for file in files {
         let Some(name) = file.file_name().and_then(|n| n.to_str()) else { continue };
         let Some((before, number, of, behind)) = numbered(name) else { continue };
