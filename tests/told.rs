@@ -322,3 +322,19 @@ fn methods_that_cannot_act_together_are_refused_before_training() {
     w.write("both.yaml", &w.recipe("lora: {}").replace("{ lora: {} }", "[{ lora: {} }, { coop: { n_ctx: 2 } }]"));
     w.json(&["train", "both.yaml", "--check"]);
 }
+
+/// What is no adapter is told to be none, whether or not a base is named.
+#[test]
+fn what_is_no_adapter_is_told_to_be_none() {
+    let w = World::new();
+    std::fs::create_dir(w.path("empty")).unwrap();
+    for adapter in ["nowhere/at/all", "empty", "data/red/0.png"] {
+        for base in [&["--model", "base"][..], &[]] {
+            let message = w.fails(&[&["predict", "--adapter", adapter], base, &["data/red/1.png"]].concat(), 2);
+            assert!(
+                message.contains(&format!("error: {adapter}")) && !message.contains("--model: expected"),
+                "{adapter} {base:?}: {message}"
+            );
+        }
+    }
+}

@@ -196,6 +196,8 @@ impl BaseArgs {
                 return self.options.spec(&name);
             }
         }
+        // What is no adapter cannot name a base; that is the fault to tell of.
+        adapters.iter().try_for_each(|adapter| crate::delta::Delta::read(&context.adapter(adapter)?).map(drop))?;
         Err(lacks(match adapters {
             [] => Error::input("--model", "expected a base, found none, and no --adapter that could name it"),
             _ => Error::input("--model", "expected a base, found none, and the adapter names none either"),
