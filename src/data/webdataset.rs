@@ -313,8 +313,10 @@ impl TarRows {
                 |e: std::io::Error| Error::input(format!("{}: byte {start}", self.path.display()), format!("is broken or no tar: {e}"));
             let mut entries = archive.entries_with_seek().map_err(broken)?;
             let Some(entry) = entries.next().transpose().map_err(broken)? else {
-                self.at = self.behind_zeros(start)?;
-                self.ended = self.at >= self.len;
+                let next = self.behind_zeros(start)?;
+                // A long name with no member behind it is an end, too.
+                self.at = if next == start { self.len } else { next };
+                self.ended = self.at >= self.len && next > start;
                 self.archive += 1;
                 if !self.ended && self.archive == 1 {
                     self.left_out.tell(GOES_ON, &self.path.display().to_string());
