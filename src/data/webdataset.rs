@@ -231,6 +231,9 @@ fn member(file: &Shared, [offset, size]: [u64; 2]) -> std::result::Result<Vec<u8
     Ok(bytes)
 }
 
+/// Tars are padded to records of 10 kB as a rule; a sparse file may have a terabyte of nothing at its end.
+const MAX_ZEROS: u64 = 64 << 20;
+
 /// Goes through a tar.
 struct TarRows {
     path: PathBuf,
@@ -260,7 +263,7 @@ impl TarRows {
         Ok(Self { path, file, len, at: 0, pending: None, number: 0, image, classes, last: None, left_out, archive, ended, done })
     }
 
-    /// Where what follows the zeros begins, in whole blocks.
+    /// Where what follows the zeros begins, in whole blocks; the file's end where so many follow that no tool has written them.
     fn behind_zeros(&self, start: u64) -> Result<u64> {
         let mut from = self.file.from(start);
         let (mut at, mut block) = (start, [0; 512 * 64]);
@@ -268,7 +271,7 @@ impl TarRows {
             let read = from.read(&mut block).map_err(|e| Error::read(&self.path, e))?;
             match block[..read].iter().position(|b| *b != 0) {
                 Some(byte) => return Ok(start + (at + byte as u64 - start) / 512 * 512),
-                None if read == 0 => return Ok(self.len),
+                None if read == 0 || at - start > MAX_ZEROS => return Ok(self.len),
                 None => at += read as u64,
             }
         }
