@@ -15,9 +15,17 @@ pub fn wilson(hits: usize, all: usize) -> Option<[f64; 2]> {
     let p = hits as f64 / n;
     let squared = Z * Z / n;
     let centre = (p + squared / 2.0) / (1.0 + squared);
-    let half = Z / (1.0 + squared) * (p * (1.0 - p) / n + squared / (4.0 * n)).sqrt();
+    let half = half_width(p, all);
     // Rounding must not give an interval that misses its own share.
     Some([(centre - half).clamp(0.0, p), (centre + half).clamp(p, 1.0)])
+}
+
+/// Half of [`wilson`]'s width for a share that was, or will be, measured on so many examples.
+#[must_use]
+pub fn half_width(share: f64, examples: usize) -> f64 {
+    let n = examples as f64;
+    let squared = Z * Z / n;
+    Z / (1.0 + squared) * (share * (1.0 - share) / n + squared / (4.0 * n)).sqrt()
 }
 
 #[cfg(test)]

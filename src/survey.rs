@@ -260,18 +260,9 @@ impl Spread {
 }
 
 fn classes(data: &Dataset) -> Vec<ClassCounts> {
-    let mut counts = vec![Counts::default(); data.classes.len()];
-    for split in SPLITS {
-        for label in data.split(split).iter().flat_map(Example::all_labels) {
-            let c = &mut counts[*label as usize];
-            match split {
-                Split::Train => c.train += 1,
-                Split::Val => c.val += 1,
-                Split::Test => c.test += 1,
-            }
-        }
-    }
-    data.classes.iter().cloned().zip(counts).map(|(name, counts)| ClassCounts { name, counts }).collect()
+    let [train, val, test] = SPLITS.map(|split| data.class_counts(split));
+    let counts = |class: usize| Counts { train: train[class], val: val[class], test: test[class] };
+    data.classes.iter().cloned().enumerate().map(|(class, name)| ClassCounts { name, counts: counts(class) }).collect()
 }
 
 fn captions(data: &Dataset, subject: &Subject) -> Result<Option<Captions>> {

@@ -51,7 +51,7 @@ const TABLE: [(&str, &[&str]); 50] = [
     ("survey", &["clip", "data", "error", "fetch", "recipe", "task", "train"]),
     ("sheet", &["clip", "data", "error", "files"]),
     ("runs", &["error", "json", "recipe", "report", "run"]),
-    ("draft", &["clip", "data", "error", "recipe"]),
+    ("draft", &["clip", "data", "error", "interval", "recipe"]),
     ("doctor", &["device", "files", "train"]),
     (
         "compare",

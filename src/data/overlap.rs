@@ -26,18 +26,21 @@ impl Dataset {
         [Split::Val, Split::Test].into_iter().filter_map(|split| self.overlap(split, &trained)).collect()
     }
 
+    /// Examples of each class in a split, in label order; one with several labels counts for each. None of a streamed one.
+    #[must_use]
+    pub fn class_counts(&self, split: Split) -> Vec<usize> {
+        let mut counts = vec![0; self.classes.len()];
+        self.split(split).iter().flat_map(Example::all_labels).for_each(|label| counts[*label as usize] += 1);
+        counts
+    }
+
     /// A note where examples are tested whose class nobody trains.
     #[must_use]
     pub fn untrained(&self) -> Option<String> {
         if self.stream.is_some() {
             return None;
         }
-        let count = |list: &[Example]| {
-            let mut counts = vec![0usize; self.classes.len()];
-            list.iter().flat_map(Example::all_labels).for_each(|l| counts[*l as usize] += 1);
-            counts
-        };
-        let (trained, tested) = (count(&self.train), count(&self.test));
+        let (trained, tested) = (self.class_counts(Split::Train), self.class_counts(Split::Test));
         let lacking: Vec<String> = (0..self.classes.len())
             .filter(|class| trained[*class] == 0 && tested[*class] > 0)
             .map(|class| format!("`{}` ({})", self.classes[class], tested[class]))

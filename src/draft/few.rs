@@ -1,6 +1,7 @@
 //! What small sets ask of a recipe.
 
 use crate::data::{Dataset, Example};
+use crate::interval::half_width;
 
 /// Below so many training images a class a linear probe is worth a try.
 const SHOTS: usize = 20;
@@ -28,7 +29,7 @@ pub(super) fn validation(count: usize) -> Option<String> {
     match count {
         0 => Some("there is no validation example: no epoch is chosen, the last one is kept".into()),
         n if n < VALIDATION => {
-            let points = 100.0 * half_width(0.8, n as f64);
+            let points = 100.0 * half_width(0.8, n);
             let examples = if n == 1 { "1 validation example".to_string() } else { format!("{n} validation examples") };
             Some(format!(
                 "{examples}: an accuracy of 80 % measured there is known to ±{points:.0} points only (95 % interval, Wilson), so that \
@@ -39,12 +40,6 @@ pub(super) fn validation(count: usize) -> Option<String> {
     }
 }
 
-/// Half the width of Wilson's 95 % interval of a share that was measured on `n` examples.
-fn half_width(share: f64, n: f64) -> f64 {
-    let z = 1.959_964;
-    z / (1.0 + z * z / n) * (share * (1.0 - share) / n + z * z / (4.0 * n * n)).sqrt()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -52,7 +47,7 @@ mod tests {
     /// SciPy's `binomtest(0.8 n, n).proportion_ci(method="wilson")`.
     #[test]
     fn intervals_are_wilsons() {
-        for (n, [low, high]) in [(10.0, [0.490_162_5, 0.943_317_8]), (40.0, [0.652_426_9, 0.895_000_1])] {
+        for (n, [low, high]) in [(10, [0.490_162_5, 0.943_317_8]), (40, [0.652_426_9, 0.895_000_1])] {
             let half = half_width(0.8, n);
             assert!((half - (high - low) / 2.0).abs() < 1e-4, "{n}: {half}");
         }

@@ -4,7 +4,7 @@ use peft_adapters::MethodConfig;
 use peft_adapters::registry::METHODS;
 use serde::Serialize;
 
-use crate::data::{ColumnChoice, DataConfig, Dataset, Example, Split};
+use crate::data::{ColumnChoice, DataConfig, Dataset, Split};
 use crate::error::Result;
 use crate::recipe::Recipe;
 
@@ -120,8 +120,7 @@ fn notes(data: &Dataset, task: &str) -> Vec<String> {
     if task != "classify" {
         return notes;
     }
-    let mut counts = vec![0usize; data.classes.len()];
-    data.train.iter().flat_map(Example::all_labels).for_each(|l| counts[*l as usize] += 1);
+    let counts = data.class_counts(Split::Train);
     let (least, most) = (counts.iter().min().copied().unwrap_or(0), counts.iter().max().copied().unwrap_or(0));
     if let Some((name, _)) = data.classes.iter().zip(&counts).find(|(_, n)| **n == 0) {
         notes.push(format!("class `{name}` has no training example"));
